@@ -1,0 +1,233 @@
+"""A budget profile: how many visual and audio positions every layer keeps, as a versioned JSON file.
+
+It loads without the model and without torch, so that a profile can be inspected anywhere::
+
+    omnimem profile show profile.json
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omnimem.errors import OmniMemError
+from omnimem.files import atomic_write_json
+
+SCHEMA = "omnimem.budget_profile"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """Positions one layer keeps after every chunk, per modality; text is kept beside them."""
+
+    visual: int
+    audio: int
+
+    @property
+    def total(self) -> int:
+        """Visual and audio positions together."""
+        return self.visual + self.audio
+
+
+@dataclass(frozen=True)
+class ModelFingerprint:
+    """What a profile must agree on with a language model before the two are used together."""
+
+    architecture: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: Any) -> ModelFingerprint:
+        """Fingerprint of a transformers configuration (a text configuration or one that holds it)."""
+        text = config.get_text_config()
+        heads = text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        return cls(text.model_type, text.num_hidden_layers, text.num_key_value_heads, head_dim)
+
+
+@dataclass(frozen=True)
+class BudgetProfile:
+    """Per-layer visual and audio budgets with where they come from.
+
+    Parameters
+    ----------
+    layers : tuple of LayerBudget
+        Budget of each layer, first layer first.
+    model : ModelFingerprint, optional
+        The model the budgets were made for; None for the published list format, which does not say.
+    model_id : str
+        Hub id or name of that model.
+    selection : dict
+        Selection method and its hyper-parameters the budgets were used or calibrated with.
+    statistics : dict
+        Calibration statistics (entropy, redundancy, counts), empty for given or uniform budgets.
+    calibration_set : str
+        Hash of the calibration data, empty when there was none.
+    source : str
+        ``uniform``, ``published``, ``calibrated`` or ``given``.
+
+    Raises
+    ------
+    OmniMemError
+        A budget below one position or no layer at all.
+    """
+
+    layers: tuple[LayerBudget, ...]
+    model: ModelFingerprint | None = None
+    model_id: str = ""
+    selection: dict[str, Any] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
+    calibration_set: str = ""
+    source: str = "given"
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise OmniMemError("budget profile: no layer; give one {visual, audio} pair per model layer")
+        for index, layer in enumerate(self.layers):
+            for name in ("visual", "audio"):
+                value = getattr(layer, name)
+                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                    raise OmniMemError(
+                        f"budget profile: layer {index} keeps {value!r} {name} positions; "
+                        "every budget must be a whole number of at least 1"
+                    )
+
+    @property
+    def mean_budget(self) -> float:
+        """Mean number of visual and audio positions a layer keeps."""
+        return sum(layer.total for layer in self.layers) / len(self.layers)
+
+    @classmethod
+    def uniform(cls, model_config: Any, mean: int = 8192, ratio: float = 5.0, model_id: str = "") -> BudgetProfile:
+        """Give every layer the same budget, split between picture and sound.
+
+        Parameters
+        ----------
+        model_config : PreTrainedConfig
+            Configuration of the model (or of its text part).
+        mean : int
+            Positions a layer keeps, visual and audio together; at least 2.
+        ratio : float
+            Visual positions for each audio position (method.md §3: 5).
+
+        Raises
+        ------
+        OmniMemError
+            `mean` leaves nothing for one modality or `ratio` is not positive.
+        """
+        if mean < 2:
+            raise OmniMemError(f"mean budget must be at least 2 positions (one a modality), got {mean}")
+        if ratio <= 0:
+            raise OmniMemError(f"visual to audio ratio must be above 0, got {ratio}")
+        visual = min(max(round(mean * ratio / (1 + ratio)), 1), mean - 1)
+        fingerprint = ModelFingerprint.of(model_config)
+        budget = LayerBudget(visual, mean - visual)
+        return cls((budget,) * fingerprint.layers, fingerprint, model_id, source="uniform")
+
+    @classmethod
+    def from_lists(cls, lists: list[list[int]]) -> BudgetProfile:
+        """Read the published format: ``[[audio, visual], ...]``, one pair a layer."""
+        pairs = []
+        for index, pair in enumerate(lists):
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise OmniMemError(f"budget profile: layer {index} is {pair!r}, expected [audio, visual]")
+            pairs.append(LayerBudget(visual=pair[1], audio=pair[0]))
+        return cls(tuple(pairs), source="published")
+
+    def to_lists(self) -> list[list[int]]:
+        """Write the published format: ``[[audio, visual], ...]``, one pair a layer."""
+        return [[layer.audio, layer.visual] for layer in self.layers]
+
+    @classmethod
+    def load(cls, path: str | Path) -> BudgetProfile:
+        """Read a profile file, ours or the published list format.
+
+        Raises
+        ------
+        OmniMemError
+            The file is missing, is not JSON, has another schema or version, or an invalid budget.
+        """
+        path = Path(path)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise OmniMemError(f"{path}: no such budget profile") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise OmniMemError(f"{path}: not a readable JSON budget profile: {error}") from None
+        try:
+            return cls.from_lists(content) if isinstance(content, list) else cls._from_dict(content)
+        except OmniMemError as error:
+            raise OmniMemError(f"{path}: {error}") from None
+
+    @classmethod
+    def _from_dict(cls, content: Any) -> BudgetProfile:
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            raise OmniMemError(f"not a budget profile: expected a list of pairs or an object of schema {SCHEMA!r}")
+        if content.get("version") != SCHEMA_VERSION:
+            raise OmniMemError(
+                f"budget profile version {content.get('version')!r}; this release reads version {SCHEMA_VERSION}"
+            )
+        try:
+            model = content["model"]
+            return cls(
+                layers=tuple(LayerBudget(**layer) for layer in content["layers"]),
+                model=ModelFingerprint(**model) if model else None,
+                model_id=content["model_id"],
+                selection=content["selection"],
+                statistics=content["statistics"],
+                calibration_set=content["calibration_set"],
+                source=content["source"],
+            )
+        except (KeyError, TypeError) as error:
+            raise OmniMemError(f"budget profile is incomplete or has an unknown field: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object `save` writes."""
+        from omnimem import __version__
+
+        return {
+            "schema": SCHEMA,
+            "version": SCHEMA_VERSION,
+            "omnimem_version": __version__,
+            "model_id": self.model_id,
+            "model": asdict(self.model) if self.model else None,
+            "source": self.source,
+            "selection": self.selection,
+            "mean_budget": self.mean_budget,
+            "layers": [asdict(layer) for layer in self.layers],
+            "statistics": self.statistics,
+            "calibration_set": self.calibration_set,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile as JSON, to a temporary name first."""
+        atomic_write_json(path, self.to_dict())
+
+    def save_lists(self, path: str | Path) -> None:
+        """Write the published list format."""
+        atomic_write_json(path, self.to_lists())
+
+    def check_model(self, model_config: Any) -> None:
+        """Refuse a model the profile was not made for.
+
+        Raises
+        ------
+        OmniMemError
+            Another number of layers, architecture or key-value layout.
+        """
+        fingerprint = ModelFingerprint.of(model_config)
+        if len(self.layers) != fingerprint.layers:
+            raise OmniMemError(
+                f"budget profile has {len(self.layers)} layers but the model ({fingerprint.architecture}) has "
+                f"{fingerprint.layers}; use a profile made for this model"
+            )
+        if self.model is not None and self.model != fingerprint:
+            raise OmniMemError(
+                f"budget profile was made for {self.model} but the model is {fingerprint}; "
+                "use a profile made for this model"
+            )

@@ -1,0 +1,8 @@
+"""The memory: a compressed key-value cache, its attention function and attention mass."""
+
+from omnimem.memory.attach import attach
+from omnimem.memory.attention import attention_mass, lower_right_attention
+from omnimem.memory.cache import CompressedCache
+from omnimem.memory.table import PositionTable
+
+__all__ = ["CompressedCache", "PositionTable", "attach", "attention_mass", "lower_right_attention"]

@@ -1,0 +1,175 @@
+"""The compressed cache: a transformers `Cache` whose layers each hold a bounded number of positions.
+
+Layer l holds ``[text | retained visual and audio]`` with its own length. A step appends a chunk, `compress` brings
+every layer back to its budget (method.md §1). Questions run inside `scratch()`, which leaves no trace::
+
+    cache = CompressedCache(profile, build_selection("omnimem"))
+    attach(language_model)                                        # once per model
+    language_model(inputs_embeds=chunk, position_ids=ids, past_key_values=cache, modality=kinds)
+    cache.compress()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from omnimem.budget import BudgetProfile
+from omnimem.memory.layer import CompressedLayer
+from omnimem.memory.table import PositionTable
+from omnimem.modality import TEXT
+from omnimem.selection.base import SelectionMethod
+
+
+class CompressedCache(Cache):
+    """Key-value memory of a stream, bounded per layer and modality.
+
+    Parameters
+    ----------
+    profile : BudgetProfile
+        Visual and audio budget of each layer.
+    method : SelectionMethod
+        Decides which positions stay.
+
+    Attributes
+    ----------
+    next_position : Tensor or None
+        int64 ``[B]``: the rotary position the next text token takes.
+    """
+
+    layers: list[CompressedLayer]
+
+    def __init__(self, profile: BudgetProfile, method: SelectionMethod) -> None:
+        super().__init__(layers=[CompressedLayer(i, budget, method) for i, budget in enumerate(profile.layers)])
+        self.profile = profile
+        self.method = method
+        self._start()
+
+    def _start(self) -> None:
+        self.next_position: Tensor | None = None
+        self._next_index: Tensor | None = None
+        self._ragged = False
+        self._in_scratch = False
+
+    def reset(self) -> None:
+        """Forget the stream."""
+        for layer in self.layers:
+            layer.reset()
+        self._start()
+
+    # ---- one forward step -------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        position_ids: Tensor,
+        modality: Tensor | None = None,
+        time: Tensor | None = None,
+        valid: Tensor | None = None,
+        next_position: Tensor | None = None,
+    ) -> None:
+        """Announce the T positions of the coming forward pass (called by the hooks of `attach`).
+
+        Parameters
+        ----------
+        position_ids : Tensor
+            ``[3, B, T]`` rotary ids.
+        modality : Tensor, optional
+            int ``[B, T]``; all text when left out, and then nothing is observed for selection.
+        time : Tensor, optional
+            ``[B, T]`` seconds into the media; NaN when left out.
+        valid : Tensor, optional
+            bool ``[B, T]``, False for padding.
+        next_position : Tensor, optional
+            ``[B]`` rotary position of the text that follows; one past the largest id when left out.
+        """
+        _, batch, length = position_ids.shape
+        device = position_ids.device
+        real = torch.ones(batch, length, dtype=torch.bool, device=device) if valid is None else valid.bool()
+        if self._next_index is None:
+            self._next_index = torch.zeros(batch, dtype=torch.int64, device=device)
+        if self.next_position is None:
+            self.next_position = torch.zeros(batch, dtype=torch.int64, device=device)
+        observe = modality is not None
+        if modality is None:
+            modality = torch.full((batch, length), TEXT, dtype=torch.int8, device=device)
+        if time is None:
+            time = torch.full((batch, length), torch.nan, device=device)
+        table = PositionTable(
+            index=self._next_index[:, None] + real.cumsum(1) - 1,
+            position=position_ids.permute(1, 2, 0).contiguous(),
+            time=time.float(),
+            modality=modality.to(torch.int8),
+            valid=real,
+        )
+        if valid is not None and not self._ragged:
+            self._ragged = not bool(real.all())
+        for layer in self.layers:
+            layer.begin(table, self._ragged, observe)
+        if next_position is None:
+            last = position_ids.amax(0).masked_fill(~real, -1).amax(1)
+            next_position = torch.maximum(self.next_position, last.ceil().long() + 1)
+        self.next_position = next_position.to(device)
+        self._next_index = self._next_index + real.sum(1)
+
+    def compress(self) -> list[Tensor | None]:
+        """Bring every layer back to its budget.
+
+        Returns
+        -------
+        list of (Tensor or None)
+            Per layer the columns that stayed, int64 ``[B, M]``, None where nothing was evicted.
+        """
+        if self._in_scratch:
+            raise RuntimeError("a question must not change the memory: compress() inside scratch()")
+        return [layer.compress() for layer in self.layers]
+
+    @contextmanager
+    def scratch(self) -> Iterator[CompressedCache]:
+        """Whatever is appended inside (a question and its answer) is forgotten at the end."""
+        states = [layer.state() for layer in self.layers]
+        counters = (self.next_position, self._next_index, self._ragged, self._in_scratch)
+        self._in_scratch = True
+        try:
+            yield self
+        finally:
+            for layer, state in zip(self.layers, states, strict=True):
+                layer.restore(state)
+            self.next_position, self._next_index, self._ragged, self._in_scratch = counters
+
+    # ---- reading ----------------------------------------------------------------------------------------
+
+    @property
+    def rope_deltas(self) -> Tensor:
+        """``[B, 1]`` what generate() adds to its count of tokens to get rotary positions."""
+        if self.next_position is None:
+            raise RuntimeError("the memory is empty: nothing has been streamed yet")
+        return (self.next_position - self.get_seq_length())[:, None]
+
+    def retained(self, layer: int) -> PositionTable:
+        """Facts of the positions stored in a layer: stream index, rotary ids, seconds, modality, validity."""
+        table = self.layers[layer].table
+        if table is None:
+            raise RuntimeError("the memory is empty: nothing has been streamed yet")
+        return table
+
+    def counts(self) -> list[dict[str, list[int]]]:
+        """Stored text, visual and audio positions of each layer, one number a sample of the batch."""
+        return [{name: n.tolist() for name, n in layer.counts().items()} for layer in self.layers]
+
+    def lengths(self) -> list[int]:
+        """Stored columns of each layer (the longest sample's, in a batch)."""
+        return [0 if layer.table is None else len(layer.table) for layer in self.layers]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for the memory: buffers, facts and selection state of all layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of the stored keys and values alone."""
+        return sum(layer.state_nbytes for layer in self.layers)

@@ -1,0 +1,288 @@
+"""One layer of the memory: post-RoPE keys and values of text, visual and audio positions.
+
+Two ways to hold the tensors, one way to use them. At inference the states live in a preallocated buffer:
+new ones are written behind the retained ones and compaction moves the kept ones to the front, in place.
+Under autograd the same calls concatenate and gather, so gradients flow through every retained state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from omnimem.budget import LayerBudget
+from omnimem.memory.table import PositionTable
+from omnimem.modality import EVICTABLE, TEXT
+from omnimem.selection.base import Candidates, SelectionMethod
+from omnimem.selection.topk import keep_mask
+
+COMPACTION_TILE = 1024
+"""Positions moved at once by the in-place compaction; bounds its scratch memory."""
+
+
+STATE = (
+    "keys", "values", "table", "mass", "features", "columns_seen", "is_initialized",
+    "_key_buffer", "_value_buffer", "_in_place",
+)  # fmt: skip
+"""Attributes that make up the state of a layer between two steps."""
+
+
+class CompressedLayer(CacheLayerMixin):
+    """Key-value states of one decoder layer, bounded by its budget.
+
+    Parameters
+    ----------
+    index : int
+        Number of the layer.
+    budget : LayerBudget
+        Visual and audio positions kept by `compress`.
+    method : SelectionMethod
+        Scores the candidates and says what it needs to observe.
+    """
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, index: int, budget: LayerBudget, method: SelectionMethod) -> None:
+        super().__init__()
+        self.index = index
+        self.budget = budget
+        self.method = method
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, buffers included."""
+        self.keys: Any = None
+        self.values: Any = None
+        self.table: PositionTable | None = None
+        self.mass: Tensor | None = None
+        self.features: Tensor | None = None
+        self.columns_seen = 0
+        self.is_initialized = False
+        self._key_buffer: Any = None
+        self._value_buffer: Any = None
+        self._in_place = False
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        self.valid: Tensor | None = None
+        self._observing = False
+        self._next_table: PositionTable | None = None
+        self._new_features: Tensor | None = None
+        self._new_mass: Tensor | None = None
+
+    # ---- one forward step -------------------------------------------------------------------------------
+
+    def begin(self, new: PositionTable, ragged: bool, observe: bool) -> None:
+        """Announce the positions of the coming step.
+
+        Parameters
+        ----------
+        new : PositionTable
+            The T new positions.
+        ragged : bool
+            Whether any column, stored or new, is padding.
+        observe : bool
+            Whether the step should report what selection needs to see.
+        """
+        self._forget_step()
+        self._observing = observe
+        self._next_table = new if self.table is None else self.table.append(new)
+        self.valid = self._next_table.valid if ragged else None
+
+    def observe_hidden(self, hidden: Tensor) -> None:
+        """Take the layer's input hidden states ``[B, T, C]`` of the new positions."""
+        if self.method.stores_features:
+            self._new_features = self.method.features(hidden.detach(), self.index)
+
+    @property
+    def wants_mass(self) -> str | None:
+        """Kind of attention mass this step should report, None for none."""
+        return self.method.mass_kind if self._observing else None
+
+    def observe_mass(self, mass: Tensor) -> None:
+        """Take the attention mass ``[B, N + T]`` the step gave to retained and new positions."""
+        self._new_mass = mass
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Start empty, with the shapes, dtype and device of the first states."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append the states ``[B, G, T, D]`` of the announced positions and return all ``[B, G, N + T, D]``."""
+        if self._next_table is None:
+            raise RuntimeError(
+                "a CompressedCache needs its hooks: call omnimem.memory.attach(language_model) before using it"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if torch.is_grad_enabled():
+            self.keys = torch.cat((self.keys, key_states), dim=2)
+            self.values = torch.cat((self.values, value_states), dim=2)
+            self._in_place = False
+        else:
+            self._write(key_states, value_states)
+        self.table, self._next_table = self._next_table, None
+        if self._new_features is not None:
+            stored = self.features
+            self.features = self._new_features if stored is None else torch.cat((stored, self._new_features), 1)
+        self.columns_seen += key_states.shape[2]
+        return self.keys, self.values
+
+    def _write(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Copy new states behind the retained ones inside the buffer, growing it when they do not fit."""
+        retained, new = self.keys.shape[2], key_states.shape[2]
+        stop = retained + new
+        fits = self._key_buffer is not None and self._key_buffer.shape[2] >= stop
+        if not (self._in_place and fits):
+            self._allocate(stop, new)
+        self._key_buffer[:, :, retained:stop] = key_states
+        self._value_buffer[:, :, retained:stop] = value_states
+        self.keys, self.values = self._key_buffer[:, :, :stop], self._value_buffer[:, :, :stop]
+
+    def _allocate(self, needed: int, step: int) -> None:
+        """Make buffers for `needed` columns, doubling, but never past what the budget can ever fill."""
+        capacity = 2 * needed
+        if not self.method.keeps_everything:
+            text = 0 if self.table is None else int((self.table.modality == TEXT).any(0).sum())
+            capacity = max(needed, min(capacity, self.budget.total + text + step))
+        old_keys, old_values = self.keys, self.values
+        batch, groups, retained, dim = old_keys.shape
+        self._key_buffer = old_keys.new_empty(batch, groups, capacity, dim)
+        self._value_buffer = old_values.new_empty(batch, groups, capacity, old_values.shape[-1])
+        self._key_buffer[:, :, :retained] = old_keys
+        self._value_buffer[:, :, :retained] = old_values
+        self._in_place = True
+
+    # ---- compaction -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Fold the mass observed in this step into the mass of every position."""
+        if self._new_mass is not None:
+            self.mass = self.method.accumulate(self.mass, self._new_mass)
+        elif self.mass is not None:
+            self.mass = torch.nn.functional.pad(self.mass, (0, len(self.table) - self.mass.shape[1]))
+        self._new_mass = None
+
+    def compress(self) -> Tensor | None:
+        """Keep the budget's worth of visual and audio positions and all text.
+
+        Returns
+        -------
+        Tensor or None
+            int64 ``[B, M]``: the columns that stayed, in stream order (shorter samples padded with 0), or None
+            when everything did.
+        """
+        self.accumulate()
+        counts = self.counts()
+        if self.method.keeps_everything or all(
+            int(counts[name].max()) <= getattr(self.budget, name) for name in EVICTABLE
+        ):
+            # Nothing to evict; only the padding between a shorter sample and the step is squeezed out.
+            return None if self.valid is None else self.compact(self.table.valid)
+        with torch.no_grad():
+            return self.compact(keep_mask(self.method.score(self.candidates()), self.table, self.budget))
+
+    def candidates(self) -> Candidates:
+        """Everything a selection method may look at, detached from autograd."""
+        return Candidates(
+            layer=self.index,
+            budget=self.budget,
+            keys=self.keys.detach(),
+            values=self.values.detach(),
+            table=self.table,
+            mass=self.mass,
+            features=self.features,
+        )
+
+    def compact(self, keep: Tensor) -> Tensor:
+        """Drop the columns where the bool mask `keep` ``[B, N]`` is False; see `compress` for the result."""
+        lengths = keep.sum(1)
+        width = int(lengths.max())
+        # A stable sort of "dropped" puts the kept columns first and leaves them in stream order.
+        columns = torch.sort((~keep).to(torch.int8), dim=1, stable=True).indices[:, :width]
+        valid = torch.arange(width, device=keep.device)[None] < lengths[:, None]
+        columns = columns.masked_fill(~valid, 0)
+        if self._in_place:
+            self.keys = _compact_in_place(self._key_buffer, columns)
+            self.values = _compact_in_place(self._value_buffer, columns)
+        else:
+            self.keys, self.values = _gather(self.keys, columns), _gather(self.values, columns)
+        rows = torch.arange(keep.shape[0], device=keep.device)[:, None]
+        self.table = self.table.gather(columns, valid)
+        self.mass = None if self.mass is None else self.mass[rows, columns]
+        self.features = None if self.features is None else self.features[rows, columns]
+        return columns
+
+    # ---- reading ----------------------------------------------------------------------------------------
+
+    def counts(self) -> dict[str, Tensor]:
+        """Stored positions per modality and sample: name → int64 ``[B]`` (text, visual, audio)."""
+        kinds = {"text": TEXT, **EVICTABLE}
+        if self.table is None:
+            return {name: torch.zeros(1, dtype=torch.int64) for name in kinds}
+        return {
+            name: ((self.table.modality == kind) & self.table.valid).sum(1).cpu() for name, kind in kinds.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: keys, values (the whole buffers at inference), facts and selection state."""
+        if self.table is None:
+            return 0
+        held = (self._key_buffer, self._value_buffer) if self._in_place else (self.keys, self.values)
+        extra = (self.mass, self.features)
+        return sum(t.nbytes for t in (*held, *extra) if t is not None) + self.table.nbytes
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of the keys and values of stored positions alone."""
+        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+
+    def state(self) -> dict[str, Any]:
+        """Snapshot that `restore` takes back; valid until the next compaction in place."""
+        return {name: getattr(self, name) for name in STATE}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Return to a snapshot: whatever was appended after it is forgotten."""
+        for name, value in state.items():
+            setattr(self, name, value)
+        self._forget_step()
+
+    def get_seq_length(self) -> int:
+        """Columns seen so far, evicted ones included: what generate() counts from (transformers.md, row 3)."""
+        return self.columns_seen
+
+    def get_max_length(self) -> int:
+        """No limit on what may be seen."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset for transformers' mask builder; the attention function does not use that mask."""
+        return self.columns_seen + query_length, 0
+
+
+def _gather(states: Tensor, columns: Tensor) -> Tensor:
+    """Columns ``[B, M]`` of states ``[B, G, N, D]``, differentiable."""
+    if columns.shape[0] == 1:
+        return states.index_select(2, columns[0])
+    return states.gather(2, columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+
+
+def _compact_in_place(buffer: Tensor, columns: Tensor) -> Tensor:
+    """Move columns to the front of a buffer ``[B, G, C, D]`` tile by tile and return the view of them.
+
+    Kept columns are in ascending order, so column j always comes from j or later and a tile never
+    overwrites what a later tile still has to read.
+    """
+    width = columns.shape[1]
+    for start in range(0, width, COMPACTION_TILE):
+        stop = min(start + COMPACTION_TILE, width)
+        buffer[:, :, start:stop] = _gather(buffer, columns[:, start:stop])
+    return buffer[:, :, :width]

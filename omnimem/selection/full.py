@@ -1,0 +1,18 @@
+"""Keep everything: the uncompressed cache, the upper bound every method is measured against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from omnimem.selection.base import Candidates, SelectionMethod
+
+
+class Full(SelectionMethod):
+    """No eviction; budgets are ignored and the memory grows with the stream."""
+
+    keeps_everything = True
+
+    def score(self, candidates: Candidates) -> Tensor:
+        """Zero for all."""
+        return torch.zeros(candidates.table.index.shape, device=candidates.keys.device)

@@ -1,0 +1,130 @@
+"""OmniMem: keep what would perturb the model most, ψ = a^λ · (1 − s) (method.md §2).
+
+`variant` names a whole setting, because published numbers can only be reconciled when it is named:
+
+====================  =====================  ==========================================
+switch                paper                  release
+====================  =====================  ==========================================
+``factor``            ``linear``: 1 − s      ``sqrt``: √(1 − s)
+``mass``              ``heads``              ``concat``
+``accumulation``      ``sum``                ``mean``: (old + new) / 2 at every chunk
+``neighbours``        ``sequence``           ``sequence``
+``redundancy``        ``hidden``             ``hidden``
+====================  =====================  ==========================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from omnimem.selection.base import Candidates, SelectionMethod, compute_dtype
+from omnimem.selection.redundancy import redundancy, sketch
+
+EPSILON = 1e-12
+"""Added inside the logarithms, so that a position nobody attends to still has a finite score."""
+
+
+@dataclass(frozen=True)
+class OmniMemSettings:
+    """Every switch of the method; `variant` gives the values of those left out.
+
+    Attributes
+    ----------
+    lam : float
+        λ, exponent of the attention mass.
+    factor : {"linear", "sqrt"}
+        1 − s or √(1 − s).
+    mass : {"heads", "concat"}
+        Mean over heads of their softmax, or one softmax over concatenated heads.
+    accumulation : {"mean", "sum", "ema"}
+        How the mass of a retained position meets that of a new chunk.
+    ema_decay : float
+        Weight of the old mass under ``ema``.
+    neighbours : {"sequence", "modality"}
+        Neighbours in the merged sequence or within the same modality.
+    redundancy : {"hidden", "sketch", "value", "key"}
+        What the similarity is computed from.
+    sketch_dim : int
+        Numbers in a sketch (8 bit each).
+    seed : int
+        Seed of the sketch's projection.
+    """
+
+    lam: float = 0.02
+    factor: Literal["linear", "sqrt"] = "linear"
+    mass: Literal["heads", "concat"] = "heads"
+    accumulation: Literal["mean", "sum", "ema"] = "sum"
+    ema_decay: float = 0.9
+    neighbours: Literal["sequence", "modality"] = "sequence"
+    redundancy: Literal["hidden", "sketch", "value", "key"] = "hidden"
+    sketch_dim: int = 128
+    seed: int = 0
+
+
+VARIANTS = {
+    "paper": OmniMemSettings(),
+    "release": OmniMemSettings(factor="sqrt", mass="concat", accumulation="mean"),
+}
+"""Settings by the name of their source."""
+
+
+class OmniMem(SelectionMethod):
+    """Perturbation-aware selection.
+
+    Parameters
+    ----------
+    variant : {"paper", "release"}
+        Which source the defaults follow.
+    **overrides
+        Fields of `OmniMemSettings`.
+    """
+
+    def __init__(self, variant: str = "paper", **overrides: Any) -> None:
+        self.variant = variant
+        self.options = replace(VARIANTS[variant], **overrides)
+        self.mass_kind = self.options.mass
+        self.stores_features = self.options.redundancy in ("hidden", "sketch")
+
+    def score(self, candidates: Candidates) -> Tensor:
+        """Log ψ = λ·log a + log(1 − s), half of the second term under ``sqrt``."""
+        options, table = self.options, candidates.table
+        s = redundancy(self._similarity_input(candidates), table.modality, table.valid, options.neighbours)
+        novelty = torch.log((1 - s).clamp_min(0) + EPSILON)
+        if options.factor == "sqrt":
+            novelty = novelty / 2
+        return options.lam * torch.log(candidates.mass + EPSILON) + novelty
+
+    def _similarity_input(self, candidates: Candidates) -> Tensor:
+        source = {"value": candidates.values, "key": candidates.keys}.get(self.options.redundancy)
+        if source is not None:
+            features = source.transpose(1, 2).flatten(2)
+        else:
+            features = candidates.features
+        return features.to(compute_dtype(features) if features.is_floating_point() else torch.float32)
+
+    def features(self, hidden: Tensor, layer: int) -> Tensor:
+        """The hidden states themselves, or their sketch."""
+        if self.options.redundancy == "hidden":
+            return hidden
+        return sketch(hidden, self.options.sketch_dim, layer, self.options.seed)
+
+    def accumulate(self, old: Tensor | None, new: Tensor) -> Tensor:
+        """Sum, mean or exponential average for retained positions; new positions take the new mass."""
+        if old is None:
+            return new
+        weight_old, weight_new = {
+            "sum": (1.0, 1.0),
+            "mean": (0.5, 0.5),
+            "ema": (self.options.ema_decay, 1 - self.options.ema_decay),
+        }[self.options.accumulation]
+        total = new.clone()
+        total[:, : old.shape[1]] = weight_old * old + weight_new * new[:, : old.shape[1]]
+        return total
+
+    def settings(self) -> dict[str, Any]:
+        """Variant and every switch."""
+        return {"variant": self.variant, **asdict(self.options)}

@@ -1,0 +1,72 @@
+"""How much a position repeats its neighbours: s_k = ½ [cos(H_k, H_k-1) + cos(H_k, H_k+1)] (method.md §2)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omnimem.modality import EVICTABLE, TEXT
+
+
+def neighbour_similarity(features: Tensor, valid: Tensor) -> Tensor:
+    """Mean cosine similarity of each position with the previous and the next one.
+
+    Parameters
+    ----------
+    features : Tensor
+        ``[B, N, F]`` in stream order.
+    valid : Tensor
+        bool ``[B, N]``; padding is skipped over: neighbours are the nearest real positions.
+
+    Returns
+    -------
+    Tensor
+        ``[B, N]``; a missing neighbour (first and last position) counts as 1, as in the release, which
+        makes the ends of the stream a little easier to evict.
+    """
+    if not bool(valid.all()):
+        order = torch.sort((~valid).to(torch.int8), dim=1, stable=True).indices
+        rows = torch.arange(len(order), device=order.device)[:, None]
+        packed = neighbour_similarity_packed(features[rows, order], valid[rows, order])
+        return torch.zeros_like(packed).scatter_(1, order, packed)
+    return neighbour_similarity_packed(features, valid)
+
+
+def neighbour_similarity_packed(features: Tensor, valid: Tensor) -> Tensor:
+    """`neighbour_similarity` where padding, if any, is at the end of each row."""
+    features = F.normalize(features, dim=-1)
+    cosine = (features[:, 1:] * features[:, :-1]).sum(-1)
+    cosine = torch.where(valid[:, 1:] & valid[:, :-1], cosine, 1.0)
+    return (F.pad(cosine, (1, 0), value=1.0) + F.pad(cosine, (0, 1), value=1.0)) / 2
+
+
+def redundancy(features: Tensor, modality: Tensor, valid: Tensor, neighbours: str) -> Tensor:
+    """Redundancy s ``[B, N]`` with neighbours in the merged ``sequence`` or within one ``modality``."""
+    if neighbours == "sequence":
+        return neighbour_similarity(features, valid)
+    result = torch.zeros(modality.shape, dtype=features.dtype, device=features.device)
+    for kind in (TEXT, *EVICTABLE.values()):
+        same = (modality == kind) & valid
+        result = torch.where(same, neighbour_similarity(features, same), result)
+    return result
+
+
+@lru_cache(maxsize=256)
+def sketch_matrix(dim: int, size: int, layer: int, seed: int) -> Tensor:
+    """Gaussian projection ``[dim, size]`` of a layer (Johnson-Lindenstrauss), the same in every run."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+    return torch.randn(dim, size, generator=generator) / size**0.5
+
+
+def sketch(hidden: Tensor, size: int, layer: int, seed: int) -> Tensor:
+    """8-bit sketch of hidden states: int8 ``[B, T, size]`` whose cosines approximate those of ``[B, T, C]``.
+
+    Cosine similarity does not see scale, so each position is scaled to its own largest coordinate and the scale is
+    not stored.
+    """
+    projected = hidden.float() @ sketch_matrix(hidden.shape[-1], size, layer, seed).to(hidden.device)
+    largest = projected.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return (projected / largest * 127).round().to(torch.int8)

@@ -63,7 +63,9 @@ class BudgetProfile:
     model_id : str
         Hub id or name of that model.
     selection : dict
-        Selection method and its hyper-parameters the budgets were used or calibrated with.
+        Selection method (``method``) and its hyper-parameters the budgets were used or calibrated with.
+    stream : dict
+        How media were read then: frame rate, chunk length, resolution (`omnimem.stream.StreamSettings`).
     statistics : dict
         Calibration statistics (entropy, redundancy, counts), empty for given or uniform budgets.
     calibration_set : str
@@ -81,6 +83,7 @@ class BudgetProfile:
     model: ModelFingerprint | None = None
     model_id: str = ""
     selection: dict[str, Any] = field(default_factory=dict)
+    stream: dict[str, Any] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
     calibration_set: str = ""
     source: str = "given"
@@ -179,6 +182,7 @@ class BudgetProfile:
                 model=ModelFingerprint(**model) if model else None,
                 model_id=content["model_id"],
                 selection=content["selection"],
+                stream=content["stream"],
                 statistics=content["statistics"],
                 calibration_set=content["calibration_set"],
                 source=content["source"],
@@ -198,6 +202,7 @@ class BudgetProfile:
             "model": asdict(self.model) if self.model else None,
             "source": self.source,
             "selection": self.selection,
+            "stream": self.stream,
             "mean_budget": self.mean_budget,
             "layers": [asdict(layer) for layer in self.layers],
             "statistics": self.statistics,

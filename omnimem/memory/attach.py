@@ -73,8 +73,8 @@ def _announce_step(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
         positions = (start[:, None] + torch.arange(length, device=start.device)).to(inputs.device).expand(3, -1, -1)
     elif positions.ndim == 2:
         positions = positions.expand(3, *positions.shape)
-    # generate() sends a fourth, text-only row in front; it only serves packed sequences.
-    positions = positions[-3:].expand(-1, batch, -1)
+    # generate() sends one row for all three axes, or a fourth in front that only serves packed sequences.
+    positions = positions[-3:].expand(3, batch, -1)
     mask = kwargs.get("attention_mask")
     cache.begin(
         positions,

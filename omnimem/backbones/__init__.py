@@ -1,0 +1,104 @@
+"""Audio-visual language models by name; `load_backbone` picks the right one for a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from omnimem.backbones.base import Backbone, ChunkInputs, StreamEncoder
+from omnimem.errors import OmniMemError
+
+BACKBONES = {"qwen2_5_omni": "omnimem.backbones.qwen2_5_omni"}
+"""Backbone folders by name; a new backbone is a folder with a `BACKBONE` class and a line here."""
+
+TINY = "tiny"
+"""Path that stands for a backbone's offline stand-in."""
+
+
+def backbone_class(name: str) -> type:
+    """Class of a backbone by its name in `BACKBONES`."""
+    if name not in BACKBONES:
+        raise OmniMemError(f"unknown backbone {name!r} (known: {', '.join(BACKBONES)})")
+    return import_module(BACKBONES[name]).BACKBONE
+
+
+def load_backbone(
+    path: str | Path,
+    *,
+    backbone: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "auto",
+    max_pixels: int | None = None,
+) -> Backbone:
+    """Load a model with the compressed cache attached.
+
+    Parameters
+    ----------
+    path : str or Path
+        Checkpoint folder, hub id, or ``tiny`` for the offline stand-in of `backbone`.
+    backbone : str, optional
+        Name in `BACKBONES`; read from the checkpoint's configuration when left out.
+    dtype : torch.dtype or str
+        Of the weights; ``auto``: bfloat16 on an accelerator, float32 on the CPU.
+    device : torch.device or str
+        ``auto``: CUDA when there is one.
+    max_pixels : int, optional
+        Upper limit of the pixels of a resized frame.
+
+    Raises
+    ------
+    OmniMemError
+        Unknown backbone or dtype, or a checkpoint that does not load completely.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if dtype == "auto":
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if isinstance(dtype, str):
+        dtype = parse_dtype(dtype)
+    if str(path) == TINY:
+        with tempfile.TemporaryDirectory() as folder:
+            name = backbone or next(iter(BACKBONES))
+            built = backbone_class(name).build_tiny(Path(folder) / TINY)
+            loaded = load_backbone(built, backbone=name, dtype=dtype, device=device, max_pixels=max_pixels)
+            loaded.model_id = TINY
+            return loaded
+    cls = backbone_class(backbone or _detect(path))
+    return cls.load(path, dtype, device, max_pixels)
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """Floating-point torch dtype by name (``bfloat16``, ``float32``…)."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise OmniMemError(f"unknown dtype {name!r}; use bfloat16, float16, float32 or float64")
+    return dtype
+
+
+def _detect(path: str | Path) -> str:
+    """Name of the backbone whose configuration lies at `path`."""
+    config_file = Path(path) / "config.json"
+    if config_file.is_file():
+        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    else:
+        from transformers import AutoConfig
+
+        try:
+            model_type = AutoConfig.from_pretrained(path).model_type
+        except (OSError, ValueError) as error:
+            raise OmniMemError(
+                f"cannot load {path}: no such folder, and not a hub id that can be reached; give a checkpoint folder, a "
+                f"run directory, a hub id or `{TINY}` ({type(error).__name__})"
+            ) from error
+    for name in BACKBONES:
+        if model_type in backbone_class(name).model_types:
+            return name
+    raise OmniMemError(f"{path}: model type {model_type!r} has no backbone here (known: {', '.join(BACKBONES)})")
+
+
+__all__ = ["BACKBONES", "Backbone", "ChunkInputs", "StreamEncoder", "backbone_class", "load_backbone", "parse_dtype"]

@@ -1,0 +1,199 @@
+"""What every backbone offers, so that streaming and training never ask which model they run.
+
+A backbone folder holds what differs between models: tokens around the media (`prompt`), how picture and sound become
+positions (`stream_encoder`), checkpoint keys and loading (`backbone`), a tiny offline stand-in (`tiny`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from omnimem.media import Chunk
+from omnimem.modality import TEXT
+
+
+@dataclass(frozen=True)
+class ChunkInputs:
+    """One step of a stream, ready for the language model.
+
+    Attributes
+    ----------
+    embeds : Tensor
+        ``[B, T, C]`` input embeddings.
+    positions : Tensor
+        int64 ``[3, B, T]`` rotary ids (time, height, width).
+    modality : Tensor
+        int8 ``[B, T]``, see `omnimem.modality`.
+    time : Tensor
+        float32 ``[B, T]`` seconds into the media; NaN for text.
+    next_position : Tensor
+        int64 ``[B]``: rotary position of the text that follows.
+    valid : Tensor or None
+        bool ``[B, T]``, False for padding; None when there is none.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    modality: Tensor
+    time: Tensor
+    next_position: Tensor
+    valid: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.embeds.shape[1]
+
+    @classmethod
+    def text(cls, embeds: Tensor, start: int | Tensor) -> ChunkInputs:
+        """Text embeddings ``[B, T, C]`` whose positions count up from `start` (one number, or one a sample)."""
+        batch, length, _ = embeds.shape
+        first = torch.as_tensor(start, device=embeds.device).expand(batch)
+        ids = first[:, None] + torch.arange(length, device=embeds.device)
+        return cls(
+            embeds=embeds,
+            positions=ids.expand(3, -1, -1),
+            modality=torch.full((batch, length), TEXT, dtype=torch.int8, device=embeds.device),
+            time=torch.full((batch, length), torch.nan, device=embeds.device),
+            next_position=first + length,
+        )
+
+    @classmethod
+    def batch(cls, samples: Sequence[ChunkInputs]) -> ChunkInputs:
+        """Put samples of one row each side by side, shorter ones padded at the end."""
+        if len(samples) == 1:
+            return samples[0]
+
+        def pad(columns: list[Tensor], fill: float = 0) -> Tensor:
+            return pad_sequence(columns, batch_first=True, padding_value=fill)
+
+        lengths = torch.tensor([len(sample) for sample in samples])
+        width = int(lengths.max())
+        device = samples[0].embeds.device
+        positions = pad([sample.positions[:, 0].T for sample in samples])
+        return cls(
+            embeds=pad([sample.embeds[0] for sample in samples]),
+            positions=positions.permute(2, 0, 1),
+            modality=pad([sample.modality[0] for sample in samples]),
+            time=pad([sample.time[0] for sample in samples], torch.nan),
+            next_position=torch.cat([sample.next_position for sample in samples]),
+            valid=(torch.arange(width) < lengths[:, None]).to(device),
+        )
+
+    def __add__(self, later: ChunkInputs) -> ChunkInputs:
+        """The positions of `self` followed by those of `later` (same batch, no padding)."""
+        return ChunkInputs(
+            embeds=torch.cat((self.embeds, later.embeds), 1),
+            positions=torch.cat((self.positions, later.positions), 2),
+            modality=torch.cat((self.modality, later.modality), 1),
+            time=torch.cat((self.time, later.time), 1),
+            next_position=later.next_position,
+        )
+
+
+class StreamEncoder(ABC):
+    """Turns one media file, chunk by chunk, into language-model inputs; holds the place in the stream."""
+
+    @abstractmethod
+    def prefix(self) -> ChunkInputs:
+        """Everything before the first frame: system and user turn, opening tokens."""
+
+    @abstractmethod
+    def encode(self, chunk: Chunk) -> ChunkInputs:
+        """Picture and sound of the next chunk."""
+
+    @abstractmethod
+    def idle(self) -> ChunkInputs:
+        """A step of no positions, for a sample of a batch whose media has ended."""
+
+    @abstractmethod
+    def closing(self) -> ChunkInputs:
+        """Tokens that end the media, at the present place of the stream."""
+
+
+class Backbone(ABC):
+    """A loaded audio-visual language model.
+
+    Attributes
+    ----------
+    name : str
+        Folder and recipe name of the backbone.
+    model_id : str
+        Where it was loaded from.
+    model : PreTrainedModel
+        The stock generating class.
+    processor, tokenizer
+        The stock processor and its tokenizer.
+    """
+
+    name: str
+    model_id: str
+    model: Any
+    processor: Any
+    tokenizer: Any
+
+    @property
+    @abstractmethod
+    def language_model(self) -> Any:
+        """The stock decoder inside `model`; a `CompressedCache` is already attached."""
+
+    @property
+    @abstractmethod
+    def lm_head(self) -> nn.Module:
+        """Hidden states → logits."""
+
+    @abstractmethod
+    def stream_encoder(
+        self,
+        *,
+        picture: bool,
+        sound: bool,
+        fps: float,
+        duration: float | None = None,
+        time_scale: float | str = "auto",
+    ) -> StreamEncoder:
+        """Begin a stream that has `picture` and `sound` at `fps` frames a second."""
+
+    @abstractmethod
+    def chunk_alignment(self, fps: float) -> float:
+        """Seconds that every chunk length must be a multiple of, so that encoders stay exact at its edges."""
+
+    @abstractmethod
+    def question_ids(self, question: str) -> Tensor:
+        """int64 ``[1, Q]``: the question and the start of the assistant's turn."""
+
+    @abstractmethod
+    def answer_ids(self, answer: str) -> Tensor:
+        """int64 ``[1, A]``: an answer with the token that ends it."""
+
+    @property
+    @abstractmethod
+    def end_token_ids(self) -> list[int]:
+        """Tokens that end an answer."""
+
+    @abstractmethod
+    def set_rope_deltas(self, deltas: Tensor) -> None:
+        """Tell `model.generate` what to add to its count of tokens (``[B, 1]``)."""
+
+    @abstractmethod
+    def lora_targets(self, names: Sequence[str]) -> str:
+        """Regular expression that matches the named projections of the language model and nothing else."""
+
+    @property
+    def config(self) -> Any:
+        """Configuration of the stock model."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model lives."""
+        return self.language_model.device
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings ``[B, T, C]`` of ids ``[B, T]``."""
+        return self.language_model.get_input_embeddings()(ids.to(self.device))

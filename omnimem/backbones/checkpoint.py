@@ -1,0 +1,71 @@
+"""Load stock checkpoints strictly: a weight that matters and is missing or unused is an error, not a warning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from omnimem.errors import OmniMemError
+
+SHOW_PROGRESS_ABOVE = 2**30
+"""Bytes of weights from which transformers' own progress bar is worth its line."""
+
+
+def load_stock(
+    model_class: Any, processor_class: Any, path: str | Path, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Any, Any]:
+    """Load model and processor from a folder or the hub.
+
+    Returns
+    -------
+    tuple
+        The model in evaluation mode on `device`, and its processor.
+
+    Raises
+    ------
+    OmniMemError
+        Nothing there, not readable, or weights missing, unused or of another shape.
+    """
+    folder = Path(path)
+    local = folder.is_dir()
+    if local and not (folder / "config.json").is_file():
+        raise OmniMemError(f"{path}: no config.json; give a checkpoint folder, a run directory or a hub id")
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if local else SHOW_PROGRESS_ABOVE
+    if size < SHOW_PROGRESS_ABOVE:
+        transformers_logging.disable_progress_bar()
+    try:
+        model, info = model_class.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, device_map=_device_map(device)
+        )
+        processor = processor_class.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        hint = (
+            "the folder must hold config.json, *.safetensors and the processor's and tokenizer's files"
+            if local
+            else "no such folder; for a hub id without a network, download config.json, *.safetensors and the "
+            "processor's and tokenizer's files and give that folder (model.path)"
+        )
+        raise OmniMemError(f"cannot load {path}: {hint} ({type(error).__name__}: {reason})") from error
+    finally:
+        transformers_logging.enable_progress_bar()
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            raise OmniMemError(f"cannot load {path}: {_named(problem, info[problem])}")
+    return model.eval(), processor
+
+
+def _device_map(device: torch.device | str) -> dict[str, torch.device] | None:
+    """Weights go straight to an accelerator; the CPU is where they are anyway."""
+    device = torch.device(device)
+    return None if device.type == "cpu" else {"": device}
+
+
+def _named(problem: str, keys: Iterable[Any]) -> str:
+    names = sorted(str(key) for key in keys)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} {problem.replace('_', ' ')}: {', '.join(names[:3])}{more}"

@@ -1,0 +1,202 @@
+"""A tiny offline Qwen2.5-Omni: the real classes with a small configuration, random weights, its own tokenizer.
+
+It is saved in the hub's layout (``thinker.*`` keys under a whole-model configuration) and loaded by the same code as
+the real checkpoint, so everything that works on it works on Qwen2.5-Omni-7B::
+
+    python -c "from omnimem.backbones.qwen2_5_omni.tiny import build_tiny; build_tiny('tiny')"
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5OmniConfig,
+    Qwen2_5OmniProcessor,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    WhisperFeatureExtractor,
+)
+from transformers.utils import logging as transformers_logging
+
+from omnimem.backbones.qwen2_5_omni.prompt import SYSTEM_PROMPT
+from omnimem.files import atomic_directory
+
+MODEL_ID = "omnimem/tiny-qwen2_5_omni"
+HUB_PREFIX = "thinker."
+
+SPECIAL_TOKENS = {
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>",
+    "im_start_token": "<|im_start|>",
+    "image_token": "<|IMAGE|>",
+    "audio_token": "<|AUDIO|>",
+    "video_token": "<|VIDEO|>",
+    "vision_bos_token": "<|vision_bos|>",
+    "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+}
+"""Names and spellings as in the published tokenizer."""
+
+CORPUS = [
+    SYSTEM_PROMPT,
+    "system user assistant",
+    "What is seen? What is heard? What does the narrator say? Who speaks? What happens in the video?",
+    "The astronaut drops a hammer and a feather on the Moon. A red flower opens. A toy rabbit on a table.",
+    "A telescope mirror in a clean room. A timecode is running. Music is playing. There is silence.",
+]
+"""What the byte-pair merges are learnt from; any text can be encoded all the same (byte level)."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'video' %}<|vision_bos|><|VIDEO|><|vision_eos|>"
+    "{% elif part.type == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
+    "{% elif part.type == 'image' %}<|vision_bos|><|IMAGE|><|vision_eos|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level byte-pair tokenizer of about 500 entries, built in place, the same every time."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=480,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    named = dict(SPECIAL_TOKENS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=named.pop("eos_token"),
+        pad_token=named.pop("pad_token"),
+        extra_special_tokens=named,
+    )
+
+
+def tiny_processor(tokenizer: PreTrainedTokenizerFast | None = None) -> Qwen2_5OmniProcessor:
+    """The stock processor with published image, video and sound settings around the tiny tokenizer."""
+    # At most 16 tokens a frame (112x112 pixels) instead of 128 to 768, so that CPU streams stay short.
+    size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 16 * 28 * 28}
+    return Qwen2_5OmniProcessor(
+        image_processor=Qwen2VLImageProcessor(size=size),
+        video_processor=Qwen2VLVideoProcessor(size=size),
+        feature_extractor=WhisperFeatureExtractor(feature_size=128, chunk_length=300, return_attention_mask=True),
+        tokenizer=tokenizer or tiny_tokenizer(),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerFast, layers: int = 3, hidden: int = 64) -> Qwen2_5OmniThinkerConfig:
+    """Configuration of the tiny thinker: 3 layers of width 64, 4 heads, 2 key-value heads, two small encoders."""
+    token = {name: tokenizer.convert_tokens_to_ids(text) for name, text in SPECIAL_TOKENS.items()}
+    head_dim = hidden // 4
+    # As in the published model: a quarter of the frequencies for time, the rest for height and width.
+    time = head_dim // 8
+    sections = [time, (head_dim // 2 - time) // 2, (head_dim // 2 - time) // 2]
+    config = Qwen2_5OmniThinkerConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6},
+            "tie_word_embeddings": False,
+            "pad_token_id": token["pad_token"],
+            "eos_token_id": token["eos_token"],
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": hidden,
+            "fullatt_block_indexes": [1, 3],
+            "window_size": 112,
+        },
+        audio_config={
+            "num_mel_bins": 128,
+            "encoder_layers": 2,
+            "d_model": 32,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 64,
+            "output_dim": hidden,
+            "n_window": 100,
+        },
+        image_token_index=token["image_token"],
+        audio_token_index=token["audio_token"],
+        video_token_index=token["video_token"],
+        audio_start_token_id=token["audio_bos_token"],
+        audio_end_token_id=token["audio_eos_token"],
+        pad_token_id=token["pad_token"],
+        tie_word_embeddings=False,
+    )
+    # Not declared by the configuration class, but get_rope_index reads them and the hub's files have them.
+    config.vision_start_token_id = token["vision_bos_token"]
+    config.vision_end_token_id = token["vision_eos_token"]
+    return config
+
+
+def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 64) -> Path:
+    """Write a tiny random checkpoint in the hub's layout.
+
+    Parameters
+    ----------
+    path : str or Path
+        Folder to write; an existing one is replaced.
+    seed : int
+        Seed of the weights.
+    layers, hidden : int
+        Size of the language model.
+
+    Returns
+    -------
+    Path
+        The folder.
+    """
+    # The stock default of the talker (not saved here) names ids outside its own vocabulary and warns of it.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        return _build(Path(path), seed, layers, hidden)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _build(path: Path, seed: int, layers: int, hidden: int) -> Path:
+    tokenizer = tiny_tokenizer()
+    thinker = tiny_config(tokenizer, layers, hidden)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5OmniThinkerForConditionalGeneration(thinker).eval()
+    whole = Qwen2_5OmniConfig(thinker_config=thinker.to_dict(), enable_audio_output=False)
+    whole.architectures = ["Qwen2_5OmniForConditionalGeneration"]
+    with atomic_directory(path, overwrite=True) as folder:
+        whole.save_pretrained(folder)
+        tiny_processor(tokenizer).save_pretrained(folder)
+        weights = {hub_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def hub_name(name: str) -> str:
+    """Key of a thinker weight in the published checkpoint."""
+    name = name.replace("model.language_model.", "model.", 1)
+    for tower in ("visual", "audio_tower"):
+        name = name.replace(f"model.{tower}.", f"{tower}.", 1)
+    return HUB_PREFIX + name

@@ -1,0 +1,513 @@
+"""One stream: chunks in, memory bounded, questions answered at any moment.
+
+`Stream` is the single forward path: training calls it with gradients, inference without. `StreamingSession` adds files,
+questions and text::
+
+    session = StreamingSession.from_pretrained("runs/quickstart")
+    for event in session.watch("clip.mp4"):
+        print(event.seconds, event.retained)
+    print(session.ask("What is heard?"))
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from omnimem.backbones import Backbone, ChunkInputs, load_backbone
+from omnimem.backbones.base import StreamEncoder
+from omnimem.budget import BudgetProfile
+from omnimem.errors import OmniMemError
+from omnimem.media import MediaReader, open_media
+from omnimem.memory import CompressedCache
+from omnimem.selection import build_selection
+
+PROFILE_FILE = "budget_profile.json"
+ADAPTER_CONFIG = "adapter_config.json"
+BASE_FOLDER = "base"
+"""Where a run keeps its own base model when that was built on the spot (``model.path=tiny``)."""
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How media are read.
+
+    Attributes
+    ----------
+    fps : float
+        Frames a second.
+    chunk_seconds : float
+        Seconds of media between two compressions; a multiple of the backbone's `chunk_alignment`.
+    short_side : int or None
+        Frames are scaled down to this shorter side before the backbone's own resize; None keeps them.
+    audio : bool
+        Whether the sound is heard.
+    max_seconds : float or None
+        Stop reading here.
+    time_scale : float or "auto"
+        Factor on the rotary ids a second; ``auto`` lowers it when a stream would leave the trained range.
+    on_truncated : {"error", "warn"}
+        What a file that ends before its header says does.
+    """
+
+    fps: float = 1.0
+    chunk_seconds: float = 10.0
+    short_side: int | None = 360
+    audio: bool = True
+    max_seconds: float | None = None
+    time_scale: float | str = "auto"
+    on_truncated: str = "error"
+
+    def open(self, path: str | Path, backbone: Backbone) -> tuple[MediaReader, StreamEncoder]:
+        """Open a file and begin a stream of it.
+
+        Raises
+        ------
+        OmniMemError
+            The chunk length does not fit the encoders, or the file cannot be read.
+        """
+        alignment = backbone.chunk_alignment(self.fps)
+        parts = self.chunk_seconds / alignment
+        if parts < 1 or abs(parts - round(parts)) > 1e-9:
+            raise OmniMemError(
+                f"chunk_seconds={self.chunk_seconds:g} does not fit {backbone.name} at {self.fps:g} frames a second: "
+                f"use a multiple of {alignment:g}"
+            )
+        reader = open_media(
+            path,
+            fps=self.fps,
+            chunk_seconds=self.chunk_seconds,
+            audio=self.audio,
+            short_side=self.short_side,
+            max_seconds=self.max_seconds,
+            on_truncated="warn" if self.on_truncated == "warn" else "error",
+        )
+        info = reader.info
+        duration = info.duration
+        if self.max_seconds is not None:
+            duration = self.max_seconds if duration is None else min(duration, self.max_seconds)
+        encoder = backbone.stream_encoder(
+            picture=info.has_video,
+            sound=info.has_audio and self.audio,
+            fps=self.fps,
+            duration=duration,
+            time_scale=self.time_scale,
+        )
+        return reader, encoder
+
+
+class Stream:
+    """A batch of streams in one compressed memory.
+
+    Under autograd the memory is functional and gradients reach every retained state back to the first chunk;
+    without it the memory is compacted in place.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        The model.
+    cache : CompressedCache
+        An empty memory.
+    """
+
+    def __init__(self, backbone: Backbone, cache: CompressedCache) -> None:
+        self.backbone = backbone
+        self.cache = cache
+
+    def step(self, inputs: ChunkInputs) -> None:
+        """Take a chunk in and bring every layer back to its budget."""
+        if len(inputs) == 0:
+            return
+        self.forward(inputs)
+        self.cache.compress()
+
+    def forward(self, inputs: ChunkInputs, text: bool = False) -> Tensor:
+        """Append positions to the memory without compressing it.
+
+        Parameters
+        ----------
+        inputs : ChunkInputs
+            The new positions.
+        text : bool
+            Text around the media or a question: it asks for nothing to be observed for selection.
+
+        Returns
+        -------
+        Tensor
+            Last hidden states ``[B, T, C]``.
+        """
+        return self.backbone.language_model(
+            inputs_embeds=inputs.embeds,
+            position_ids=inputs.positions,
+            attention_mask=inputs.valid,
+            past_key_values=self.cache,
+            use_cache=True,
+            modality=None if text else inputs.modality,
+            time=inputs.time,
+            next_position=inputs.next_position,
+        ).last_hidden_state
+
+    def answer_logits(self, closing: ChunkInputs, question: list[Tensor], answer: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Teacher-forced logits of answers asked now; the memory is left as it was.
+
+        Parameters
+        ----------
+        closing : ChunkInputs
+            Tokens that end the media, one row a sample.
+        question, answer : list of Tensor
+            Ids ``[Q]`` and ``[A]`` of each sample; an empty answer asks nothing of that sample.
+
+        Returns
+        -------
+        tuple of Tensor
+            Logits ``[M, vocabulary]`` of the M answer positions of all samples and their ids ``[M]``.
+        """
+        device = self.backbone.device
+        rows = [torch.cat((q, a))[:-1] if len(a) else q[:0] for q, a in zip(question, answer, strict=True)]
+        targets = torch.cat(answer).to(device)
+        with self.cache.scratch():
+            self.forward(closing, text=True)
+            text = [
+                ChunkInputs.text(self.backbone.embed(ids[None]), closing.next_position[i])
+                for i, ids in enumerate(rows)
+            ]
+            hidden = self.forward(ChunkInputs.batch(text), text=True)
+        predicting = [
+            hidden[i, len(row) - len(a) : len(row)] for i, (row, a) in enumerate(zip(rows, answer, strict=True))
+        ]
+        return self.backbone.lm_head(torch.cat(predicting)), targets
+
+
+@dataclass(frozen=True)
+class StreamEvent:
+    """Progress of a stream, after each chunk.
+
+    Attributes
+    ----------
+    chunk : int
+        Number of the chunk.
+    seconds : float
+        Media read so far.
+    duration : float or None
+        Seconds the file says it has.
+    new_positions : int
+        Positions this chunk brought.
+    retained : dict
+        Mean number of text, visual and audio positions a layer keeps.
+    bytes : int
+        Bytes the memory occupies, buffers included.
+    state_bytes : int
+        Bytes of the retained keys and values.
+    last : bool
+        Whether the media has ended.
+    """
+
+    chunk: int
+    seconds: float
+    duration: float | None
+    new_positions: int
+    retained: dict[str, float]
+    bytes: int
+    state_bytes: int
+    last: bool
+
+
+class StreamingSession:
+    """Watch media with a bounded memory and ask about them.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        The model, with its adapter merged or injected if it has one.
+    profile : BudgetProfile
+        Budget of each layer.
+    method : str
+        Selection method, see `SELECTION_METHODS`.
+    settings : StreamSettings
+        How media are read.
+    **options
+        Hyper-parameters of the method.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        profile: BudgetProfile,
+        method: str = "omnimem",
+        settings: StreamSettings | None = None,
+        **options: Any,
+    ) -> None:
+        profile.check_model(backbone.config)
+        self.backbone = backbone
+        self.profile = profile
+        self.settings = settings or StreamSettings()
+        self.memory = CompressedCache(profile, build_selection(method, **options))
+        self._stream = Stream(backbone, self.memory)
+        self._encoder: StreamEncoder | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        adapter: str | Path | None = None,
+        profile: BudgetProfile | str | Path | None = None,
+        method: str | None = None,
+        settings: dict[str, Any] | None = None,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "auto",
+        mean_budget: int = 8192,
+        ratio: float = 5.0,
+        **options: Any,
+    ) -> StreamingSession:
+        """Load a checkpoint, a merged export or a training run.
+
+        Parameters
+        ----------
+        path : str or Path
+            Folder or hub id of a model, ``tiny``, or a run directory (its base and profile are found through it).
+        adapter : str or Path, optional
+            LoRA adapter to put on the model.
+        profile : BudgetProfile or path, optional
+            Budgets; by default the profile saved beside the model or adapter, else a uniform one.
+        method : str, optional
+            Selection method; by default the one the profile records, else ``omnimem``.
+        settings : dict, optional
+            Fields of `StreamSettings` that differ from what the profile records.
+        dtype, device
+            See `load_backbone`.
+        mean_budget, ratio
+            Of the uniform profile when there is no other.
+        **options
+            Hyper-parameters of the method that differ from what the profile records.
+
+        Raises
+        ------
+        OmniMemError
+            Anything that does not load or fit together.
+        """
+        base, adapter = resolve_checkpoint(path, adapter)
+        saved = [Path(place) / PROFILE_FILE for place in (adapter, path) if place is not None]
+        if profile is None:
+            profile = next((BudgetProfile.load(file) for file in saved if file.is_file()), None)
+        elif not isinstance(profile, BudgetProfile):
+            profile = BudgetProfile.load(profile)
+        backbone = load_backbone(base, dtype=dtype, device=device)
+        if adapter is not None:
+            load_adapter(backbone, adapter)
+        if profile is None:
+            profile = BudgetProfile.uniform(backbone.config, mean_budget, ratio, backbone.model_id)
+        recorded = dict(profile.selection)
+        recorded_method = recorded.pop("method", "omnimem")
+        if method in (None, recorded_method):
+            # Another variant is a whole other setting, so the recorded switches do not carry over to it.
+            if "variant" not in options or options["variant"] == recorded.get("variant"):
+                options = {**recorded, **options}
+            method = recorded_method
+        known = {field.name for field in fields(StreamSettings)}
+        given = {**{k: v for k, v in profile.stream.items() if k in known}, **(settings or {})}
+        return cls(backbone, profile, method, StreamSettings(**given), **options)
+
+    @torch.no_grad()
+    def watch(self, media: str | Path, **settings: Any) -> Iterator[StreamEvent]:
+        """Stream a file into a fresh memory; ask whenever an event has come out.
+
+        Parameters
+        ----------
+        media : str or Path
+            The file.
+        **settings
+            Fields of `StreamSettings` that differ for this file.
+
+        Yields
+        ------
+        StreamEvent
+            After each chunk.
+        """
+        reader, encoder = replace(self.settings, **settings).open(media, self.backbone)
+        self.memory.reset()
+        self._encoder = encoder
+        self._stream.forward(encoder.prefix(), text=True)
+        for chunk in reader:
+            inputs = encoder.encode(chunk)
+            self._stream.step(inputs)
+            yield StreamEvent(
+                chunk=chunk.index,
+                seconds=chunk.t1,
+                duration=reader.info.duration,
+                new_positions=len(inputs),
+                retained=mean_counts(self.memory),
+                bytes=self.memory.nbytes,
+                state_bytes=self.memory.state_nbytes,
+                last=chunk.last,
+            )
+
+    def ask(
+        self, question: str, stream: bool = False, max_new_tokens: int = 256, **generation: Any
+    ) -> str | Iterator[str]:
+        """Answer from the present memory, which stays as it is.
+
+        Parameters
+        ----------
+        question : str
+            What to ask.
+        stream : bool
+            Yield text as it is generated instead of returning it whole.
+        max_new_tokens : int
+            Limit of the answer.
+        **generation
+            More arguments of `generate` (greedy by default).
+
+        Returns
+        -------
+        str or iterator of str
+            The answer.
+
+        Raises
+        ------
+        OmniMemError
+            Nothing has been watched yet, or the question is empty.
+        """
+        if self._encoder is None:
+            raise OmniMemError("nothing watched yet: stream a file with watch() before asking")
+        if not question.strip():
+            raise OmniMemError("the question is empty")
+        pieces = self._generate(question, max_new_tokens, generation)
+        return pieces if stream else "".join(pieces)
+
+    def _generate(self, question: str, max_new_tokens: int, generation: dict[str, Any]) -> Iterator[str]:
+        backbone, abandoned = self.backbone, _Abandoned()
+        streamer = TextIteratorStreamer(backbone.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failure: list[BaseException] = []
+        with self._question_inputs(question) as inputs:
+
+            def work() -> None:
+                try:
+                    backbone.model.generate(
+                        **inputs,
+                        **{"do_sample": False, **generation},
+                        max_new_tokens=max_new_tokens,
+                        eos_token_id=backbone.end_token_ids,
+                        pad_token_id=backbone.tokenizer.pad_token_id,
+                        streamer=streamer,
+                        stopping_criteria=StoppingCriteriaList([abandoned]),
+                    )
+                except BaseException as error:
+                    failure.append(error)
+                    streamer.end()
+
+            worker = Thread(target=work, daemon=True)
+            worker.start()
+            try:
+                yield from streamer
+            finally:
+                abandoned.stop = True
+                worker.join()
+        if failure:
+            raise failure[0]
+
+    @contextmanager
+    def _question_inputs(self, question: str) -> Iterator[dict[str, Any]]:
+        """Arguments of `generate` for a question on the present memory, valid inside the context."""
+        assert self._encoder is not None
+        with self.memory.scratch(), torch.no_grad():
+            self._stream.forward(self._encoder.closing(), text=True)
+            self.backbone.set_rope_deltas(self.memory.rope_deltas)
+            ids = self.backbone.question_ids(question).to(self.backbone.device)
+            seen = self.memory.get_seq_length()
+            # Only the new ids go in; the mask spans everything ever seen, which is how generate() knows
+            # that they are new (transformers.md row 14).
+            mask = torch.ones(1, seen + ids.shape[1], dtype=torch.int64, device=ids.device)
+            yield {"input_ids": ids, "attention_mask": mask, "past_key_values": self.memory}
+
+
+class _Abandoned(StoppingCriteria):
+    """Stops generation when nobody reads the answer any more."""
+
+    stop = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.stop, device=input_ids.device)
+
+
+def mean_counts(cache: CompressedCache) -> dict[str, float]:
+    """Mean over layers and samples of the stored text, visual and audio positions."""
+    counts = cache.counts()
+    return {
+        name: sum(sum(layer[name]) / len(layer[name]) for layer in counts) / len(counts)
+        for name in ("text", "visual", "audio")
+    }
+
+
+def resolve_checkpoint(path: str | Path, adapter: str | Path | None) -> tuple[str | Path, str | Path | None]:
+    """Base model and adapter behind a path that may be a model, an export or a run directory.
+
+    Raises
+    ------
+    OmniMemError
+        A run directory without adapter, or an adapter whose base cannot be found.
+    """
+    folder = Path(path)
+    if adapter is None:
+        if (folder / "recipe.yaml").is_file() and not (folder / ADAPTER_CONFIG).is_file():
+            raise OmniMemError(f"{path}: a run directory without an adapter; let the training finish or resume it")
+        if not (folder / ADAPTER_CONFIG).is_file():
+            return path, None
+        adapter, path = folder, _base_of(folder)
+    elif not (Path(adapter) / ADAPTER_CONFIG).is_file():
+        raise OmniMemError(f"{adapter}: no {ADAPTER_CONFIG}; give a folder with a saved LoRA adapter")
+    return path, adapter
+
+
+def _base_of(adapter: Path) -> str:
+    """Base model an adapter names; a run that carries its own base may have been moved."""
+    try:
+        base = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError):
+        raise OmniMemError(f"{adapter / ADAPTER_CONFIG}: not readable or without base_model_name_or_path") from None
+    carried = adapter / BASE_FOLDER
+    return str(carried) if carried.is_dir() else base
+
+
+def load_adapter(backbone: Backbone, adapter: str | Path, trainable: bool = False) -> Any:
+    """Put a saved LoRA adapter on a backbone; returns the PeftModel around `backbone.model`.
+
+    Raises
+    ------
+    OmniMemError
+        Files missing or damaged, or weights that fit no module (an adapter of another model would be a no-op).
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    weights = Path(adapter) / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise OmniMemError(f"{adapter}: no adapter_model.safetensors; the adapter was not saved completely")
+    try:
+        peft_model = PeftModel.from_pretrained(backbone.model, str(adapter), is_trainable=trainable)
+        saved = set(load_file(weights))
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise OmniMemError(f"{adapter}: adapter does not load onto {backbone.model_id}: {reason}") from error
+    present = set(get_peft_model_state_dict(peft_model))
+    if saved != present:
+        odd = sorted(saved ^ present)
+        raise OmniMemError(
+            f"{adapter}: {len(odd)} adapter weights do not match {backbone.model_id}, for example {odd[0]}; "
+            "use the adapter with the model it was trained on"
+        )
+    return peft_model
+
+
+def settings_dict(settings: StreamSettings) -> dict[str, Any]:
+    """Settings as recorded in a profile: what shapes the positions, not how one file was cut short."""
+    return {k: v for k, v in asdict(settings).items() if k not in ("max_seconds", "on_truncated")}

@@ -1,0 +1,32 @@
+"""Shared fixtures: the tiny offline model (built once a session) and the clips that ship with the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from omnimem.backbones import Backbone, load_backbone
+from omnimem.backbones.qwen2_5_omni.tiny import build_tiny
+
+MEDIA = Path(__file__).parent / "media"
+WEBB = MEDIA / "speech_nasa_webb_narration_multistream.mp4"
+RABBIT = MEDIA / "ambient_toy_rabbit_8s.mp4"
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_path: Path) -> Backbone:
+    """Tiny model in float32; tests that change weights load their own."""
+    return load_backbone(tiny_path, dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny64(tiny_path: Path) -> Backbone:
+    """Tiny model in float64, for comparisons to 1e-12."""
+    return load_backbone(tiny_path, dtype=torch.float64, device="cpu")

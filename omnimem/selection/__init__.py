@@ -39,18 +39,29 @@ def build_selection(name: str, **options: Any) -> SelectionMethod:
     OmniMemError
         Unknown method, option or variant.
     """
-    if name not in SELECTION_METHODS:
-        raise OmniMemError(f"unknown selection method {name!r}{_nearest(name, SELECTION_METHODS)}")
-    factory = SELECTION_METHODS[name]
-    known = {key for key in inspect.signature(factory).parameters if key != "overrides"}
-    if factory is OmniMem:
-        known |= {option.name for option in fields(OmniMemSettings)}
-        if options.get("variant", "paper") not in VARIANTS:
-            raise OmniMemError(f"unknown variant {options['variant']!r}{_nearest(options['variant'], VARIANTS)}")
+    known = options_of(name)
     for key in options:
         if key not in known:
             raise OmniMemError(f"selection method {name!r} has no option {key!r}{_nearest(key, known)}")
-    return factory(**options)
+    if "variant" in known and options.get("variant", "paper") not in VARIANTS:
+        raise OmniMemError(f"unknown variant {options['variant']!r}{_nearest(options['variant'], VARIANTS)}")
+    return SELECTION_METHODS[name](**options)
+
+
+def options_of(name: str) -> set[str]:
+    """Hyper-parameters a method takes.
+
+    Raises
+    ------
+    OmniMemError
+        Unknown method.
+    """
+    if name not in SELECTION_METHODS:
+        raise OmniMemError(f"unknown selection method {name!r}{_nearest(name, SELECTION_METHODS)}")
+    known = set(inspect.signature(SELECTION_METHODS[name]).parameters)
+    if "overrides" in known:
+        known = (known - {"overrides"}) | {option.name for option in fields(OmniMemSettings)}
+    return known
 
 
 def _nearest(word: str, known: Any) -> str:
@@ -60,4 +71,4 @@ def _nearest(word: str, known: Any) -> str:
     return f" (known: {', '.join(names) or 'none'}){hint}"
 
 
-__all__ = ["SELECTION_METHODS", "Candidates", "OmniMem", "SelectionMethod", "build_selection"]
+__all__ = ["SELECTION_METHODS", "Candidates", "OmniMem", "SelectionMethod", "build_selection", "options_of"]

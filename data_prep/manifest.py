@@ -1,0 +1,234 @@
+"""The manifest: a JSON Lines file, one stream a line, with the questions asked about it.
+
+    {"media": "clip.mp4", "questions": [{"question": "Who speaks?", "answer": "A pilot.", "time": 12.5}]}
+    {"media": "silent.mp4", "question": "What colour is the car?", "answer": "Red.", "audio": false}
+
+`time` is the second of the stream at which the question is asked; null or absent: at its end. Every row is
+checked before training starts, because a missing clip is better found now than after six hours. Media is
+looked at on disk only, not decoded.
+
+Try it: `python train.py recipe=quickstart data.path=my.jsonl dry_run=true`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omnimem.errors import OmniMemError
+
+QUICKSTART = Path(__file__).resolve().parents[1] / "tests" / "media" / "quickstart.jsonl"
+
+LONGEST = 1e9  # seconds; beyond any stream, it catches milliseconds since 1970 and infinities
+
+log = logging.getLogger("omnimem.data")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question; `time` is the second of the stream at which it is asked, None for its end."""
+
+    question: str
+    answer: str
+    time: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stream; `name` is the media path relative to the root, `line` its line in the manifest."""
+
+    media: Path
+    questions: tuple[Question, ...]
+    audio: bool
+    line: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The rows that can be used, and one line of reason for each that cannot."""
+
+    rows: list[Row]
+    problems: list[str]
+
+
+class _BadRow(Exception):
+    """Why a row cannot be used, without file and line."""
+
+
+def read_manifest(
+    path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None, on_bad_row: str = "error"
+) -> Manifest:
+    """Read and check a manifest.
+
+    Parameters
+    ----------
+    path : path
+        The manifest, or `quickstart`: the clips shipped with the tests.
+    root : path, optional
+        Folder that media paths are relative to and may not leave; the manifest's folder if not given.
+    on_bad_row : {"error", "skip"}
+        Refuse the manifest, or leave the row out, log why and say so in `Manifest.problems`.
+
+    Raises
+    ------
+    OmniMemError
+        A bad row under "error"; no good row; no such manifest or root.
+    """
+    file = _manifest_file(path)
+    folder = media_root(path, root)
+    if not folder.is_dir():
+        raise OmniMemError(f"{root or file.parent}: not a folder; data.root is where the media of {file} lie")
+    try:
+        lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+    except OSError as error:
+        raise OmniMemError(f"manifest {file}: {error.strerror}") from error
+
+    rows: list[Row] = []
+    problems: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_read_row(line, number, folder))
+        except _BadRow as reason:
+            problems.append(f"{file}:{number}: {reason}")
+
+    if problems and on_bad_row == "error":
+        more = f"; {len(problems) - 1} more bad rows" if len(problems) > 1 else ""
+        raise OmniMemError(f"{problems[0]}{more} (data.on_bad_row=skip leaves bad rows out)")
+    for problem in problems:
+        log.warning("row skipped: %s", problem)
+    if not rows:
+        found = f"; {len(problems)} bad, the first: {problems[0]}" if problems else ", the file is empty"
+        raise OmniMemError(f"manifest {file} has no row to train on{found}")
+    return Manifest(rows, problems)
+
+
+def media_root(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Path:
+    """Folder that the media of a manifest are relative to (see `read_manifest`)."""
+    return Path(os.path.realpath(_manifest_file(path).parent if root is None else root))
+
+
+def _manifest_file(path: str | os.PathLike[str]) -> Path:
+    return QUICKSTART if os.fspath(path) == "quickstart" else Path(path)
+
+
+def manifest_fingerprint(rows: Iterable[Row]) -> str:
+    """Return a SHA-256 over what the rows hold, in order: media name and size, sound on or off, questions.
+
+    It does not depend on where the data lies or on blank lines: a copied data set has the same fingerprint.
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        questions = [asdict(question) for question in row.questions]
+        content = [row.name, row.media.stat().st_size, row.audio, questions]
+        digest.update(json.dumps(content, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _read_row(line: bytes, number: int, root: Path) -> Row:
+    row = _decode(line)
+    _check_keys(row, ("media", "audio", "questions", "question", "answer", "time"))
+    media = _find_media(row.get("media"), root)
+    audio = row.get("audio", True)
+    if not isinstance(audio, bool):
+        raise _BadRow(f"audio must be true or false, got {audio!r}")
+    if "questions" not in row:
+        if not {"question", "answer"} & set(row):
+            raise _BadRow("no questions; give question and answer, or a list of them in questions")
+        questions = [{key: row[key] for key in ("question", "answer", "time") if key in row}]
+    elif both := [key for key in ("question", "answer", "time") if key in row]:
+        raise _BadRow(f"both questions and {both[0]}; put everything into questions")
+    else:
+        questions = row["questions"]
+    if not isinstance(questions, list) or not questions:
+        raise _BadRow("questions must be a list of at least one question")
+    parsed = tuple(_read_question(entry) for entry in questions)
+    return Row(media, parsed, audio, number, media.relative_to(root).as_posix())
+
+
+def _decode(line: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) < len(pairs):  # JSON lets the last one win, and an answer would vanish without a word
+            raise _BadRow("the same key is given twice")
+        return row
+
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=unique)
+        # A lone surrogate escape is valid JSON and breaks later, in a path or in the tokenizer.
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _BadRow(f"not UTF-8 at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise _BadRow(f"not valid JSON: {error.msg} at column {error.colno} (one object a line)") from error
+    except (ValueError, RecursionError) as error:
+        raise _BadRow(f"not a row: {error}") from error
+    if not isinstance(row, dict):
+        raise _BadRow(f"a row is an object with media and questions, got {_short(row)}")
+    return row
+
+
+def _check_keys(entry: dict[str, Any], known: tuple[str, ...]) -> None:
+    for key in entry:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise _BadRow(f"unknown key {_short(key)}; {hint}")
+
+
+def _find_media(media: Any, root: Path) -> Path:
+    """Return the absolute path of a file that lies inside `root` once links and `..` are followed."""
+    if media is None:
+        raise _BadRow("no media; give the path of the clip")
+    if not isinstance(media, str) or not media.strip() or "\0" in media:
+        raise _BadRow(f"media must be a path, got {_short(media)}")
+    path = Path(os.path.realpath(root / media))
+    if not path.is_relative_to(root):
+        raise _BadRow(
+            f"media {_short(media)} lies outside {root}; set data.root to a folder that holds all media"
+        )
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        reason = f"does not exist in {root}" if missing else f"cannot be read: {error.strerror}"
+        raise _BadRow(f"media {_short(media)} {reason}") from error
+    if not path.is_file():
+        raise _BadRow(f"media {_short(media)} is not a file")
+    if size == 0:
+        raise _BadRow(f"media {_short(media)} is an empty file")
+    if not os.access(path, os.R_OK):
+        raise _BadRow(f"media {_short(media)} cannot be read: permission denied")
+    return path
+
+
+def _read_question(entry: Any) -> Question:
+    if not isinstance(entry, dict):
+        raise _BadRow(f"a question is an object with question and answer, got {_short(entry)}")
+    _check_keys(entry, ("question", "answer", "time"))
+    for key in ("question", "answer"):
+        text = entry.get(key)
+        if not isinstance(text, str) or not text.strip():
+            raise _BadRow(f"{key} must be text that is not empty, got {_short(text)}")
+    time = entry.get("time")
+    if time is not None:
+        number = isinstance(time, int | float) and not isinstance(time, bool)
+        if not number or not 0 <= time < LONGEST:  # NaN, which Python's JSON reads, fails the comparison
+            raise _BadRow(f"time must be seconds from the start, at least 0, or null; got {_short(time)}")
+        time = float(time)
+    return Question(entry["question"], entry["answer"], time)
+
+
+def _short(value: Any) -> str:
+    """Show a value of the file in an error line: in one line, and not all of a novel."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."

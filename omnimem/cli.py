@@ -1,0 +1,220 @@
+"""The command `omnimem`: parse, call, print. What is done lives in the modules the commands import.
+
+    omnimem export runs/quickstart --out quickstart-merged
+    omnimem answer quickstart-merged clip.mp4 "What does the narrator say?"
+
+Nothing heavy is imported until a command runs, so every `--help` answers at once. Exit status: 0 done, 2
+wrong usage or input (one line says what and what to do), 1 anything else (`--debug` shows the traceback).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import select
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from omnimem import __version__
+from omnimem.errors import OmniMemError
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    args = build_parser().parse_args(argv)
+    return run_guarded("omnimem", lambda: args.command(args), debug=args.debug)
+
+
+def run_guarded(program: str, work: Callable[[], object], debug: bool = False, quiet: bool = False) -> int:
+    """Call `work` and turn what it raises into one line on stderr and an exit status.
+
+    Parameters
+    ----------
+    program : str
+        Opens the line.
+    work : callable
+        The command.
+    debug : bool
+        Show the traceback as well.
+    quiet : bool
+        Leave an `OmniMemError` to another process, which prints the same one.
+
+    Returns
+    -------
+    int
+        0 done, 2 for `OmniMemError`, 1 for an interruption or any other exception.
+    """
+    try:
+        work()
+        sys.stdout.flush()  # here and not at exit, where a closed pipe could no longer be caught
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            # What is still buffered must not raise once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        if debug:
+            traceback.print_exc()
+        line, status = f"internal error: {type(error).__name__}: {error}", 1
+        if isinstance(error, KeyboardInterrupt):
+            line = "interrupted"
+        elif isinstance(error, OmniMemError):
+            line, status = str(error), 2
+        elif not debug:
+            line += " (run with --debug for the traceback)"
+    if not (quiet and status == 2):
+        print(f"{program}: {' '.join(line.split())}", file=sys.stderr)
+    return status
+
+
+def _reader_has_left() -> bool:
+    """Say whether it is our own stdout that is closed at the other end (`| head`), not some worker's pipe."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # a closed pipe is reported without being asked for
+    return bool(poll.poll(0))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    shows = "show the traceback of an error"
+    everywhere = argparse.ArgumentParser(add_help=False)
+    # Suppressed, so that a command's own default does not undo `omnimem --debug command`.
+    everywhere.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=shows)
+    parser = argparse.ArgumentParser(
+        prog="omnimem",
+        description="Audio-visual language models with a memory of fixed size.",
+        epilog="Fine-tuning: accelerate launch train.py recipe=NAME key=value ...",
+    )
+    parser.add_argument("--debug", action="store_true", help=shows)
+    parser.add_argument("--version", action="version", version=f"omnimem {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    export = commands.add_parser("export", parents=[everywhere], help="merge a run into one checkpoint")
+    export.description = (
+        "Merge the adapters of a training run into a checkpoint, with its profile and model card."
+    )
+    export.add_argument("run", type=Path, metavar="RUN", help="folder of the run (its output_dir)")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    export.add_argument("--overwrite", action="store_true", help="replace DIR if it is not empty")
+    export.add_argument("--dtype", choices=DTYPES, help="of the merged weights (default: as trained)")
+    export.set_defaults(command=_export)
+
+    answer = commands.add_parser("answer", parents=[everywhere], help="ask a question about a clip")
+    answer.description = "Watch a clip with a bounded memory and answer a question about it."
+    _add_answer_arguments(answer)
+    answer.set_defaults(command=_answer)
+
+    profile = commands.add_parser("profile", parents=[everywhere], help="show or convert a budget profile")
+    profile.description = "Budget profiles: how many visual and audio positions every layer keeps."
+    actions = profile.add_subparsers(title="actions", metavar="ACTION", required=True)
+    show = actions.add_parser("show", parents=[everywhere], help="print the budget of every layer")
+    show.add_argument("file", type=Path, metavar="FILE", help="profile, or published list of [audio, visual]")
+    show.set_defaults(command=_profile_show)
+    convert = actions.add_parser("convert", parents=[everywhere], help="change the file format")
+    convert.add_argument(
+        "source", type=Path, metavar="IN", help="profile, or published list of [audio, visual]"
+    )
+    convert.add_argument("target", type=Path, metavar="OUT", help="file to write")
+    convert.add_argument("--to", choices=("profile", "list"), default="profile", help="default: %(default)s")
+    convert.set_defaults(command=_profile_convert)
+    return parser
+
+
+def _add_answer_arguments(answer: argparse.ArgumentParser) -> None:
+    answer.add_argument("model", metavar="MODEL", help="exported checkpoint, hub id, or `tiny`")
+    answer.add_argument("media", type=Path, metavar="MEDIA", help="video or audio file")
+    answer.add_argument("question", metavar="QUESTION")
+    answer.add_argument(
+        "--at", type=_at_least(float, 0), metavar="T", help="ask after T seconds, not at the end"
+    )
+    answer.add_argument("--json", action="store_true", help="print one JSON object: answer, memory, times")
+    answer.add_argument(
+        "--max-new-tokens", type=_at_least(int, 1), default=256, metavar="N", help="default: %(default)s"
+    )
+
+    memory = answer.add_argument_group("memory", "default: what the checkpoint was trained with")
+    memory.add_argument("--profile", type=Path, metavar="P", help="budget profile; replaces the two below")
+    memory.add_argument(
+        "--mean-budget", type=_at_least(int, 1), metavar="N", help="positions a layer keeps, on average"
+    )
+    memory.add_argument(
+        "--ratio", type=_above_zero, metavar="R", help="visual positions for each audio position"
+    )
+    memory.add_argument("--method", metavar="M", help="selection method")
+    memory.add_argument("--variant", choices=("paper", "release"), help="of the method omnimem")
+
+    reading = answer.add_argument_group("reading the clip", "default: what the checkpoint was trained with")
+    reading.add_argument("--fps", type=_above_zero, metavar="F", help="frames per second")
+    reading.add_argument("--chunk-seconds", type=_above_zero, metavar="S", help="seconds read at a time")
+    reading.add_argument("--max-seconds", type=_above_zero, metavar="S", help="stop reading here")
+    reading.add_argument("--no-audio", dest="audio", action="store_false", help="read the picture only")
+    reading.add_argument(
+        "--allow-truncated", action="store_true", help="answer from what a broken file still holds"
+    )
+
+    machine = answer.add_argument_group("machine")
+    machine.add_argument(
+        "--device", metavar="D", help="such as cuda, cuda:1, cpu (default: cuda if there is one)"
+    )
+    machine.add_argument("--dtype", choices=DTYPES, help="default: as the checkpoint says")
+
+
+def _at_least(kind: type[int] | type[float], least: int) -> Callable[[str], float]:
+    """Return an argparse type: a finite number that is not below `least`."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        if not math.isfinite(value) or value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return value
+
+    return read
+
+
+def _above_zero(text: str) -> float:
+    value = _at_least(float, 0)(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be above 0, got 0")
+    return value
+
+
+def _export(args: argparse.Namespace) -> None:
+    from train.export import export_run
+
+    export_run(run=args.run, out=args.out, overwrite=args.overwrite, dtype=args.dtype)
+
+
+def _answer(args: argparse.Namespace) -> None:
+    from omnimem.answer import answer_command
+
+    answer_command(args)
+
+
+def _profile_show(args: argparse.Namespace) -> None:
+    from omnimem.budget import BudgetProfile
+
+    profile = BudgetProfile.load(args.file)
+    print(f"{'layer':>5} {'visual':>8} {'audio':>8} {'total':>8}")
+    for index, layer in enumerate(profile.layers):
+        print(f"{index:>5} {layer.visual:>8} {layer.audio:>8} {layer.visual + layer.audio:>8}")
+    print(f"mean budget: {profile.mean_budget:g} positions a layer")
+
+
+def _profile_convert(args: argparse.Namespace) -> None:
+    from omnimem.budget import BudgetProfile
+
+    profile = BudgetProfile.load(args.source)
+    if args.to == "list":
+        profile.save_lists(args.target)
+    else:
+        profile.save(args.target)
+    print(f"wrote {args.target}")

@@ -1,0 +1,187 @@
+"""A manifest is checked row by row before anything is decoded; every bad row says why, with file and line."""
+
+import json
+import logging
+import os
+
+import pytest
+
+from data_prep.manifest import QUICKSTART, Question, manifest_fingerprint, read_manifest
+from omnimem.errors import OmniMemError
+
+GOOD = {"media": "clip.mp4", "question": "Who?", "answer": "Ada."}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder with clips, and a function that writes a manifest into it: rows are objects or lines."""
+    root = tmp_path / "data"
+    (root / "more").mkdir(parents=True)
+    for name in ("clip.mp4", "more/other.mp4"):
+        (root / name).write_bytes(b"bytes")
+    (root / "empty.mp4").touch()
+    (tmp_path / "secret.mp4").write_bytes(b"bytes")
+    (root / "link_out.mp4").symlink_to(tmp_path / "secret.mp4")
+    (root / "link_in.mp4").symlink_to(root / "clip.mp4")
+    (root / "loop.mp4").symlink_to(root / "loop.mp4")
+
+    def write(*rows):
+        path = root / "set.jsonl"
+        lines = [row if isinstance(row, str | bytes) else json.dumps(row) for row in rows]
+        path.write_bytes(b"\n".join(line.encode() if isinstance(line, str) else line for line in lines))
+        return path
+
+    return write
+
+
+def test_both_forms_are_read(data):
+    path = data(
+        {
+            "media": "more/other.mp4",
+            "questions": [
+                {"question": "Who?", "answer": "Ada.", "time": None},
+                {"question": "When?", "answer": "Now.", "time": 3},
+            ],
+            "audio": False,
+        },
+        "",
+        {**GOOD, "time": 1.5},
+    )
+    manifest = read_manifest(path)
+    first, second = manifest.rows
+    assert first.media == (path.parent / "more" / "other.mp4").resolve() and first.media.is_absolute()
+    assert first.questions == (Question("Who?", "Ada."), Question("When?", "Now.", 3.0))
+    assert (first.audio, first.line, first.name) == (False, 1, "more/other.mp4")
+    assert second.questions == (Question("Who?", "Ada.", 1.5),) and (second.audio, second.line) == (True, 3)
+    assert manifest.problems == []
+
+
+def test_windows_lines_and_a_byte_order_mark_are_read(data):
+    path = data(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r")
+    assert len(read_manifest(path).rows) == 1
+
+
+def test_root_says_where_media_lie(data, tmp_path):
+    path = data({**GOOD, "media": "secret.mp4"}, {**GOOD, "media": str(tmp_path / "data" / "clip.mp4")})
+    rows = read_manifest(path, root=tmp_path).rows
+    assert [row.name for row in rows] == ["secret.mp4", "data/clip.mp4"]
+    with pytest.raises(OmniMemError, match=r"nowhere: not a folder; data\.root is where the media of"):
+        read_manifest(path, root=tmp_path / "nowhere")
+
+
+def test_a_link_that_stays_inside_is_followed(data):
+    row = read_manifest(data({**GOOD, "media": "link_in.mp4"}, {**GOOD, "media": "more/../clip.mp4"})).rows[0]
+    assert row.media.name == "clip.mp4"
+
+
+def question(**changes):
+    return {"media": "clip.mp4", "questions": [{"question": "Who?", "answer": "Ada.", **changes}]}
+
+
+BAD = [
+    ('{"media": "clip.mp4",', "not valid JSON: "),
+    ("[" * 100_000, "not a row: "),
+    (b'{"media": "\xff"}', "not UTF-8 at byte 11"),
+    ('{"media": "clip\\ud800.mp4"}', "not a row: "),
+    ("[1]", "a row is an object with media and questions, got [1]"),
+    ('{"media": "clip.mp4", "answer": "a", "answer": "b"}', "the same key is given twice"),
+    ({**GOOD, "qestion": "x"}, 'unknown key "qestion"; did you mean question?'),
+    ({**GOOD, "zzz": "x"}, 'unknown key "zzz"; known are media, '),
+    ({"question": "Who?", "answer": "Ada."}, "no media; give the path of the clip"),
+    ({**GOOD, "media": 3}, "media must be a path, got 3"),
+    ({**GOOD, "media": " "}, 'media must be a path, got " "'),
+    ({**GOOD, "media": "a\0b"}, "media must be a path"),
+    ({**GOOD, "media": "missing.mp4"}, 'media "missing.mp4" does not exist in '),
+    ({**GOOD, "media": "clip.mp4/x"}, 'media "clip.mp4/x" does not exist in '),
+    ({**GOOD, "media": "x" * 300}, 'media "' + "x" * 76 + "... cannot be read: File name too long"),
+    ({**GOOD, "media": "loop.mp4"}, 'media "loop.mp4" cannot be read: '),
+    ({**GOOD, "media": "more"}, 'media "more" is not a file'),
+    ({**GOOD, "media": "empty.mp4"}, 'media "empty.mp4" is an empty file'),
+    ({**GOOD, "media": "/etc/passwd"}, 'media "/etc/passwd" lies outside '),
+    ({**GOOD, "media": "../secret.mp4"}, 'media "../secret.mp4" lies outside '),
+    ({**GOOD, "media": "link_out.mp4"}, 'media "link_out.mp4" lies outside '),
+    ({**GOOD, "audio": 1}, "audio must be true or false, got 1"),
+    ({"media": "clip.mp4"}, "no questions; give question and answer"),
+    ({"media": "clip.mp4", "questions": []}, "questions must be a list of at least one question"),
+    ({"media": "clip.mp4", "questions": {}}, "questions must be a list of at least one question"),
+    (
+        {"media": "clip.mp4", "questions": ["Who?"]},
+        'a question is an object with question and answer, got "Who?"',
+    ),
+    ({**question(), "answer": "x"}, "both questions and answer; put everything into questions"),
+    ({"media": "clip.mp4", "question": "Who?"}, "answer must be text that is not empty, got null"),
+    (question(question=" "), 'question must be text that is not empty, got " "'),
+    (question(answer=""), 'answer must be text that is not empty, got ""'),
+    (question(answer=3), "answer must be text that is not empty, got 3"),
+    (question(tme=3), 'unknown key "tme"; did you mean time?'),
+    (question(time=-0.5), "time must be seconds from the start, at least 0, or null; got -0.5"),
+    (question(time="3"), "time must be seconds from the start"),
+    (question(time=True), "time must be seconds from the start"),
+    (question(time=float("nan")), "time must be seconds from the start"),
+    (question(time=float("inf")), "time must be seconds from the start"),
+    (question(time=10**400), "time must be seconds from the start"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD)
+def test_a_bad_row_says_why_and_where(data, row, reason):
+    path = data(GOOD, row)
+    with pytest.raises(OmniMemError) as caught:
+        read_manifest(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:2: {reason}") and "\n" not in message
+    assert message.endswith("(data.on_bad_row=skip leaves bad rows out)")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_media_without_permission(data):
+    path = data(GOOD)
+    (path.parent / "clip.mp4").chmod(0)
+    with pytest.raises(OmniMemError, match="permission denied"):
+        read_manifest(path)
+
+
+def test_error_counts_the_others_and_skip_logs_them(data, caplog):
+    path = data(*[row for row, _ in BAD[:4]], GOOD)
+    with pytest.raises(OmniMemError, match=r"set\.jsonl:1: not valid JSON.*; 3 more bad rows"):
+        read_manifest(path)
+    with caplog.at_level(logging.WARNING, logger="omnimem.data"):
+        manifest = read_manifest(path, on_bad_row="skip")
+    assert [row.line for row in manifest.rows] == [5]
+    assert len(manifest.problems) == 4 and len(caplog.records) == 4
+    assert all(problem in caplog.text for problem in manifest.problems)
+
+
+def test_a_manifest_without_a_good_row_is_refused(data, tmp_path):
+    with pytest.raises(OmniMemError, match=r"has no row to train on; 1 bad, the first: .*:1: not valid JSON"):
+        read_manifest(data("{"), on_bad_row="skip")
+    with pytest.raises(OmniMemError, match="has no row to train on, the file is empty"):
+        read_manifest(data("", "  "))
+    with pytest.raises(OmniMemError, match=r"manifest .*none\.jsonl: No such file"):
+        read_manifest(tmp_path / "none.jsonl")
+    with pytest.raises(OmniMemError, match=r"manifest .*: Is a directory"):
+        read_manifest(tmp_path)
+
+
+def test_fingerprint_follows_content_and_not_place(data, tmp_path):
+    rows = [GOOD, {**GOOD, "media": "more/other.mp4"}]
+    path = data(*rows)
+    before = manifest_fingerprint(read_manifest(path).rows)
+    assert len(before) == 64 and before == manifest_fingerprint(read_manifest(data("", *rows)).rows)
+
+    (tmp_path / "data").rename(tmp_path / "moved")
+    moved = tmp_path / "moved"
+    assert before == manifest_fingerprint(read_manifest(moved / "set.jsonl").rows)
+
+    same = read_manifest(moved / "set.jsonl").rows
+    others = {before, manifest_fingerprint(reversed(same)), manifest_fingerprint(same[:1])}
+    (moved / "clip.mp4").write_bytes(b"longer bytes")
+    others.add(manifest_fingerprint(same))
+    assert len(others) == 4
+
+
+def test_quickstart_is_the_shipped_set():
+    assert QUICKSTART.parts[-3:] == ("tests", "media", "quickstart.jsonl")
+    if not QUICKSTART.exists():
+        pytest.skip("the shipped clips are not in this checkout")
+    assert read_manifest("quickstart").problems == []

@@ -1,0 +1,415 @@
+"""Recipes: the dataclasses below are the only source of defaults, YAML and `key=value` say what differs.
+
+    accelerate launch train.py recipe=quickstart train.max_steps=3 lora.targets=[q_proj,v_proj]
+
+OmegaConf checks keys and types; after `load_recipe` there are plain dataclasses only. Every mistake is one
+`OmniMemError` line that names the key and what it takes. Nothing here imports torch, so a typing mistake is
+answered at once and not after a model has loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from operator import attrgetter
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
+
+from omnimem.errors import OmniMemError
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+@dataclass
+class ModelConfig:
+    """Which model is fine-tuned."""
+
+    backbone: str = "qwen2_5_omni"
+    path: str = "tiny"  # hub id, directory, or `tiny`: the offline stand-in of the backbone
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16"
+    seed: int = 0  # weights of `tiny`
+
+
+@dataclass
+class DataConfig:
+    """What is read, and how it is cut into chunks."""
+
+    path: str = "quickstart"  # manifest, or `quickstart`: the clips shipped with the tests
+    root: str | None = None  # folder media paths are relative to; null: the manifest's folder
+    fps: float = 1.0
+    chunk_seconds: float = 10.0
+    short_side: int | None = 360  # pixels
+    audio: bool = True
+    max_seconds: float | None = None
+    max_pixels: int | None = None  # per frame, after the backbone's resize
+    time_scale: str | float = "auto"
+    on_bad_row: Literal["error", "skip"] = "error"
+    shuffle: bool = True
+
+
+@dataclass
+class MemoryConfig:
+    """How many positions a layer keeps."""
+
+    mean_budget: int = 8192  # visual and audio positions together, mean over layers
+    ratio: float = 5.0  # visual positions for each audio position
+    profile: str | None = None  # a BudgetProfile file; overrides the two above
+
+
+@dataclass
+class SelectionConfig:
+    """Which positions stay. A null field is what `variant` says (see `omnimem.selection`)."""
+
+    method: str = "omnimem"
+    variant: Literal["paper", "release"] = "paper"
+    lam: float | None = None
+    redundancy: Literal["hidden", "sketch", "value", "key"] | None = None
+    neighbours: Literal["sequence", "modality"] | None = None
+    accumulation: Literal["mean", "sum", "ema"] | None = None
+    ema_decay: float | None = None
+    mass: Literal["heads", "concat"] | None = None
+    factor: Literal["linear", "sqrt"] | None = None
+    sketch_dim: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class LoraConfig:
+    """Adapters."""
+
+    r: int = 128
+    alpha: int = 256
+    dropout: float = 0.05
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])
+
+
+@dataclass
+class TrainConfig:
+    """Optimisation, logging and checkpoints."""
+
+    max_steps: int | None = None  # null: as many as `epochs` needs
+    epochs: float = 1.0
+    batch_size: int = 1  # streams per device
+    accumulation: int = 1  # batches per optimiser step
+    lr: float = 2e-5
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    warmup_ratio: float = 0.03
+    min_lr_ratio: float = 0.0  # of lr, at the last step
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    log_every: int = 1  # steps
+    save_every: int = 100  # steps
+    keep_checkpoints: int = 2
+    threads: int | None = None  # torch CPU threads; null: torch decides
+
+
+@dataclass
+class FinishConfig:
+    """What is done after the last step."""
+
+    export: bool = False  # merge into <output_dir>/merged
+    question: str | None = None  # asked about `media` when training has finished
+    media: str | None = None
+
+
+@dataclass
+class Recipe:
+    """One training run, complete."""
+
+    recipe: str = ""  # the name or path it came from
+    output_dir: str = ""  # empty: runs/<recipe name>
+    resume: bool = True  # continue from the newest checkpoint in output_dir, if there is one
+    dry_run: bool = False  # print the token, memory and step plan; load no weights
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    finish: FinishConfig = field(default_factory=FinishConfig)
+
+
+def load_recipe(args: list[str]) -> Recipe:
+    """Read `recipe=NAME-or-path` and apply the other `key=value` arguments on top; the last of a key wins.
+
+    Values are read as YAML (`true`, `2e-5`, `[a, b]`, `null`), except for keys that hold text: those are
+    taken as typed, so that a question may hold a colon.
+
+    Raises
+    ------
+    OmniMemError
+        No recipe or an unknown one, an unknown key, a value of the wrong type or out of range, broken YAML.
+    """
+    pairs = [_split(arg) for arg in args]
+    names = [text for key, text in pairs if key == "recipe"]
+    if not names or not names[-1]:
+        raise OmniMemError(f"no recipe given; pass recipe=NAME, one of: {', '.join(list_recipes())}")
+    path = _find(names[-1])
+
+    config = OmegaConf.structured(Recipe(recipe=names[-1]))
+    for key, value in _read_yaml(path).items():
+        _assign(config, str(key), value, where=f"{path}: ")
+    for key, text in pairs:
+        if key != "recipe":
+            _assign(config, key, _parse(key, text))
+    try:
+        recipe = cast(Recipe, OmegaConf.to_object(config))
+    except MissingMandatoryValue as error:
+        raise OmniMemError(f"{error.full_key} has no value yet (???); pass {error.full_key}=...") from error
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise OmniMemError(f"{error.full_key}: {_first_line(error)}") from error
+
+    recipe.output_dir = recipe.output_dir or f"runs/{path.stem}"
+    validate(recipe)
+    return recipe
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes in the repository, sorted."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Return every field of `recipe` as YAML; `load_recipe(["recipe=<that file>"])` gives an equal Recipe.
+
+    The file carries the name it came from in `recipe`, and that name wins over the file's own.
+    """
+
+    def literal(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: literal(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [literal(entry) for entry in value]
+        if isinstance(value, str):  # a resolved value must not be resolved a second time
+            return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+        return value
+
+    return OmegaConf.to_yaml(OmegaConf.create(literal(asdict(recipe))))
+
+
+def validate(recipe: Recipe) -> None:
+    """Check what types cannot say: ranges and what belongs together.
+
+    Raises
+    ------
+    OmniMemError
+        The first key that is out of range, with its value and what it takes.
+    """
+    for key, hint in LEAVES.items():
+        value = attrgetter(key)(recipe)
+        for number in value if isinstance(value, list) else [value]:
+            _require(recipe, not isinstance(number, float) or math.isfinite(number), key, "finite")
+        _require(recipe, hint is not str or str(value).strip() != "", key, "something other than empty")
+
+    def check(key: str, holds: Callable[[float], bool], rule: str) -> None:
+        value = attrgetter(key)(recipe)
+        _require(recipe, value is None or holds(value), key, rule)
+
+    for least, keys in AT_LEAST.items():
+        for key in keys:
+            unit = " position" if key == "memory.mean_budget" else ""
+            check(key, lambda value, least=least: value >= least, f"at least {least}{unit}")
+    for key in ABOVE_ZERO:
+        check(key, lambda value: value > 0, "above 0")
+    for key in FRACTIONS:
+        check(key, lambda value: 0 <= value <= 1, "between 0 and 1")
+    check("lora.dropout", lambda value: 0 <= value < 1, "at least 0 and below 1")
+
+    targets = recipe.lora.targets
+    _require(recipe, bool(targets) and all(targets), "lora.targets", "a list of at least one module name")
+    betas = [0 <= beta < 1 for beta in recipe.train.betas]
+    _require(recipe, betas == [True, True], "train.betas", "two numbers, each at least 0 and below 1")
+    scale = recipe.data.time_scale
+    positive = scale > 0 if isinstance(scale, float) else scale == "auto"
+    _require(recipe, positive, "data.time_scale", "auto or a number above 0")
+
+    frames = recipe.data.fps * recipe.data.chunk_seconds
+    if round(frames) < 1 or not math.isclose(frames, round(frames), rel_tol=1e-9):
+        raise OmniMemError(
+            "data.chunk_seconds must hold a whole number of frames, got "
+            f"{recipe.data.chunk_seconds:g} s at data.fps {recipe.data.fps:g} = {frames:g} frames"
+        )
+    if (recipe.finish.question is None) != (recipe.finish.media is None):
+        raise OmniMemError("finish.question and finish.media belong together; set both, or neither")
+
+
+AT_LEAST: dict[int, tuple[str, ...]] = {
+    0: ("model.seed", "selection.lam", "selection.seed", "train.lr", "train.weight_decay", "train.seed"),
+    1: (
+        *("data.short_side", "data.max_pixels", "memory.mean_budget", "selection.sketch_dim"),
+        *("lora.r", "lora.alpha"),
+        *("train.max_steps", "train.batch_size", "train.accumulation", "train.log_every", "train.save_every"),
+        *("train.keep_checkpoints", "train.threads"),
+    ),
+}
+ABOVE_ZERO = (
+    *("data.fps", "data.chunk_seconds", "data.max_seconds", "memory.ratio"),
+    *("train.epochs", "train.max_grad_norm"),
+)
+FRACTIONS = ("selection.ema_decay", "train.warmup_ratio", "train.min_lr_ratio")
+
+
+def _require(recipe: Recipe, holds: bool, key: str, rule: str) -> None:
+    if not holds:
+        raise OmniMemError(f"{key} must be {rule}, got {_show(attrgetter(key)(recipe))}")
+
+
+def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the type of every field that holds a value."""
+    hints = get_type_hints(cls)
+    for entry in fields(cls):
+        hint = hints[entry.name]
+        if is_dataclass(hint):
+            yield from _leaves(cast(type, hint), f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, hint
+
+
+LEAVES: dict[str, Any] = dict(_leaves(Recipe))
+GROUPS = {key.split(".")[0] for key in LEAVES if "." in key}
+
+
+def _split(arg: str) -> tuple[str, str]:
+    key, equals, text = arg.partition("=")
+    if equals:
+        return key.strip(), text.strip()
+    hint = f"recipe={arg}" if arg in list_recipes() else "train.max_steps=100"
+    raise OmniMemError(f"argument {arg!r} is not of the form key=value, such as {hint}")
+
+
+def _find(name: str) -> Path:
+    """Return the file of a recipe name, or of a path (it ends in .yaml or .yml, or has a folder in it)."""
+    names = list_recipes()
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        if path.is_file():
+            return path
+        problem = f"recipe file {name} " + ("is not a file" if path.exists() else "does not exist")
+    elif name in names:
+        return RECIPES / f"{name}.yaml"
+    else:
+        problem = f"unknown recipe {name!r}"
+    near = difflib.get_close_matches(path.stem, names, n=1)
+    hint = f"did you mean recipe={near[0]}? " if near else ""
+    raise OmniMemError(f"{problem}; {hint}recipes: {', '.join(names)}, or a path to a YAML file")
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    try:
+        loaded = OmegaConf.load(path)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise OmniMemError(f"{path}{line}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise OmniMemError(f"{path}: not valid YAML: {_first_line(error)}") from error
+    except OSError as error:
+        # OmegaConf raises one of its own, without an errno, for a file that holds one plain value.
+        reason = error.strerror or "a recipe is a mapping of keys to values"
+        raise OmniMemError(f"{path}: {reason}") from error
+    if not isinstance(loaded, DictConfig):
+        raise OmniMemError(f"{path}: a recipe is a mapping of keys to values, this is a list")
+    return cast(dict[Any, Any], OmegaConf.to_container(loaded, resolve=False))
+
+
+def _parse(key: str, text: str) -> Any:
+    """Read the value of a command line argument."""
+    if text == "null" or not text:
+        return None
+    if _is_text(LEAVES.get(key)):
+        return text
+    try:
+        value = OmegaConf.from_dotlist([f"value={text}"])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        takes = _describe(LEAVES[key]) if key in LEAVES else "something else"
+        raise OmniMemError(f"{key} takes {takes}, cannot read {text!r}") from error
+    return cast(dict[str, Any], OmegaConf.to_container(value, resolve=False))["value"]
+
+
+def _assign(config: DictConfig, key: str, value: Any, where: str = "") -> None:
+    """Set one key, or every key of a group, in `config`."""
+    if key in GROUPS:
+        if not isinstance(value, dict):
+            raise OmniMemError(f"{where}{key} is a group of keys such as {_example(key)}, got {_show(value)}")
+        for name, entry in value.items():
+            _assign(config, f"{key}.{name}", entry, where)
+        return
+    if key not in LEAVES:
+        raise OmniMemError(f"{where}unknown key {key}{_suggest(key)}")
+    hint = LEAVES[key]
+    if isinstance(value, dict):
+        raise OmniMemError(f"{where}{key} takes {_describe(hint)}, got {_show(value)}")
+    if isinstance(value, int) and not isinstance(value, bool) and set(get_args(hint)) == {str, float}:
+        value = float(value)  # OmegaConf does not widen a number inside a union
+    try:
+        OmegaConf.update(config, key, value)
+    except ValidationError as error:
+        raise OmniMemError(f"{where}{key} takes {_describe(hint)}, got {_show(value)}") from error
+    except OmegaConfBaseException as error:
+        raise OmniMemError(f"{where}{key}: {_first_line(error)}") from error
+
+
+def _suggest(key: str) -> str:
+    """Return a hint at the key that was meant: nearest in its group, or of that name in another group."""
+    group, _, last = key.rpartition(".")
+    names: dict[str, list[str]] = {}
+    for known in LEAVES:
+        names.setdefault(known.rpartition(".")[2], []).append(known)
+    siblings = [known.rpartition(".")[2] for known in LEAVES if group and known.startswith(f"{group}.")]
+    if last in names:
+        near = names[last]
+    elif siblings:
+        near = [f"{group}.{name}" for name in difflib.get_close_matches(last, siblings, n=1)]
+    else:
+        near = difflib.get_close_matches(key, [*LEAVES, *GROUPS], n=1)
+        near = near or [names[name][0] for name in difflib.get_close_matches(last, names, n=1)]
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    if siblings:
+        return f"; {group} has {', '.join(siblings)}"
+    return f"; a recipe has {', '.join([name for name in names if name in LEAVES] + sorted(GROUPS))}"
+
+
+def _is_text(hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return True
+    members = set(get_args(hint)) - {type(None)}
+    return hint is str or (get_origin(hint) in (Union, UnionType) and all(map(_is_text, members)))
+
+
+def _describe(hint: Any) -> str:
+    """Name what a key of this type takes."""
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(get_args(hint))
+    if get_origin(hint) is list:
+        return {str: "a list of names such as [a,b]", float: "a list of numbers such as [0.9,0.99]"}[
+            get_args(hint)[0]
+        ]
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_describe(member) for member in get_args(hint))
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    return words[hint]
+
+
+def _example(group: str) -> str:
+    return next(key for key in LEAVES if key.startswith(group + "."))
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

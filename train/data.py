@@ -1,0 +1,132 @@
+"""Which streams a step trains on: manifest rows in a seeded order that a resumed run continues exactly.
+
+The order is a function of the seed and the step alone, so nothing about it needs saving: step s of a run is the same
+rows on the same ranks whether or not the run was interrupted before it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_prep.manifest import Manifest, Row, read_manifest
+from omnimem.backbones import Backbone
+from omnimem.errors import OmniMemError
+from omnimem.media import probe
+from train.config import DataConfig, TrainConfig
+
+log = logging.getLogger("omnimem.train")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A tokenised question: ids ``[Q]``, answer ids ``[A]``, second at which it is asked (None: the end)."""
+
+    question: Tensor
+    answer: Tensor
+    time: float | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row with its questions tokenised."""
+
+    row: Row
+    asked: tuple[Asked, ...]
+
+    @property
+    def targets(self) -> int:
+        """Answer tokens the loss is taken over."""
+        return sum(len(asked.answer) for asked in self.asked)
+
+
+def load_rows(config: DataConfig) -> Manifest:
+    """Read the manifest and open every clip once, so that an unusable one is found before training begins.
+
+    Raises
+    ------
+    OmniMemError
+        As `read_manifest`; a clip that cannot be opened under ``on_bad_row=error``; no usable row.
+    """
+    manifest = read_manifest(config.path, config.root, config.on_bad_row)
+    rows, problems = [], list(manifest.problems)
+    for row in manifest.rows:
+        try:
+            info = probe(row.media)
+            if not info.has_video and not (info.has_audio and row.audio and config.audio):
+                raise OmniMemError(f"{row.name}: neither picture nor (wanted) sound")
+            rows.append(row)
+        except OmniMemError as error:
+            if config.on_bad_row == "error":
+                raise OmniMemError(f"{config.path}:{row.line}: {error} (data.on_bad_row=skip leaves it out)") from error
+            problems.append(f"{config.path}:{row.line}: {error}")
+            log.warning("row skipped: %s", problems[-1])
+    if not rows:
+        raise OmniMemError(f"{config.path}: no usable row: {problems[0]}")
+    return Manifest(rows, problems)
+
+
+def tokenise(row: Row, backbone: Backbone) -> Sample:
+    """Question and answer ids of a row, earliest question first, those at the end last."""
+    questions = sorted(row.questions, key=lambda q: math.inf if q.time is None else q.time)
+    return Sample(
+        row,
+        tuple(
+            Asked(backbone.question_ids(q.question)[0], backbone.answer_ids(q.answer)[0], q.time) for q in questions
+        ),
+    )
+
+
+class Schedule:
+    """Maps optimiser steps to samples.
+
+    Parameters
+    ----------
+    samples : list of Sample
+        All usable rows.
+    train : TrainConfig
+        Batch size, accumulation, seed, and how long to train.
+    shuffle : bool
+        A new seeded permutation every epoch instead of the manifest's order.
+    processes : int
+        Ranks that share the batches of a step.
+    """
+
+    def __init__(self, samples: list[Sample], train: TrainConfig, shuffle: bool, processes: int) -> None:
+        self.samples = samples
+        self.batch, self.accumulation, self.processes = train.batch_size, train.accumulation, processes
+        self.seed, self.shuffle = train.seed, shuffle
+        self.samples_per_step = self.batch * self.accumulation * processes
+        steps = math.ceil(train.epochs * len(samples) / self.samples_per_step)
+        self.steps = max(1, steps) if train.max_steps is None else train.max_steps
+
+    def step(self, step: int, rank: int) -> list[list[Sample]]:
+        """Batches that `rank` runs in a step: `accumulation` lists of `batch_size` samples."""
+        first = step * self.samples_per_step + rank * self.batch * self.accumulation
+        chosen = [self._sample(first + i) for i in range(self.batch * self.accumulation)]
+        return [chosen[i : i + self.batch] for i in range(0, len(chosen), self.batch)]
+
+    def targets(self, step: int) -> int:
+        """Answer tokens of all ranks and batches of a step: what its loss is averaged over."""
+        first = step * self.samples_per_step
+        return sum(self._sample(first + i).targets for i in range(self.samples_per_step))
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data completed before a step."""
+        return step * self.samples_per_step / len(self.samples)
+
+    def _sample(self, number: int) -> Sample:
+        epoch, place = divmod(number, len(self.samples))
+        return self.samples[self._order(epoch)[place]]
+
+    def _order(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(len(self.samples)))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.samples), generator=generator).tolist()
+
+

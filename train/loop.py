@@ -1,0 +1,167 @@
+"""The training loop: set up, step, save. It reads from top to bottom.
+
+    accelerate launch train.py recipe=quickstart
+
+One optimiser step runs `accumulation` batches of streams. Each batch is one forward through `StreamObjective` (chunked,
+memory active, gradients through every retained state) and one backward.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import nn
+
+from omnimem.errors import OmniMemError
+from omnimem.files import atomic_write_json, atomic_write_text
+from train.checkpoint import checkpoints, load_checkpoint, save_adapter, save_checkpoint
+from train.config import Recipe, to_yaml
+from train.data import Schedule, load_rows, tokenise
+from train.environment import environment
+from train.finish import finish
+from train.metrics import Metrics, peak_gib
+from train.objective import StreamObjective
+from train.plan import print_plan
+from train.rundir import RECIPE_FILE, prepare_run_directory
+from train.setup import add_lora, build_base, load_base, profile_of, selection_of, settings_of
+
+log = logging.getLogger("omnimem.train")
+
+MAX_SKIPPED = 5
+"""Steps in a row with a loss or gradient that is not finite before the run gives up."""
+
+
+def run(recipe: Recipe) -> None:
+    """Train as a recipe says.
+
+    Raises
+    ------
+    OmniMemError
+        Anything in the recipe, the data or the output folder that has to be put right first.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    method = selection_of(recipe)
+    settings = settings_of(recipe)
+    manifest = load_rows(recipe.data)
+    if recipe.dry_run:
+        print_plan(recipe, manifest.rows, settings, method)
+        return
+
+    # ---- set up -----------------------------------------------------------------------------------------
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise OmniMemError("DeepSpeed is not supported yet; launch without it (DistributedDataParallel works)")
+    output_dir = Path(recipe.output_dir)
+    if accelerator.is_main_process:
+        prepare_run_directory(output_dir, recipe, manifest.rows)
+        build_base(recipe, output_dir)
+    accelerator.wait_for_everyone()
+
+    backbone = load_base(recipe, output_dir, accelerator.device)
+    profile = profile_of(recipe, backbone, method, settings)
+    peft_model = add_lora(recipe, backbone)
+    if accelerator.is_main_process:
+        atomic_write_text(output_dir / RECIPE_FILE, to_yaml(recipe))
+        atomic_write_json(output_dir / "environment.json", environment())
+    samples = [tokenise(row, backbone) for row in manifest.rows]
+    schedule = Schedule(samples, recipe.train, recipe.data.shuffle, accelerator.num_processes)
+    parameters = [p for p in peft_model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=recipe.train.lr,
+        betas=(recipe.train.betas[0], recipe.train.betas[1]),
+        weight_decay=recipe.train.weight_decay,
+    )
+    torch.manual_seed(recipe.train.seed + accelerator.process_index)
+    done = 0
+    saved = checkpoints(output_dir)
+    if saved:
+        done = load_checkpoint(saved[-1], accelerator, peft_model, optimizer)
+        log.info("resuming after step %d from %s", done, saved[-1])
+    # One DDP call a batch: the whole stream runs inside the objective's forward.
+    objective = accelerator.prepare(StreamObjective(backbone, peft_model, profile, method, settings))
+    metrics = Metrics(output_dir, done, schedule.steps, accelerator.is_main_process)
+
+    # ---- step -------------------------------------------------------------------------------------------
+    peft_model.train()
+    skipped = 0
+    for step in range(done, schedule.steps):
+        started = time.perf_counter()
+        learning_rate = rate_at(step, schedule.steps, recipe)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        totals = torch.zeros(2)
+        for number, batch in enumerate(schedule.step(step, accelerator.process_index)):
+            last = number == recipe.train.accumulation - 1
+            with nullcontext() if last else accelerator.no_sync(objective):
+                outcome = objective(batch)
+                # DDP averages over ranks; the mean wanted is over all answer tokens of the step.
+                loss = outcome["loss"] * (accelerator.num_processes / schedule.targets(step))
+                accelerator.backward(loss)
+            totals += torch.tensor([loss.item() / accelerator.num_processes, outcome["positions"]])
+        norm = nn.utils.clip_grad_norm_(parameters, recipe.train.max_grad_norm).item()
+        loss_value, positions = accelerator.reduce(totals.to(accelerator.device), "sum").tolist()
+        finite = math.isfinite(loss_value) and math.isfinite(norm)
+        if finite:
+            optimizer.step()
+        skipped = 0 if finite else skipped + 1
+        optimizer.zero_grad(set_to_none=True)
+        if not finite:
+            log.warning("step %d: loss %s, gradient norm %s: skipped", step + 1, loss_value, norm)
+        if skipped == MAX_SKIPPED:
+            raise RuntimeError(
+                f"{MAX_SKIPPED} steps in a row without a finite loss or gradient, the last over "
+                f"{[s.row.name for s in batch]}; lower train.lr, use model.dtype=float32 or look at these clips"
+            )
+        elapsed = time.perf_counter() - started
+        record = {
+            "step": step + 1,
+            "epoch": round(schedule.epoch(step + 1), 4),
+            "loss": loss_value if math.isfinite(loss_value) else None,
+            "lr": learning_rate,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "skipped": not finite,
+            "targets": schedule.targets(step),
+            "positions": int(positions),
+            "positions_per_second": positions / elapsed,
+            "seconds": elapsed,
+            "retained": outcome["retained"],
+            "memory_bytes": outcome["memory_bytes"],
+            "peak_gib": peak_gib(),
+        }
+        if (step + 1) % recipe.train.log_every == 0 or step + 1 == schedule.steps:
+            metrics.log(record)
+        metrics.progress(record)
+        # ---- save ---------------------------------------------------------------------------------------
+        if (step + 1) % recipe.train.save_every == 0 or step + 1 == schedule.steps:
+            save_checkpoint(
+                output_dir, step + 1, accelerator, peft_model, optimizer, profile, recipe.train.keep_checkpoints
+            )
+    metrics.close()
+    if accelerator.is_main_process:
+        save_adapter(output_dir, peft_model, profile)
+        log.info("adapter and budget profile saved in %s", output_dir)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        finish(recipe, output_dir)
+    accelerator.end_training()
+
+
+def rate_at(step: int, steps: int, recipe: Recipe) -> float:
+    """Learning rate of a step (0-based): linear warm-up, then cosine down to ``min_lr_ratio`` of the peak."""
+    train = recipe.train
+    warmup = math.ceil(train.warmup_ratio * steps)
+    if step < warmup:
+        return train.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return train.lr * (train.min_lr_ratio + (1 - train.min_lr_ratio) * cosine)

@@ -1,0 +1,106 @@
+"""What a run reports while it trains: JSON lines always, TensorBoard when installed, a progress bar on the main process."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from omnimem.files import atomic_write_text
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Log of a run on its main process; other ranks make one with `active=False`, which stays silent.
+
+    Parameters
+    ----------
+    output_dir : Path
+        Where ``metrics.jsonl`` and ``tensorboard/`` go.
+    done : int
+        Steps already taken: lines of later steps, left by a killed run, are dropped.
+    total : int
+        Steps of the whole run.
+    active : bool
+        Whether this process reports.
+    """
+
+    def __init__(self, output_dir: Path, done: int, total: int, active: bool) -> None:
+        self._file = self._board = None
+        self._bar = tqdm(total=total, initial=done, desc="train", unit="step", disable=not active)
+        if not active:
+            return
+        path = output_dir / METRICS_FILE
+        atomic_write_text(path, "".join(_lines_up_to(path, done)))
+        self._file = path.open("a", encoding="utf-8")
+        if find_spec("tensorboard"):
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=done + 1)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write one record; it must have ``step``."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            for name, value in _scalars(record):
+                self._board.add_scalar(name, value, record["step"])
+
+    def progress(self, record: dict[str, Any]) -> None:
+        """Advance the bar by a step."""
+        kept = record["retained"]
+        self._bar.set_postfix_str(
+            f"loss {record['loss']:.3f}, {record['positions_per_second']:.0f} positions/s, "
+            f"{record['peak_gib']:.2f} GiB, kept {kept['visual']:.0f} visual + {kept['audio']:.0f} audio",
+            refresh=False,
+        )
+        self._bar.update()
+
+    def close(self) -> None:
+        """Flush and close all outputs."""
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def peak_gib() -> float:
+    """Largest memory so far in GiB: of the accelerator if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    # Kilobytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    """Complete lines of steps up to `step`; a killed run may have left later ones and half a line."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    return kept
+
+
+def _scalars(record: dict[str, Any], prefix: str = "train/") -> list[tuple[str, float]]:
+    pairs = []
+    for name, value in record.items():
+        if isinstance(value, dict):
+            pairs += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and name != "step":
+            pairs.append((prefix + name, value))
+    return pairs

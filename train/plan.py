@@ -1,0 +1,2 @@
+"""stub"""
+def print_plan(*a): raise NotImplementedError

@@ -1,0 +1,61 @@
+"""A run's folder: made, recognised, and never mixed with the run of another recipe."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_prep.manifest import Row, manifest_fingerprint
+from omnimem.errors import OmniMemError
+from omnimem.files import atomic_write_json
+from train.config import Recipe, load_recipe
+
+RECIPE_FILE = "recipe.yaml"
+DATA_FILE = "data.json"
+
+MAY_CHANGE = (
+    "resume", "dry_run", "output_dir", "finish", "train.max_steps", "train.epochs", "train.log_every",
+    "train.save_every", "train.keep_checkpoints", "data.path", "data.root",
+)  # fmt: skip
+"""Keys that do not change what an earlier step did; the data itself is compared by its fingerprint."""
+
+
+def prepare_run_directory(output_dir: Path, recipe: Recipe, rows: list[Row]) -> None:
+    """Make the folder, or check that what is there is an earlier part of this very run.
+
+    Raises
+    ------
+    OmniMemError
+        The folder holds a run and `resume` is off, or the run of another recipe or other data.
+    """
+    saved_recipe = output_dir / RECIPE_FILE
+    fingerprint = {"fingerprint": manifest_fingerprint(rows), "rows": len(rows)}
+    if saved_recipe.is_file():
+        if not recipe.resume:
+            raise OmniMemError(f"{output_dir} already holds a run; give another output_dir, or resume=true to go on")
+        before = _flat(asdict(load_recipe([f"recipe={saved_recipe}"])))
+        for key, value in _flat(asdict(recipe)).items():
+            if not key.startswith(MAY_CHANGE) and before[key] != value:
+                raise OmniMemError(
+                    f"{output_dir} holds a run with {key}={before[key]!r}, not {value!r}; "
+                    "give another output_dir or the same value"
+                )
+        data = output_dir / DATA_FILE
+        if data.is_file() and fingerprint["fingerprint"] not in data.read_text(encoding="utf-8"):
+            raise OmniMemError(f"{output_dir} holds a run on other data; give another output_dir or the same data")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OmniMemError(f"output_dir {output_dir}: {error.strerror}") from error
+    atomic_write_json(output_dir / DATA_FILE, fingerprint)
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,116 @@
+"""From a recipe to the objects of a run: base model, adapter, budgets, selection."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+
+from omnimem.backbones import TINY, Backbone, backbone_class, load_backbone
+from omnimem.budget import BudgetProfile, ModelFingerprint
+from omnimem.errors import OmniMemError
+from omnimem.selection import SelectionMethod, build_selection, options_of
+from omnimem.stream import BASE_FOLDER, StreamSettings, settings_dict
+from train.config import Recipe
+
+
+def build_base(recipe: Recipe, output_dir: Path) -> None:
+    """Build the offline stand-in inside the run's folder when the recipe asks for ``tiny``."""
+    base = output_dir / BASE_FOLDER
+    if recipe.model.path == TINY and not base.is_dir():
+        backbone_class(recipe.model.backbone).build_tiny(base, seed=recipe.model.seed)
+
+
+def load_base(recipe: Recipe, output_dir: Path, device: torch.device) -> Backbone:
+    """Load the base model, frozen."""
+    tiny = recipe.model.path == TINY
+    path = (output_dir / BASE_FOLDER).resolve() if tiny else recipe.model.path
+    backbone = load_backbone(
+        path,
+        backbone=recipe.model.backbone,
+        dtype=recipe.model.dtype,
+        device=device,
+        max_pixels=recipe.data.max_pixels,
+    )
+    backbone.model.requires_grad_(False)
+    return backbone
+
+
+def add_lora(recipe: Recipe, backbone: Backbone) -> PeftModel:
+    """Put fresh adapters on the language model; the encoders are never touched.
+
+    Raises
+    ------
+    OmniMemError
+        A target names no projection of the language model.
+    """
+    modules = [name for name, _ in backbone.model.named_modules()]
+    for target in recipe.lora.targets:
+        pattern = re.compile(backbone.lora_targets([re.escape(target)]))
+        if not any(pattern.fullmatch(name) for name in modules):
+            raise OmniMemError(
+                f"lora.targets: {target!r} is no projection of {backbone.name}'s language model; use some of q_proj, "
+                "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+            )
+    torch.manual_seed(recipe.train.seed)
+    config = LoraConfig(
+        r=recipe.lora.r,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
+        target_modules=backbone.lora_targets(recipe.lora.targets),
+        task_type="CAUSAL_LM",
+    )
+    return PeftModel(backbone.model, config)
+
+
+def selection_of(recipe: Recipe) -> SelectionMethod:
+    """The selection method of a recipe; a switch that its method does not have must be left out.
+
+    Raises
+    ------
+    OmniMemError
+        Unknown method, or a switch given that the method does not have.
+    """
+    known = options_of(recipe.selection.method)
+    given = {}
+    for key, value in asdict(recipe.selection).items():
+        # `variant` and `seed` always have a value; they only go to the methods that know them.
+        if key == "method" or value is None or (key in ("variant", "seed") and key not in known):
+            continue
+        given[key] = value
+    return build_selection(recipe.selection.method, **given)
+
+
+def settings_of(recipe: Recipe) -> StreamSettings:
+    """How the recipe's media are read; a damaged clip ends the run or its stream, as ``on_bad_row`` says."""
+    names = {field.name for field in fields(StreamSettings)}
+    values = {key: value for key, value in asdict(recipe.data).items() if key in names}
+    return StreamSettings(**values, on_truncated="warn" if recipe.data.on_bad_row == "skip" else "error")
+
+
+def profile_of(
+    recipe: Recipe, backbone: Backbone, method: SelectionMethod, settings: StreamSettings
+) -> BudgetProfile:
+    """The budgets of a run, with all that is needed to use its adapter the way it was trained.
+
+    Raises
+    ------
+    OmniMemError
+        The given profile is not readable or belongs to another model.
+    """
+    memory = recipe.memory
+    if memory.profile is None:
+        profile = BudgetProfile.uniform(backbone.config, memory.mean_budget, memory.ratio)
+    else:
+        profile = BudgetProfile.load(memory.profile)
+        profile.check_model(backbone.config)
+    return replace(
+        profile,
+        model=ModelFingerprint.of(backbone.config),
+        model_id=recipe.model.path,
+        selection={"method": recipe.selection.method, **method.settings()},
+        stream=settings_dict(settings),
+    )

@@ -161,7 +161,7 @@ def _add_answer_arguments(answer: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--device", metavar="D", help="such as cuda, cuda:1, cpu (default: cuda if there is one)"
     )
-    machine.add_argument("--dtype", choices=DTYPES, help="default: as the checkpoint says")
+    machine.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on an accelerator, else float32")
 
 
 def _at_least(kind: type[int] | type[float], least: int) -> Callable[[str], float]:

@@ -21,14 +21,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from omnimem.backbones import Backbone, ChunkInputs, load_backbone
 from omnimem.backbones.base import StreamEncoder
+from omnimem.backbones.checkpoint import quiet_stock
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.media import MediaReader, open_media
-from omnimem.memory import CompressedCache
+from omnimem.memory import CompressedCache, Kept, MemoryState
 from omnimem.selection import build_selection
 
 PROFILE_FILE = "budget_profile.json"
@@ -117,18 +119,53 @@ class Stream:
         The model.
     cache : CompressedCache
         An empty memory.
+    recompute : bool
+        Under autograd keep only the memory at each chunk's boundary and compute the chunk again in the backward,
+        with the same gradients: activations of one chunk instead of all.
     """
 
-    def __init__(self, backbone: Backbone, cache: CompressedCache) -> None:
+    def __init__(self, backbone: Backbone, cache: CompressedCache, recompute: bool = False) -> None:
         self.backbone = backbone
         self.cache = cache
+        self.recompute = recompute
 
     def step(self, inputs: ChunkInputs) -> None:
         """Take a chunk in and bring every layer back to its budget."""
         if len(inputs) == 0:
             return
-        self.forward(inputs)
-        self.cache.compress()
+        if self.recompute and torch.is_grad_enabled():
+            self._step_recomputed(inputs)
+        else:
+            self.forward(inputs)
+            self.cache.compress()
+
+    def _step_recomputed(self, inputs: ChunkInputs) -> None:
+        """`step` under a non-reentrant checkpoint (the reentrant one loses gradients across chunks).
+
+        The recomputation replays the recorded decisions: in bf16 a tie could fall the other way the second time.
+        """
+        before = self.cache.state()
+        decided: list[Kept | None] | None = None
+
+        def chunk_step(*states: Tensor) -> tuple[Tensor, ...]:
+            nonlocal decided
+            replaying = decided is not None
+            present = self.cache.state()
+            pairs = zip(states[::2], states[1::2], before.layers, strict=True)
+            layers = [{**layer, "keys": keys, "values": values} for keys, values, layer in pairs]
+            self.cache.restore(MemoryState(layers, before.counters))
+            try:
+                # Nothing needs to be observed to repeat a decision.
+                self.forward(inputs, text=replaying)
+                decided = self.cache.compress(decided)
+                return tuple(t for layer in self.cache.layers for t in (layer.keys, layer.values))
+            finally:
+                # In the backward the stream has long moved on, and checkpoint stops us once it has what it needs.
+                if replaying:
+                    self.cache.restore(present)
+
+        boundary = [layer[name] for layer in before.layers for name in ("keys", "values")]
+        checkpoint(chunk_step, *boundary, use_reentrant=False)
 
     def forward(self, inputs: ChunkInputs, text: bool = False) -> Tensor:
         """Append positions to the memory without compressing it.
@@ -156,7 +193,9 @@ class Stream:
             next_position=inputs.next_position,
         ).last_hidden_state
 
-    def answer_logits(self, closing: ChunkInputs, question: list[Tensor], answer: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def answer_logits(
+        self, closing: ChunkInputs, question: list[Tensor], answer: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Teacher-forced logits of answers asked now; the memory is left as it was.
 
         Parameters
@@ -177,8 +216,7 @@ class Stream:
         with self.cache.scratch():
             self.forward(closing, text=True)
             text = [
-                ChunkInputs.text(self.backbone.embed(ids[None]), closing.next_position[i])
-                for i, ids in enumerate(rows)
+                ChunkInputs.text(self.backbone.embed(ids[None]), closing.next_position[i]) for i, ids in enumerate(rows)
             ]
             hidden = self.forward(ChunkInputs.batch(text), text=True)
         predicting = [
@@ -250,6 +288,7 @@ class StreamingSession:
         self.backbone = backbone
         self.profile = profile
         self.settings = settings or StreamSettings()
+        self.method = method
         self.memory = CompressedCache(profile, build_selection(method, **options))
         self._stream = Stream(backbone, self.memory)
         self._encoder: StreamEncoder | None = None
@@ -264,8 +303,8 @@ class StreamingSession:
         settings: dict[str, Any] | None = None,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "auto",
-        mean_budget: int = 8192,
-        ratio: float = 5.0,
+        mean_budget: int | None = None,
+        ratio: float | None = None,
         **options: Any,
     ) -> StreamingSession:
         """Load a checkpoint, a merged export or a training run.
@@ -277,15 +316,15 @@ class StreamingSession:
         adapter : str or Path, optional
             LoRA adapter to put on the model.
         profile : BudgetProfile or path, optional
-            Budgets; by default the profile saved beside the model or adapter, else a uniform one.
+            Budgets; by default the profile saved beside the model or adapter, else a uniform one of mean 8192.
         method : str, optional
             Selection method; by default the one the profile records, else ``omnimem``.
         settings : dict, optional
             Fields of `StreamSettings` that differ from what the profile records.
         dtype, device
             See `load_backbone`.
-        mean_budget, ratio
-            Of the uniform profile when there is no other.
+        mean_budget, ratio : int, float, optional
+            Use a uniform profile of this mean (8192) and visual to audio ratio (5) instead of the saved one.
         **options
             Hyper-parameters of the method that differ from what the profile records.
 
@@ -296,15 +335,16 @@ class StreamingSession:
         """
         base, adapter = resolve_checkpoint(path, adapter)
         saved = [Path(place) / PROFILE_FILE for place in (adapter, path) if place is not None]
-        if profile is None:
-            profile = next((BudgetProfile.load(file) for file in saved if file.is_file()), None)
-        elif not isinstance(profile, BudgetProfile):
-            profile = BudgetProfile.load(profile)
+        if not isinstance(profile, BudgetProfile):
+            file = profile or next((file for file in saved if file.is_file()), None)
+            profile = None if file is None else BudgetProfile.load(file)
         backbone = load_backbone(base, dtype=dtype, device=device)
         if adapter is not None:
             load_adapter(backbone, adapter)
-        if profile is None:
-            profile = BudgetProfile.uniform(backbone.config, mean_budget, ratio, backbone.model_id)
+        if profile is None or mean_budget is not None or ratio is not None:
+            recorded = {} if profile is None else {"selection": profile.selection, "stream": profile.stream}
+            uniform = BudgetProfile.uniform(backbone.config, mean_budget or 8192, ratio or 5.0, backbone.model_id)
+            profile = replace(uniform, **recorded)
         recorded = dict(profile.selection)
         recorded_method = recorded.pop("method", "omnimem")
         if method in (None, recorded_method):
@@ -493,7 +533,8 @@ def load_adapter(backbone: Backbone, adapter: str | Path, trainable: bool = Fals
     if not weights.is_file():
         raise OmniMemError(f"{adapter}: no adapter_model.safetensors; the adapter was not saved completely")
     try:
-        peft_model = PeftModel.from_pretrained(backbone.model, str(adapter), is_trainable=trainable)
+        with quiet_stock():
+            peft_model = PeftModel.from_pretrained(backbone.model, str(adapter), is_trainable=trainable)
         saved = set(load_file(weights))
     except (SafetensorError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

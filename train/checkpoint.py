@@ -77,9 +77,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted((output_dir / FOLDER).glob("step-*"))
 
 
-def load_checkpoint(
-    folder: Path, accelerator: Accelerator, model: PeftModel, optimizer: Optimizer
-) -> int:
+def load_checkpoint(folder: Path, accelerator: Accelerator, model: PeftModel, optimizer: Optimizer) -> int:
     """Bring adapter, optimiser and this rank's random state back; returns the number of steps done.
 
     Raises
@@ -103,7 +101,8 @@ def load_checkpoint(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise OmniMemError(
-            f"{folder}: checkpoint does not load ({type(error).__name__}: {reason}); delete it to resume from an older one"
+            f"{folder}: checkpoint does not load ({type(error).__name__}: {reason}); "
+            "delete it to resume from an older one"
         ) from error
     return state["step"]
 

@@ -105,6 +105,7 @@ class TrainConfig:
     warmup_ratio: float = 0.03
     min_lr_ratio: float = 0.0  # of lr, at the last step
     max_grad_norm: float = 1.0
+    recompute: bool = True  # compute each chunk again in the backward instead of keeping its activations
     seed: int = 0
     log_every: int = 1  # steps
     save_every: int = 100  # steps
@@ -390,9 +391,7 @@ def _describe(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(get_args(hint))
     if get_origin(hint) is list:
-        return {str: "a list of names such as [a,b]", float: "a list of numbers such as [0.9,0.99]"}[
-            get_args(hint)[0]
-        ]
+        return {str: "a list of names such as [a,b]", float: "a list of numbers such as [0.9,0.99]"}[get_args(hint)[0]]
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(_describe(member) for member in get_args(hint))
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}

@@ -75,9 +75,7 @@ def tokenise(row: Row, backbone: Backbone) -> Sample:
     questions = sorted(row.questions, key=lambda q: math.inf if q.time is None else q.time)
     return Sample(
         row,
-        tuple(
-            Asked(backbone.question_ids(q.question)[0], backbone.answer_ids(q.answer)[0], q.time) for q in questions
-        ),
+        tuple(Asked(backbone.question_ids(q.question)[0], backbone.answer_ids(q.answer)[0], q.time) for q in questions),
     )
 
 
@@ -128,5 +126,3 @@ class Schedule:
             return list(range(len(self.samples)))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(len(self.samples), generator=generator).tolist()
-
-

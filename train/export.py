@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from omnimem.backbones import Backbone, load_backbone, parse_dtype
+from omnimem.backbones.checkpoint import quiet_stock
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_directory
@@ -78,7 +79,8 @@ def export_run(run: str | Path, out: str | Path, overwrite: bool = False, dtype:
     if merged_keys != keys:
         raise OmniMemError(f"merging changed the keys of the checkpoint: {sorted(keys ^ merged_keys)[:3]}")
     with atomic_directory(out, overwrite=overwrite) as folder:
-        backbone.model.save_pretrained(folder)
+        with quiet_stock():
+            backbone.model.save_pretrained(folder)
         backbone.processor.save_pretrained(folder)
         profile.save(folder / PROFILE_FILE)
         written = load_backbone(folder, backbone=backbone.name, dtype=backbone.model.dtype, device=backbone.device)
@@ -110,12 +112,10 @@ def _verify(expected: Tensor, actual: Tensor, keys: int, dtype: torch.dtype) -> 
 
 
 def _trained_dtype(run: Path) -> torch.dtype | str:
-    """dtype of the run's recipe; the machine's default when there is no recipe."""
+    """Weights as the run's recipe has them; the machine's default when there is no recipe."""
     from train.config import load_recipe
     from train.rundir import RECIPE_FILE
 
     if not (run / RECIPE_FILE).is_file():
         return "auto"
     return parse_dtype(load_recipe([f"recipe={run / RECIPE_FILE}"]).model.dtype)
-
-

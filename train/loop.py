@@ -46,7 +46,7 @@ def run(recipe: Recipe) -> None:
         Anything in the recipe, the data or the output folder that has to be put right first.
     """
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("omnimem.media").addFilter(Once())
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     method = selection_of(recipe)
@@ -88,7 +88,9 @@ def run(recipe: Recipe) -> None:
         done = load_checkpoint(saved[-1], accelerator, peft_model, optimizer)
         log.info("resuming after step %d from %s", done, saved[-1])
     # One DDP call a batch: the whole stream runs inside the objective's forward.
-    objective = accelerator.prepare(StreamObjective(backbone, peft_model, profile, method, settings))
+    objective = accelerator.prepare(
+        StreamObjective(backbone, peft_model, profile, method, settings, recipe.train.recompute)
+    )
     metrics = Metrics(output_dir, done, schedule.steps, accelerator.is_main_process)
 
     # ---- step -------------------------------------------------------------------------------------------
@@ -154,6 +156,21 @@ def run(recipe: Recipe) -> None:
     if accelerator.is_main_process:
         finish(recipe, output_dir)
     accelerator.end_training()
+
+
+class Once(logging.Filter):
+    """Lets each message through once: a clip is opened every epoch, but which of its tracks is heard is said once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the message is new."""
+        message = record.getMessage()
+        new = message not in self._said
+        self._said.add(message)
+        return new
 
 
 def rate_at(step: int, steps: int, recipe: Recipe) -> float:

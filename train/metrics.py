@@ -1,4 +1,4 @@
-"""What a run reports while it trains: JSON lines always, TensorBoard when installed, a progress bar on the main process."""
+"""What a run reports while it trains: JSON lines always, TensorBoard when installed, a progress bar."""
 
 from __future__ import annotations
 

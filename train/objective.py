@@ -39,6 +39,8 @@ class StreamObjective(nn.Module):
         Which positions stay.
     settings : StreamSettings
         How media are read.
+    recompute : bool
+        Compute each chunk again in the backward instead of keeping its activations.
     """
 
     def __init__(
@@ -48,10 +50,12 @@ class StreamObjective(nn.Module):
         profile: BudgetProfile,
         method: SelectionMethod,
         settings: StreamSettings,
+        recompute: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
         self._backbone, self._profile, self._method, self._settings = backbone, profile, method, settings
+        self._recompute = recompute
 
     def forward(self, samples: list[Sample]) -> dict[str, Any]:
         """Run the streams of a batch side by side.
@@ -69,7 +73,7 @@ class StreamObjective(nn.Module):
             ``memory_bytes``: bytes of the memory at the end.
         """
         cache = CompressedCache(self._profile, self._method)
-        stream = Stream(self._backbone, cache)
+        stream = Stream(self._backbone, cache, self._recompute)
         opened = [
             replace(self._settings, audio=self._settings.audio and sample.row.audio).open(
                 sample.row.media, self._backbone

@@ -1,2 +1,136 @@
-"""stub"""
-def print_plan(*a): raise NotImplementedError
+"""``dry_run=true``: the token, memory and step plan of a run, computed without loading any weight.
+
+accelerate launch train.py recipe=quickstart dry_run=true
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.manifest import Row
+from omnimem.backbones import Backbone, load_backbone
+from omnimem.budget import BudgetProfile
+from omnimem.media import probe
+from omnimem.selection import SelectionMethod
+from omnimem.stream import StreamSettings
+from train.config import Recipe
+from train.data import Schedule, tokenise
+from train.setup import add_lora, profile_of
+
+ADAM_BYTES = 4 + 4 + 8
+"""Bytes a trained (float32) parameter takes: itself, its gradient, two moments."""
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """One row of the data: seconds, chunks, positions by modality, the largest chunk."""
+
+    name: str
+    seconds: float
+    chunks: int
+    visual: int
+    audio: int
+    largest_chunk: int
+    questions: int
+
+    @property
+    def positions(self) -> int:
+        """Visual and audio positions of the whole stream."""
+        return self.visual + self.audio
+
+
+def plan_stream(row: Row, backbone: Backbone, settings: StreamSettings) -> StreamPlan:
+    """Positions a row's media will become, from its header; a file that does not say how long it is counts as 0 s."""
+    info = probe(row.media)
+    seconds = min(info.duration or 0.0, settings.max_seconds or math.inf)
+    frame = None
+    if info.has_video:
+        scale = min(1.0, (settings.short_side or math.inf) / min(info.height, info.width))
+        frame = (round(info.height * scale), round(info.width * scale))
+    chunks = backbone.positions_per_chunk(
+        frame=frame,
+        sound=info.has_audio and row.audio and settings.audio,
+        fps=settings.fps,
+        seconds=seconds,
+        chunk_seconds=settings.chunk_seconds,
+    )
+    return StreamPlan(
+        name=row.name,
+        seconds=seconds,
+        chunks=len(chunks),
+        visual=sum(visual for visual, _ in chunks),
+        audio=sum(audio for _, audio in chunks),
+        largest_chunk=max((visual + audio for visual, audio in chunks), default=0),
+        questions=len(row.questions),
+    )
+
+
+def memory_plan(
+    recipe: Recipe, backbone: Backbone, profile: BudgetProfile, method: SelectionMethod, streams: list[StreamPlan]
+) -> dict[str, int]:
+    """Bytes of the parts of a training step for the longest stream, computed from shapes; call before LoRA is added."""
+    text = backbone.config.text_config
+    itemsize = backbone.model.dtype.itemsize
+    weights = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
+    peft_model = add_lora(recipe, backbone)
+    trained = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    head_dim = text.hidden_size // text.num_attention_heads
+    kv = 2 * text.num_key_value_heads * head_dim * itemsize
+    features = text.hidden_size * itemsize if method.stores_features else 0
+    retained = sum(layer.total for layer in profile.layers)
+    longest = max(streams, key=lambda stream: stream.positions)
+    layers, batch = text.num_hidden_layers, recipe.train.batch_size
+    # Kept for the backward of one position and layer: two normalised inputs, residuals, q, k, v, attention output,
+    # and the three wide tensors of the feed-forward block.
+    activation = (8 * text.hidden_size + 3 * text.intermediate_size) * itemsize + 2 * kv
+    return {
+        "weights": weights,
+        "adapter, gradients, optimiser": trained * ADAM_BYTES,
+        "memory (all layers at budget)": batch * retained * (kv + features),
+        "activations of the stream": batch * layers * longest.positions * activation,
+    }
+
+
+def print_plan(recipe: Recipe, rows: list[Row], settings: StreamSettings, method: SelectionMethod) -> None:
+    """Print streams, steps and memory."""
+    backbone = load_backbone(
+        recipe.model.path,
+        backbone=recipe.model.backbone,
+        dtype=recipe.model.dtype,
+        device="meta",
+        max_pixels=recipe.data.max_pixels,
+    )
+    profile = profile_of(recipe, backbone, method, settings)
+    streams = [plan_stream(row, backbone, settings) for row in rows]
+    schedule = Schedule([tokenise(row, backbone) for row in rows], recipe.train, recipe.data.shuffle, processes=1)
+    console = Console()
+
+    table = Table(title=f"{len(streams)} streams ({recipe.data.path})", title_justify="left")
+    for column in ("stream", "seconds", "chunks", "visual", "audio", "largest chunk", "questions"):
+        table.add_column(column, justify="left" if column == "stream" else "right")
+    shown = streams if len(streams) <= 20 else sorted(streams, key=lambda s: -s.positions)[:20]
+    for s in shown:
+        cells = (s.chunks, s.visual, s.audio, s.largest_chunk, s.questions)
+        table.add_row(s.name, f"{s.seconds:.1f}", *(str(cell) for cell in cells))
+    console.print(table)
+
+    per_epoch = sum(stream.positions for stream in streams)
+    console.print(
+        f"{schedule.steps} optimiser steps of {schedule.samples_per_step} stream(s) a process, "
+        f"{schedule.epoch(schedule.steps):.2f} epochs, about "
+        f"{schedule.epoch(schedule.steps) * per_epoch:,.0f} positions"
+    )
+    console.print(
+        f"memory of {profile.mean_budget:g} positions a layer ({profile.source}), selection {recipe.selection.method}"
+    )
+    parts = memory_plan(recipe, backbone, profile, method, streams)
+    table = Table(title="memory of a step, computed from shapes", title_justify="left")
+    table.add_column("part")
+    table.add_column("MiB", justify="right")
+    for name, size in {**parts, "sum": sum(parts.values())}.items():
+        table.add_row(name, f"{size / 2**20:,.1f}")
+    console.print(table)

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from omnimem.backbones import TINY, Backbone, backbone_class, load_backbone
+from omnimem.backbones.checkpoint import quiet_stock
 from omnimem.budget import BudgetProfile, ModelFingerprint
 from omnimem.errors import OmniMemError
 from omnimem.selection import SelectionMethod, build_selection, options_of
@@ -63,7 +64,8 @@ def add_lora(recipe: Recipe, backbone: Backbone) -> PeftModel:
         target_modules=backbone.lora_targets(recipe.lora.targets),
         task_type="CAUSAL_LM",
     )
-    return PeftModel(backbone.model, config)
+    with quiet_stock():
+        return PeftModel(backbone.model, config)
 
 
 def selection_of(recipe: Recipe) -> SelectionMethod:
@@ -91,9 +93,7 @@ def settings_of(recipe: Recipe) -> StreamSettings:
     return StreamSettings(**values, on_truncated="warn" if recipe.data.on_bad_row == "skip" else "error")
 
 
-def profile_of(
-    recipe: Recipe, backbone: Backbone, method: SelectionMethod, settings: StreamSettings
-) -> BudgetProfile:
+def profile_of(recipe: Recipe, backbone: Backbone, method: SelectionMethod, settings: StreamSettings) -> BudgetProfile:
     """The budgets of a run, with all that is needed to use its adapter the way it was trained.
 
     Raises

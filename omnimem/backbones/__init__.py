@@ -54,9 +54,7 @@ def load_backbone(
     OmniMemError
         Unknown backbone or dtype, or a checkpoint that does not load completely.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    device = parse_device(device)
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     if isinstance(dtype, str):
@@ -70,6 +68,25 @@ def load_backbone(
             return loaded
     cls = backbone_class(backbone or _detect(path))
     return cls.load(path, dtype, device, max_pixels)
+
+
+def parse_device(name: torch.device | str) -> torch.device:
+    """Device by name; ``auto`` is CUDA when there is one.
+
+    Raises
+    ------
+    OmniMemError
+        No such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise OmniMemError(f"device {str(name)!r} cannot be used here: {reason}") from error
+    return device
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -92,8 +109,8 @@ def _detect(path: str | Path) -> str:
             model_type = AutoConfig.from_pretrained(path).model_type
         except (OSError, ValueError) as error:
             raise OmniMemError(
-                f"cannot load {path}: no such folder, and not a hub id that can be reached; give a checkpoint folder, a "
-                f"run directory, a hub id or `{TINY}` ({type(error).__name__})"
+                f"cannot load {path}: no such folder, and not a hub id that can be reached; give a checkpoint "
+                f"folder, a run directory, a hub id or `{TINY}` ({type(error).__name__})"
             ) from error
     for name in BACKBONES:
         if model_type in backbone_class(name).model_types:

@@ -164,6 +164,12 @@ class Backbone(ABC):
         """Seconds that every chunk length must be a multiple of, so that encoders stay exact at its edges."""
 
     @abstractmethod
+    def positions_per_chunk(
+        self, *, frame: tuple[int, int] | None, sound: bool, fps: float, seconds: float, chunk_seconds: float
+    ) -> list[tuple[int, int]]:
+        """Visual and audio positions of each chunk of a file with frames of `frame` (height, width)."""
+
+    @abstractmethod
     def question_ids(self, question: str) -> Tensor:
         """int64 ``[1, Q]``: the question and the start of the assistant's turn."""
 

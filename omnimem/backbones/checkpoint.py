@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,30 @@ SHOW_PROGRESS_ABOVE = 2**30
 """Bytes of weights from which transformers' own progress bar is worth its line."""
 
 
+@contextmanager
+def quiet_stock(progress: bool = False) -> Iterator[None]:
+    """Silence what stock libraries say of themselves: default ids of unused parts, their own deprecations.
+
+    What matters about a checkpoint (missing, unused, mismatched weights) is checked by us, not read from a log.
+
+    Parameters
+    ----------
+    progress : bool
+        Leave transformers' progress bars on, for checkpoints large enough to wait for.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    if not progress:
+        transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
 def load_stock(
     model_class: Any, processor_class: Any, path: str | Path, dtype: torch.dtype, device: torch.device | str
 ) -> tuple[Any, Any]:
@@ -23,7 +49,8 @@ def load_stock(
     Returns
     -------
     tuple
-        The model in evaluation mode on `device`, and its processor.
+        The model in evaluation mode on `device`, and its processor. On the ``meta`` device no weight is read:
+        the model has shapes only, for plans.
 
     Raises
     ------
@@ -35,13 +62,16 @@ def load_stock(
     if local and not (folder / "config.json").is_file():
         raise OmniMemError(f"{path}: no config.json; give a checkpoint folder, a run directory or a hub id")
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if local else SHOW_PROGRESS_ABOVE
-    if size < SHOW_PROGRESS_ABOVE:
-        transformers_logging.disable_progress_bar()
     try:
-        model, info = model_class.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True, device_map=_device_map(device)
-        )
-        processor = processor_class.from_pretrained(path)
+        if torch.device(device).type == "meta":
+            with quiet_stock(), torch.device("meta"):
+                skeleton = model_class(model_class.config_class.from_pretrained(path))
+            return skeleton.to(dtype).eval(), processor_class.from_pretrained(path)
+        with quiet_stock(progress=size >= SHOW_PROGRESS_ABOVE):
+            model, info = model_class.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, output_loading_info=True, device_map=_device_map(device)
+            )
+            processor = processor_class.from_pretrained(path)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         hint = (
@@ -51,8 +81,6 @@ def load_stock(
             "processor's and tokenizer's files and give that folder (model.path)"
         )
         raise OmniMemError(f"cannot load {path}: {hint} ({type(error).__name__}: {reason})") from error
-    finally:
-        transformers_logging.enable_progress_bar()
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise OmniMemError(f"cannot load {path}: {_named(problem, info[problem])}")

@@ -2,7 +2,16 @@
 
 from omnimem.memory.attach import attach
 from omnimem.memory.attention import attention_mass, lower_right_attention
-from omnimem.memory.cache import CompressedCache
+from omnimem.memory.cache import CompressedCache, MemoryState
+from omnimem.memory.layer import Kept
 from omnimem.memory.table import PositionTable
 
-__all__ = ["CompressedCache", "PositionTable", "attach", "attention_mass", "lower_right_attention"]
+__all__ = [
+    "CompressedCache",
+    "Kept",
+    "MemoryState",
+    "PositionTable",
+    "attach",
+    "attention_mass",
+    "lower_right_attention",
+]

@@ -40,7 +40,7 @@ def attach(language_model: PreTrainedModel) -> None:
     OmniMemError
         The decoder has sliding-window layers, which hold no position for good.
     """
-    if ATTENTION_NAME == language_model.config._attn_implementation:
+    if language_model.config._attn_implementation == ATTENTION_NAME:
         return
     if "sliding_attention" in (getattr(language_model.config, "layer_types", None) or ()):
         raise OmniMemError(

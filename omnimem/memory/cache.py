@@ -13,16 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from omnimem.budget import BudgetProfile
-from omnimem.memory.layer import CompressedLayer
+from omnimem.memory.layer import CompressedLayer, Kept
 from omnimem.memory.table import PositionTable
 from omnimem.modality import TEXT
 from omnimem.selection.base import SelectionMethod
+
+
+class MemoryState(NamedTuple):
+    """The state of a memory at one moment: each layer's tensors, and the cache's own counters."""
+
+    layers: list[dict[str, Any]]
+    counters: tuple
 
 
 class CompressedCache(Cache):
@@ -115,30 +123,45 @@ class CompressedCache(Cache):
         self.next_position = next_position.to(device)
         self._next_index = self._next_index + real.sum(1)
 
-    def compress(self) -> list[Tensor | None]:
+    def compress(self, replay: list[Kept | None] | None = None) -> list[Kept | None]:
         """Bring every layer back to its budget.
+
+        Parameters
+        ----------
+        replay : list, optional
+            What an earlier call on the same state returned: repeat those decisions.
 
         Returns
         -------
-        list of (Tensor or None)
-            Per layer the columns that stayed, int64 ``[B, M]``, None where nothing was evicted.
+        list of (Kept or None)
+            Per layer what stayed, None where nothing was evicted.
         """
         if self._in_scratch:
             raise RuntimeError("a question must not change the memory: compress() inside scratch()")
-        return [layer.compress() for layer in self.layers]
+        if replay is None:
+            return [layer.compress() for layer in self.layers]
+        return [layer.replay(kept) for layer, kept in zip(self.layers, replay, strict=True)]
+
+    def state(self) -> MemoryState:
+        """Snapshot for `restore`; under in-place compaction valid until the next one."""
+        counters = (self.next_position, self._next_index, self._ragged, self._in_scratch)
+        return MemoryState([layer.state() for layer in self.layers], counters)
+
+    def restore(self, state: MemoryState) -> None:
+        """Return to a snapshot."""
+        for layer, layer_state in zip(self.layers, state.layers, strict=True):
+            layer.restore(layer_state)
+        self.next_position, self._next_index, self._ragged, self._in_scratch = state.counters
 
     @contextmanager
     def scratch(self) -> Iterator[CompressedCache]:
         """Whatever is appended inside (a question and its answer) is forgotten at the end."""
-        states = [layer.state() for layer in self.layers]
-        counters = (self.next_position, self._next_index, self._ragged, self._in_scratch)
+        before = self.state()
         self._in_scratch = True
         try:
             yield self
         finally:
-            for layer, state in zip(self.layers, states, strict=True):
-                layer.restore(state)
-            self.next_position, self._next_index, self._ragged, self._in_scratch = counters
+            self.restore(before)
 
     # ---- reading ----------------------------------------------------------------------------------------
 

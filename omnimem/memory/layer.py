@@ -7,7 +7,7 @@ Under autograd the same calls concatenate and gather, so gradients flow through 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,31 @@ STATE = (
     "_key_buffer", "_value_buffer", "_in_place",
 )  # fmt: skip
 """Attributes that make up the state of a layer between two steps."""
+
+
+class Kept(NamedTuple):
+    """What a compression kept.
+
+    Attributes
+    ----------
+    columns : Tensor
+        int64 ``[B, M]``: columns that stayed, in stream order; 0 where a shorter sample is padded.
+    valid : Tensor
+        bool ``[B, M]``: which of them are real.
+    """
+
+    columns: Tensor
+    valid: Tensor
+
+    @classmethod
+    def of(cls, keep: Tensor) -> Kept:
+        """From a bool mask ``[B, N]``."""
+        lengths = keep.sum(1)
+        width = int(lengths.max())
+        # A stable sort of "dropped" puts the kept columns first and leaves them in stream order.
+        columns = torch.sort((~keep).to(torch.int8), dim=1, stable=True).indices[:, :width]
+        valid = torch.arange(width, device=keep.device)[None] < lengths[:, None]
+        return cls(columns.masked_fill(~valid, 0), valid)
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -161,8 +186,21 @@ class CompressedLayer(CacheLayerMixin):
 
     # ---- compaction -------------------------------------------------------------------------------------
 
+    def compress(self) -> Kept | None:
+        """Keep the budget's worth of visual and audio positions and all text; None where everything stayed."""
+        self._accumulate()
+        kept = self._decide()
+        self._take(kept)
+        return kept
+
+    def replay(self, kept: Kept | None) -> Kept | None:
+        """Keep what an earlier `compress` of the same state kept, without deciding again."""
+        self._accumulate()
+        self._take(kept)
+        return kept
+
     @torch.no_grad()
-    def accumulate(self) -> None:
+    def _accumulate(self) -> None:
         """Fold the mass observed in this step into the mass of every position."""
         if self._new_mass is not None:
             self.mass = self.method.accumulate(self.mass, self._new_mass)
@@ -170,24 +208,15 @@ class CompressedLayer(CacheLayerMixin):
             self.mass = torch.nn.functional.pad(self.mass, (0, len(self.table) - self.mass.shape[1]))
         self._new_mass = None
 
-    def compress(self) -> Tensor | None:
-        """Keep the budget's worth of visual and audio positions and all text.
-
-        Returns
-        -------
-        Tensor or None
-            int64 ``[B, M]``: the columns that stayed, in stream order (shorter samples padded with 0), or None
-            when everything did.
-        """
-        self.accumulate()
+    @torch.no_grad()
+    def _decide(self) -> Kept | None:
         counts = self.counts()
         if self.method.keeps_everything or all(
             int(counts[name].max()) <= getattr(self.budget, name) for name in EVICTABLE
         ):
             # Nothing to evict; only the padding between a shorter sample and the step is squeezed out.
-            return None if self.valid is None else self.compact(self.table.valid)
-        with torch.no_grad():
-            return self.compact(keep_mask(self.method.score(self.candidates()), self.table, self.budget))
+            return None if self.valid is None else Kept.of(self.table.valid)
+        return Kept.of(keep_mask(self.method.score(self.candidates()), self.table, self.budget))
 
     def candidates(self) -> Candidates:
         """Everything a selection method may look at, detached from autograd."""
@@ -201,24 +230,19 @@ class CompressedLayer(CacheLayerMixin):
             features=self.features,
         )
 
-    def compact(self, keep: Tensor) -> Tensor:
-        """Drop the columns where the bool mask `keep` ``[B, N]`` is False; see `compress` for the result."""
-        lengths = keep.sum(1)
-        width = int(lengths.max())
-        # A stable sort of "dropped" puts the kept columns first and leaves them in stream order.
-        columns = torch.sort((~keep).to(torch.int8), dim=1, stable=True).indices[:, :width]
-        valid = torch.arange(width, device=keep.device)[None] < lengths[:, None]
-        columns = columns.masked_fill(~valid, 0)
+    def _take(self, kept: Kept | None) -> None:
+        """Reduce every stored tensor to the kept columns."""
+        if kept is None:
+            return
         if self._in_place:
-            self.keys = _compact_in_place(self._key_buffer, columns)
-            self.values = _compact_in_place(self._value_buffer, columns)
+            self.keys = _compact_in_place(self._key_buffer, kept.columns)
+            self.values = _compact_in_place(self._value_buffer, kept.columns)
         else:
-            self.keys, self.values = _gather(self.keys, columns), _gather(self.values, columns)
-        rows = torch.arange(keep.shape[0], device=keep.device)[:, None]
-        self.table = self.table.gather(columns, valid)
-        self.mass = None if self.mass is None else self.mass[rows, columns]
-        self.features = None if self.features is None else self.features[rows, columns]
-        return columns
+            self.keys, self.values = _gather(self.keys, kept.columns), _gather(self.values, kept.columns)
+        rows = torch.arange(len(kept.columns), device=kept.columns.device)[:, None]
+        self.table = self.table.gather(kept.columns, kept.valid)
+        self.mass = None if self.mass is None else self.mass[rows, kept.columns]
+        self.features = None if self.features is None else self.features[rows, kept.columns]
 
     # ---- reading ----------------------------------------------------------------------------------------
 
@@ -227,9 +251,7 @@ class CompressedLayer(CacheLayerMixin):
         kinds = {"text": TEXT, **EVICTABLE}
         if self.table is None:
             return {name: torch.zeros(1, dtype=torch.int64) for name in kinds}
-        return {
-            name: ((self.table.modality == kind) & self.table.valid).sum(1).cpu() for name, kind in kinds.items()
-        }
+        return {name: ((self.table.modality == kind) & self.table.valid).sum(1).cpu() for name, kind in kinds.items()}
 
     @property
     def nbytes(self) -> int:

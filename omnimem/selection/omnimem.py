@@ -100,10 +100,7 @@ class OmniMem(SelectionMethod):
 
     def _similarity_input(self, candidates: Candidates) -> Tensor:
         source = {"value": candidates.values, "key": candidates.keys}.get(self.options.redundancy)
-        if source is not None:
-            features = source.transpose(1, 2).flatten(2)
-        else:
-            features = candidates.features
+        features = candidates.features if source is None else source.transpose(1, 2).flatten(2)
         return features.to(compute_dtype(features) if features.is_floating_point() else torch.float32)
 
     def features(self, hidden: Tensor, layer: int) -> Tensor:

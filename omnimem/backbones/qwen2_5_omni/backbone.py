@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 
 from omnimem.backbones.base import Backbone
 from omnimem.backbones.checkpoint import load_stock
 from omnimem.backbones.qwen2_5_omni.prompt import ANSWER_END, question_turn
-from omnimem.backbones.qwen2_5_omni.stream_encoder import Qwen2_5OmniStreamEncoder, chunk_alignment
+from omnimem.backbones.qwen2_5_omni.stream_encoder import (
+    AUDIO_TOKENS_PER_SECOND,
+    Qwen2_5OmniStreamEncoder,
+    chunk_alignment,
+)
 from omnimem.backbones.qwen2_5_omni.tiny import build_tiny
 from omnimem.memory import attach
 
@@ -109,6 +115,24 @@ class Qwen2_5Omni(Backbone):
         """Two seconds at whole frame rates."""
         patch = self.config.vision_config.temporal_patch_size
         return chunk_alignment(fps, float(self.config.seconds_per_chunk), patch)
+
+    def positions_per_chunk(
+        self, *, frame: tuple[int, int] | None, sound: bool, fps: float, seconds: float, chunk_seconds: float
+    ) -> list[tuple[int, int]]:
+        """Temporal patches times merged patches of a resized frame, and 25 a second of sound."""
+        vision = self.config.vision_config
+        per_patch = 0
+        if frame is not None:
+            factor = vision.patch_size * vision.spatial_merge_size
+            limits = self.video_options["size"]
+            height, width = smart_resize(*frame, factor, limits["shortest_edge"], limits["longest_edge"])
+            per_patch = (height // factor) * (width // factor)
+        chunks = []
+        for number in range(math.ceil(seconds / chunk_seconds)):
+            length = min(chunk_seconds, seconds - number * chunk_seconds)
+            patches = math.ceil(math.ceil(length * fps) / vision.temporal_patch_size)
+            chunks.append((patches * per_patch, round(length * AUDIO_TOKENS_PER_SECOND) if sound else 0))
+        return chunks
 
     def question_ids(self, question: str) -> Tensor:
         """ChatML: the question, end of the user's turn, start of the assistant's."""

@@ -32,9 +32,7 @@ class MelStream:
         Reference of the floor: loudest log10 power so far, or this number.
     """
 
-    def __init__(
-        self, extractor: WhisperFeatureExtractor, block_frames: int, floor: float | str = "running"
-    ) -> None:
+    def __init__(self, extractor: WhisperFeatureExtractor, block_frames: int, floor: float | str = "running") -> None:
         self.filters = torch.from_numpy(np.asarray(extractor.mel_filters)).float().T
         self.window = torch.hann_window(extractor.n_fft)
         self.n_fft, self.hop = extractor.n_fft, extractor.hop_length
@@ -82,9 +80,7 @@ class MelStream:
     def _block(self, signal: Tensor, start: int, stop: int) -> Tensor:
         """Frames `start` to `stop`; always the same shapes for whole blocks, so results do not depend on chunking."""
         piece = signal[start * self.hop : (stop - 1) * self.hop + self.n_fft]
-        spectrum = torch.stft(
-            piece, self.n_fft, self.hop, window=self.window, center=False, return_complex=True
-        )
+        spectrum = torch.stft(piece, self.n_fft, self.hop, window=self.window, center=False, return_complex=True)
         log_mel = (self.filters @ spectrum.abs().square()).clamp_min(1e-10).log10()
         if self.running:
             self.loudest = max(self.loudest, log_mel.max().item())

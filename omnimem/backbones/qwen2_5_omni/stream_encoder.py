@@ -1,9 +1,10 @@
 """Picture and sound of a stream as Qwen2.5-Omni positions, chunk by chunk.
 
-The layout is the processor's, ``<|vision_bos|><|audio_bos|>[2 s video][2 s sound]…<|audio_eos|><|vision_eos|>``, and the
-rotary ids are TMRoPE's, equal to the model's own `get_rope_index` on the whole clip: video (start + ⌊t·25⌋, start + h,
-start + w), sound start + i on all three rows, each opening and closing pair on one position. Encoders run on the chunk
-alone and are exact there: the vision tower never looks beyond a temporal patch, the audio tower never beyond 2 s.
+The layout is the processor's, ``<|vision_bos|><|audio_bos|>[2 s video][2 s sound]…<|audio_eos|><|vision_eos|>``,
+and the rotary ids are TMRoPE's, equal to the model's own `get_rope_index` on the whole clip: video
+(start + ⌊t·25⌋, start + h, start + w), sound start + i on all three rows, each opening and closing pair on one
+position. Encoders run on the chunk alone and are exact there: the vision tower never looks beyond a temporal patch,
+the audio tower never beyond 2 s.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from omnimem.backbones.qwen2_5_omni.backbone import Qwen2_5Omni
 
 logger = logging.getLogger("omnimem.backbones")
+
+AUDIO_TOKENS_PER_SECOND = 25
+"""Positions a second of sound becomes: 100 mel frames, halved twice by the audio tower."""
 
 TEXT_RESERVE = 1024
 """Rotary ids kept free behind the media for question and answer when a time scale is chosen."""
@@ -88,7 +92,6 @@ class Qwen2_5OmniStreamEncoder(StreamEncoder):
                 )  # fmt: skip
         self.time_scale = float(time_scale)
         self.ids_per_second = config.position_id_per_seconds * self.time_scale
-        self.audio_tokens_per_second = 25
         self.patches_seen = 0
         self.audio_seen = 0
         self.next_position = 0
@@ -222,12 +225,10 @@ class Qwen2_5OmniStreamEncoder(StreamEncoder):
         numbers = torch.arange(self.audio_seen, self.audio_seen + tokens)
         self.audio_seen += tokens
         ids = (self.start + (numbers * self.time_scale).long()).expand(3, -1)
-        seconds = numbers / self.audio_tokens_per_second
-        size = round(self.group_seconds * self.audio_tokens_per_second)
+        seconds = numbers / AUDIO_TOKENS_PER_SECOND
+        size = round(self.group_seconds * AUDIO_TOKENS_PER_SECOND)
         return [
-            _Piece(
-                int(numbers[i]) // size, AUDIO, features[i : i + size], ids[:, i : i + size], seconds[i : i + size]
-            )
+            _Piece(int(numbers[i]) // size, AUDIO, features[i : i + size], ids[:, i : i + size], seconds[i : i + size])
             for i in range(0, tokens, size)
         ]
 

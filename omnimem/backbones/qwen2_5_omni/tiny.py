@@ -23,8 +23,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
     WhisperFeatureExtractor,
 )
-from transformers.utils import logging as transformers_logging
 
+from omnimem.backbones.checkpoint import quiet_stock
 from omnimem.backbones.qwen2_5_omni.prompt import SYSTEM_PROMPT
 from omnimem.files import atomic_directory
 
@@ -170,12 +170,8 @@ def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 6
         The folder.
     """
     # The stock default of the talker (not saved here) names ids outside its own vocabulary and warns of it.
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
+    with quiet_stock():
         return _build(Path(path), seed, layers, hidden)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
 
 def _build(path: Path, seed: int, layers: int, hidden: int) -> Path:

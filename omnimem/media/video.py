@@ -1,0 +1,199 @@
+"""Pictures of a video stream at a fixed rate, one at a time, never more than one held.
+
+Why: a model looks at 1 or 2 frames a second; the frame of instant ``i / fps`` is the one a player shows then.
+Where the timestamps allow, only what is needed is decoded (``gop.py``); else every picture is, with the same
+result.
+
+    python tests/benchmarks/decode.py
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Generator, Iterator
+from fractions import Fraction
+
+import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from .container import is_cut_short, open_container, read_only, reason
+from .gop import RESTARTABLE, DecodeStats, GopDecoder, is_shown
+from .picture import PictureLayout
+from .plan import FramePlan, PlanImpossible
+from .probe import Source
+
+log = logging.getLogger("omnimem.media")
+
+TOLERANCE = Fraction(1, 1000)  # seconds; containers round times to milliseconds
+
+
+class VideoSampler:
+    """The frames shown at ``i / fps`` seconds after time zero, for as long as the picture lasts.
+
+    Parameters
+    ----------
+    source : Source
+        With a video stream.
+    fps : Fraction
+        Instants per second.
+    count : int or None
+        Stop after so many instants.
+    on_fault : callable
+        ``on_fault(seconds_reached, cause)`` is called when decoding fails; if it returns, the stream ends
+        there.
+
+    Attributes
+    ----------
+    end : Fraction or None
+        Seconds after time zero at which the picture ends; ``None`` until the stream was read to its end.
+    cut_short : bool
+        The file ends before the data its index names.
+    """
+
+    def __init__(
+        self, source: Source, fps: Fraction, count: int | None, on_fault: Callable[[Fraction, str], None]
+    ) -> None:
+        assert source.info.video_index is not None and source.layout is not None
+        self.source = source
+        self.fps = fps
+        self.count = count
+        self.on_fault = on_fault
+        self.end: Fraction | None = None
+        self.cut_short = False
+        self.stats = DecodeStats()
+        self._layout: PictureLayout = source.layout
+        self._end_ticks = 0
+        self._tick = Fraction(1)
+        self._period = 0  # ticks a picture lasts when the file does not say
+        self._by_count = False  # pictures follow each other at the average rate, whatever their timestamps
+        self._read_error: FFmpegError | None = None
+
+    def frames(self) -> Generator[np.ndarray, None, None]:
+        """Yield uint8 ``[H, W, 3]`` for instants 0, 1, 2, …; the same array may come several times."""
+        given = 0
+        try:
+            for picture in self._needed_only():
+                yield picture
+                given += 1
+        except PlanImpossible as why:
+            log.info("%s: decoding every picture (%s)", self.source.path.name, why)
+            yield from self._every(given)
+
+    def instants_before(self, end: Fraction) -> int:
+        """Number of instants before ``end`` (seconds after time zero); at least one."""
+        return max(1, math.ceil((end - TOLERANCE) * self.fps))
+
+    def _limit(self, instant: int) -> int:
+        return math.floor((self.source.zero + instant / self.fps + TOLERANCE) / self._tick)
+
+    def _needed_only(self) -> Iterator[np.ndarray]:
+        with open_container(self.source.path) as container:
+            stream = self._start(container)
+            if self.source.info.video_codec not in RESTARTABLE:
+                raise PlanImpossible(f"{self.source.info.video_codec} video")
+            if self.source.first_pts is None or self._by_count:
+                raise PlanImpossible("no presentation times")
+            plan = FramePlan(self._limit, self.source.first_pts, self.count)
+            decoder = GopDecoder(stream, plan, self._layout, self.stats)
+            yield from decoder.pictures(self._packets(container, stream))
+            if decoder.broken is None and plan.done:
+                yield from decoder.finish(plan.settled)
+            elif decoder.broken is None:
+                self._finish(container, stream)
+                yield from decoder.finish(self.instants_before(self.end or Fraction(0)))
+            if decoder.broken is not None:
+                ticks, error = decoder.broken
+                self._fail(ticks, error)
+            elif self._read_error is not None:
+                self._fail(self._end_ticks, self._read_error)
+
+    def _every(self, instant: int) -> Iterator[np.ndarray]:
+        """Decode all, convert what instants from ``instant`` on show."""
+        with open_container(self.source.path) as container:
+            stream = self._start(container)
+            held: VideoFrame | None = None
+            for frame, pts in self._decode(container, stream):
+                if held is not None and self._limit(instant) < pts:
+                    picture = self._convert(held)
+                    while self._limit(instant) < pts and instant != self.count:
+                        yield picture
+                        instant += 1
+                if instant == self.count:
+                    return
+                held = frame
+            if self.end is None:
+                self._finish(container, stream)
+            if held is None:
+                return
+            picture = self._convert(held)
+            while instant < self.instants_before(self.end or Fraction(0)) and instant != self.count:
+                yield picture
+                instant += 1
+
+    def _decode(self, container: InputContainer, stream: VideoStream) -> Iterator[tuple[VideoFrame, int]]:
+        """Every frame with its presentation time; where the file has none, at its average rate."""
+        clock = self._end_ticks
+        failure: FFmpegError | None = None
+        packets = self._packets(container, stream, measure=False)
+        while True:
+            packet = next(packets, None) if failure is None else None
+            try:
+                self.stats.sent += packet is not None
+                frames = stream.codec_context.decode(packet)
+            except FFmpegError as error:
+                failure, packet, frames = error, Packet(0), []
+            for frame in frames:
+                self.stats.decoded += 1
+                pts = clock if frame.pts is None or self._by_count else frame.pts
+                clock = pts + self._period
+                self._end_ticks = max(self._end_ticks, pts + (frame.duration or self._period))
+                yield frame, pts
+            if packet is None:
+                break
+        failure = failure or self._read_error
+        if failure is not None:
+            self._fail(self._end_ticks, failure)
+
+    def _start(self, container: InputContainer) -> VideoStream:
+        stream = container.streams[self.source.info.video_index or 0]
+        assert isinstance(stream, VideoStream) and stream.time_base is not None
+        read_only(container, stream)
+        self._tick = stream.time_base
+        self._period = round(1 / (stream.guessed_rate or stream.average_rate or 25) / stream.time_base)
+        self._end_ticks = self.source.first_pts or 0
+        self._read_error = None
+        # AVI stores no presentation times, and FFmpeg does not find those of reordered pictures.
+        self._by_count = container.format.name == "avi" and stream.codec_context.has_b_frames
+        return stream
+
+    def _packets(self, container: InputContainer, stream: VideoStream, measure: bool = True) -> Iterator[Packet]:
+        """The stream's packets from its first key frame on; a reading error ends them and is kept."""
+        started = False
+        try:
+            for packet in container.demux(stream):
+                started = started or packet.is_keyframe
+                if packet.size == 0 or not started:
+                    continue
+                self.stats.packets += 1
+                if measure and packet.pts is not None and is_shown(packet, stream.codec_context.name):
+                    self._end_ticks = max(self._end_ticks, packet.pts + (packet.duration or self._period))
+                yield packet
+        except FFmpegError as error:
+            self._read_error = error
+
+    def _finish(self, container: InputContainer, stream: VideoStream) -> None:
+        self.end = self._end_ticks * self._tick - self.source.zero
+        self.cut_short = is_cut_short(container, stream)
+
+    def _fail(self, ticks: int, error: FFmpegError) -> None:
+        self.end = ticks * self._tick - self.source.zero
+        self.on_fault(self.end, reason(error))
+
+    def _convert(self, frame: VideoFrame) -> np.ndarray:
+        self.stats.converted += 1
+        return self._layout.rgb(frame)

@@ -193,9 +193,7 @@ def _find_media(media: Any, root: Path) -> Path:
         raise _BadRow(f"media must be a path, got {_short(media)}")
     path = Path(os.path.realpath(root / media))
     if not path.is_relative_to(root):
-        raise _BadRow(
-            f"media {_short(media)} lies outside {root}; set data.root to a folder that holds all media"
-        )
+        raise _BadRow(f"media {_short(media)} lies outside {root}; set data.root to a folder that holds all media")
     try:
         size = path.stat().st_size
     except OSError as error:

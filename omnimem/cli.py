@@ -95,9 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     export = commands.add_parser("export", parents=[everywhere], help="merge a run into one checkpoint")
-    export.description = (
-        "Merge the adapters of a training run into a checkpoint, with its profile and model card."
-    )
+    export.description = "Merge the adapters of a training run into a checkpoint, with its profile and model card."
     export.add_argument("run", type=Path, metavar="RUN", help="folder of the run (its output_dir)")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     export.add_argument("--overwrite", action="store_true", help="replace DIR if it is not empty")
@@ -116,9 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("file", type=Path, metavar="FILE", help="profile, or published list of [audio, visual]")
     show.set_defaults(command=_profile_show)
     convert = actions.add_parser("convert", parents=[everywhere], help="change the file format")
-    convert.add_argument(
-        "source", type=Path, metavar="IN", help="profile, or published list of [audio, visual]"
-    )
+    convert.add_argument("source", type=Path, metavar="IN", help="profile, or published list of [audio, visual]")
     convert.add_argument("target", type=Path, metavar="OUT", help="file to write")
     convert.add_argument("--to", choices=("profile", "list"), default="profile", help="default: %(default)s")
     convert.set_defaults(command=_profile_convert)
@@ -129,9 +125,7 @@ def _add_answer_arguments(answer: argparse.ArgumentParser) -> None:
     answer.add_argument("model", metavar="MODEL", help="exported checkpoint, hub id, or `tiny`")
     answer.add_argument("media", type=Path, metavar="MEDIA", help="video or audio file")
     answer.add_argument("question", metavar="QUESTION")
-    answer.add_argument(
-        "--at", type=_at_least(float, 0), metavar="T", help="ask after T seconds, not at the end"
-    )
+    answer.add_argument("--at", type=_at_least(float, 0), metavar="T", help="ask after T seconds, not at the end")
     answer.add_argument("--json", action="store_true", help="print one JSON object: answer, memory, times")
     answer.add_argument(
         "--max-new-tokens", type=_at_least(int, 1), default=256, metavar="N", help="default: %(default)s"
@@ -142,9 +136,7 @@ def _add_answer_arguments(answer: argparse.ArgumentParser) -> None:
     memory.add_argument(
         "--mean-budget", type=_at_least(int, 1), metavar="N", help="positions a layer keeps, on average"
     )
-    memory.add_argument(
-        "--ratio", type=_above_zero, metavar="R", help="visual positions for each audio position"
-    )
+    memory.add_argument("--ratio", type=_above_zero, metavar="R", help="visual positions for each audio position")
     memory.add_argument("--method", metavar="M", help="selection method")
     memory.add_argument("--variant", choices=("paper", "release"), help="of the method omnimem")
 
@@ -153,14 +145,10 @@ def _add_answer_arguments(answer: argparse.ArgumentParser) -> None:
     reading.add_argument("--chunk-seconds", type=_above_zero, metavar="S", help="seconds read at a time")
     reading.add_argument("--max-seconds", type=_above_zero, metavar="S", help="stop reading here")
     reading.add_argument("--no-audio", dest="audio", action="store_false", help="read the picture only")
-    reading.add_argument(
-        "--allow-truncated", action="store_true", help="answer from what a broken file still holds"
-    )
+    reading.add_argument("--allow-truncated", action="store_true", help="answer from what a broken file still holds")
 
     machine = answer.add_argument_group("machine")
-    machine.add_argument(
-        "--device", metavar="D", help="such as cuda, cuda:1, cpu (default: cuda if there is one)"
-    )
+    machine.add_argument("--device", metavar="D", help="such as cuda, cuda:1, cpu (default: cuda if there is one)")
     machine.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on an accelerator, else float32")
 
 

@@ -347,14 +347,13 @@ class StreamingSession:
             profile = replace(uniform, **recorded)
         recorded = dict(profile.selection)
         recorded_method = recorded.pop("method", "omnimem")
-        if method in (None, recorded_method):
-            # Another variant is a whole other setting, so the recorded switches do not carry over to it.
-            if "variant" not in options or options["variant"] == recorded.get("variant"):
-                options = {**recorded, **options}
-            method = recorded_method
+        chosen: str = method or recorded_method
+        # Another method or variant is a whole other setting, so the recorded switches do not carry over to it.
+        if chosen == recorded_method and options.get("variant") in (None, recorded.get("variant")):
+            options = {**recorded, **options}
         known = {field.name for field in fields(StreamSettings)}
         given = {**{k: v for k, v in profile.stream.items() if k in known}, **(settings or {})}
-        return cls(backbone, profile, method, StreamSettings(**given), **options)
+        return cls(backbone, profile, chosen, StreamSettings(**given), **options)
 
     @torch.no_grad()
     def watch(self, media: str | Path, **settings: Any) -> Iterator[StreamEvent]:

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import RABBIT, WEBB
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from conftest import RABBIT, WEBB
-from omnimem.backbones import Backbone, ChunkInputs, load_backbone
+from omnimem.backbones import Backbone, ChunkInputs
 from omnimem.backbones.qwen2_5_omni.mel import MelStream
 from omnimem.backbones.qwen2_5_omni.prompt import opening, question_turn
 from omnimem.budget import BudgetProfile

@@ -13,6 +13,7 @@ import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -111,7 +112,8 @@ def run(recipe: Recipe) -> None:
                 accelerator.backward(loss)
             totals += torch.tensor([loss.item() / accelerator.num_processes, outcome["positions"]])
         norm = nn.utils.clip_grad_norm_(parameters, recipe.train.max_grad_norm).item()
-        loss_value, positions = accelerator.reduce(totals.to(accelerator.device), "sum").tolist()
+        summed: Any = accelerator.reduce(totals.to(accelerator.device), "sum")
+        loss_value, positions = summed.tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm)
         if finite:
             optimizer.step()

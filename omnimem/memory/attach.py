@@ -53,7 +53,7 @@ def attach(language_model: PreTrainedModel) -> None:
         layer.self_attn.register_forward_pre_hook(_hand_memory(index), with_kwargs=True)
 
 
-def _announce_step(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def _announce_step(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, CompressedCache):
         return None

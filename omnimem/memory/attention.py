@@ -11,12 +11,14 @@ Two pure functions on post-RoPE states, used by every backbone through `compress
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from omnimem.selection.base import MassKind
 
 if TYPE_CHECKING:
     from omnimem.memory.layer import CompressedLayer
@@ -29,8 +31,6 @@ QUERY_TILE = 256
 
 MASS_TILE = 128
 """Queries whose weights exist at once while the mass is summed; two cores are fastest at 128."""
-
-MassKind = Literal["heads", "concat"]
 
 
 def lower_right_attention(
@@ -108,10 +108,10 @@ def attention_mass(
     """
     batch, heads, queries, dim = query.shape
     groups, keys = key.shape[1], key.shape[2]
-    scaling = dim**-0.5 if scaling is None else scaling
+    scale = dim**-0.5 if scaling is None else scaling
     dtype = torch.promote_types(query.dtype, torch.float32)
     mass = torch.zeros(batch, keys, dtype=dtype, device=query.device)
-    query = (query.to(dtype) * scaling).view(batch, groups, heads // groups, queries, dim)
+    query = (query.to(dtype) * scale).view(batch, groups, heads // groups, queries, dim)
     if kind == "concat":
         # Σ_h q_h·k_g(h) = Σ_g (Σ_{h in g} q_h)·k_g: one head as wide as all key heads together.
         query = (query.sum(2) / heads).transpose(1, 2).reshape(batch, 1, 1, queries, groups * dim)

@@ -16,7 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 from omnimem.budget import LayerBudget
 from omnimem.memory.table import PositionTable
 from omnimem.modality import EVICTABLE, TEXT
-from omnimem.selection.base import Candidates, SelectionMethod
+from omnimem.selection.base import Candidates, MassKind, SelectionMethod
 from omnimem.selection.topk import keep_mask
 
 COMPACTION_TILE = 1024
@@ -80,9 +80,10 @@ class CompressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, buffers included."""
+        # None until the first step; typed as what they are from then on.
         self.keys: Any = None
         self.values: Any = None
-        self.table: PositionTable | None = None
+        self.table: Any = None
         self.mass: Tensor | None = None
         self.features: Tensor | None = None
         self.columns_seen = 0
@@ -115,8 +116,8 @@ class CompressedLayer(CacheLayerMixin):
         """
         self._forget_step()
         self._observing = observe
-        self._next_table = new if self.table is None else self.table.append(new)
-        self.valid = self._next_table.valid if ragged else None
+        self._next_table = joined = new if self.table is None else self.table.append(new)
+        self.valid = joined.valid if ragged else None
 
     def observe_hidden(self, hidden: Tensor) -> None:
         """Take the layer's input hidden states ``[B, T, C]`` of the new positions."""
@@ -124,7 +125,7 @@ class CompressedLayer(CacheLayerMixin):
             self._new_features = self.method.features(hidden.detach(), self.index)
 
     @property
-    def wants_mass(self) -> str | None:
+    def wants_mass(self) -> MassKind | None:
         """Kind of attention mass this step should report, None for none."""
         return self.method.mass_kind if self._observing else None
 
@@ -163,8 +164,7 @@ class CompressedLayer(CacheLayerMixin):
         """Copy new states behind the retained ones inside the buffer, growing it when they do not fit."""
         retained, new = self.keys.shape[2], key_states.shape[2]
         stop = retained + new
-        fits = self._key_buffer is not None and self._key_buffer.shape[2] >= stop
-        if not (self._in_place and fits):
+        if not self._in_place or self._key_buffer.shape[2] < stop:
             self._allocate(stop, new)
         self._key_buffer[:, :, retained:stop] = key_states
         self._value_buffer[:, :, retained:stop] = value_states

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from omnimem.memory.table import PositionTable
 
 
+MassKind = Literal["heads", "concat"]
+"""Kinds of attention mass, see `omnimem.memory.attention.attention_mass`."""
+
+
 @dataclass(frozen=True)
 class Candidates:
     """What a method may look at: the retained and new positions of one layer, in stream order.
@@ -54,15 +58,15 @@ class SelectionMethod(ABC):
 
     Attributes
     ----------
-    mass_kind : {"heads", "concat"} or None
-        Attention mass the method wants (see `omnimem.memory.attention.attention_mass`).
+    mass_kind : MassKind or None
+        Attention mass the method wants.
     stores_features : bool
         Whether `features` of every position are kept in the memory.
     keeps_everything : bool
         Whether budgets are ignored.
     """
 
-    mass_kind: Literal["heads", "concat"] | None = None
+    mass_kind: MassKind | None = None
     stores_features: bool = False
     keeps_everything: ClassVar[bool] = False
 

@@ -92,6 +92,7 @@ class OmniMem(SelectionMethod):
     def score(self, candidates: Candidates) -> Tensor:
         """Log ψ = λ·log a + log(1 − s), half of the second term under ``sqrt``."""
         options, table = self.options, candidates.table
+        assert candidates.mass is not None
         s = redundancy(self._similarity_input(candidates), table.modality, table.valid, options.neighbours)
         novelty = torch.log((1 - s).clamp_min(0) + EPSILON)
         if options.factor == "sqrt":
@@ -101,6 +102,7 @@ class OmniMem(SelectionMethod):
     def _similarity_input(self, candidates: Candidates) -> Tensor:
         source = {"value": candidates.values, "key": candidates.keys}.get(self.options.redundancy)
         features = candidates.features if source is None else source.transpose(1, 2).flatten(2)
+        assert features is not None
         return features.to(compute_dtype(features) if features.is_floating_point() else torch.float32)
 
     def features(self, hidden: Tensor, layer: int) -> Tensor:

@@ -122,7 +122,7 @@ def run(recipe: Recipe) -> None:
         if not finite:
             log.warning("step %d: loss %s, gradient norm %s: skipped", step + 1, loss_value, norm)
         if skipped == MAX_SKIPPED:
-            raise RuntimeError(
+            raise OmniMemError(
                 f"{MAX_SKIPPED} steps in a row without a finite loss or gradient, the last over "
                 f"{[s.row.name for s in batch]}; lower train.lr, use model.dtype=float32 or look at these clips"
             )

@@ -48,7 +48,8 @@ def attach(language_model: PreTrainedModel) -> None:
         )
     language_model.set_attn_implementation(ATTENTION_NAME)
     language_model.register_forward_pre_hook(_announce_step, with_kwargs=True)
-    for index, layer in enumerate(language_model.layers):
+    layers: Any = language_model.layers
+    for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(_show_hidden(index), with_kwargs=True)
         layer.self_attn.register_forward_pre_hook(_hand_memory(index), with_kwargs=True)
 

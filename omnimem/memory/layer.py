@@ -22,7 +22,6 @@ from omnimem.selection.topk import keep_mask
 COMPACTION_TILE = 1024
 """Positions moved at once by the in-place compaction; bounds its scratch memory."""
 
-
 STATE = (
     "keys", "values", "table", "mass", "features", "columns_seen", "is_initialized",
     "_key_buffer", "_value_buffer", "_in_place",
@@ -284,6 +283,16 @@ class CompressedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """No limit on what may be seen."""
         return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search would need one memory a beam.
+
+        Raises
+        ------
+        NotImplementedError
+            Always.
+        """
+        raise NotImplementedError("a CompressedCache holds one memory a stream: generate with num_beams=1")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset for transformers' mask builder; the attention function does not use that mask."""

@@ -117,10 +117,7 @@ class Qwen2_5OmniStreamEncoder(StreamEncoder):
 
     def idle(self) -> ChunkInputs:
         """No positions."""
-        inputs = self._text(torch.zeros(1, 0, dtype=torch.int64), [])
-        return ChunkInputs(
-            inputs.embeds, inputs.positions, inputs.modality, inputs.time, torch.tensor([self.next_position])
-        )
+        return self._text(torch.zeros(1, 0, dtype=torch.int64), [])
 
     def _text(self, ids: Tensor, positions: Sequence[int]) -> ChunkInputs:
         embeds = self.backbone.embed(ids)

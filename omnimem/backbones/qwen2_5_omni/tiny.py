@@ -9,6 +9,7 @@ the real checkpoint, so everything that works on it works on Qwen2.5-Omni-7B::
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -101,7 +102,7 @@ def tiny_processor(tokenizer: PreTrainedTokenizerFast | None = None) -> Qwen2_5O
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast, layers: int = 3, hidden: int = 64) -> Qwen2_5OmniThinkerConfig:
     """Configuration of the tiny thinker: 3 layers of width 64, 4 heads, 2 key-value heads, two small encoders."""
-    token = {name: tokenizer.convert_tokens_to_ids(text) for name, text in SPECIAL_TOKENS.items()}
+    token: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(text) for name, text in SPECIAL_TOKENS.items()}
     head_dim = hidden // 4
     # As in the published model: a quarter of the frequencies for time, the rest for height and width.
     time = head_dim // 8
@@ -147,11 +148,11 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, layers: int = 3, hidden: int
         video_token_index=token["video_token"],
         audio_start_token_id=token["audio_bos_token"],
         audio_end_token_id=token["audio_eos_token"],
-        pad_token_id=token["pad_token"],
         tie_word_embeddings=False,
         initializer_range=hidden**-0.5,
     )
-    # Not declared by the configuration class, but get_rope_index reads them and the hub's files have them.
+    # Not declared by the configuration class, but get_rope_index reads the second, and the hub's files have all three.
+    config.pad_token_id = token["pad_token"]
     config.vision_start_token_id = token["vision_bos_token"]
     config.vision_end_token_id = token["vision_eos_token"]
     return config

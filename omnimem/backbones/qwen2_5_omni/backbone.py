@@ -24,6 +24,10 @@ from omnimem.backbones.qwen2_5_omni.tiny import build_tiny
 from omnimem.memory import attach
 
 
+MIN_PIXELS, MAX_PIXELS = 128 * 28 * 28, 768 * 28 * 28
+"""Pixels of a resized frame by default: what the stock processor passes to its video processor (128 to 768 tokens)."""
+
+
 class Qwen2_5Omni(Backbone):
     """The thinker: sees and hears a stream, answers in text.
 
@@ -52,9 +56,8 @@ class Qwen2_5Omni(Backbone):
             for name in ("vision_bos", "vision_eos", "audio_bos", "audio_eos")
         }
         # The stock processor's limits, never above what the checkpoint's video processor or the caller allows.
-        limits = [type(processor).videos_kwargs["size"]["longest_edge"], processor.video_processor.size["longest_edge"]]
-        longest = min(*limits, max_pixels or limits[0])
-        shortest = min(type(processor).videos_kwargs["size"]["shortest_edge"], longest)
+        longest = min(MAX_PIXELS, processor.video_processor.size["longest_edge"], max_pixels or MAX_PIXELS)
+        shortest = min(MIN_PIXELS, longest)
         self.video_options = {"size": {"shortest_edge": shortest, "longest_edge": longest}}
         attach(self.language_model)
 

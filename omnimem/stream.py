@@ -457,8 +457,9 @@ class StreamingSession:
     def _question_inputs(self, question: str) -> Iterator[dict[str, Any]]:
         """Arguments of `generate` for a question on the present memory, valid inside the context."""
         assert self._encoder is not None
-        with self.memory.scratch(), torch.no_grad():
-            self._stream.forward(self._encoder.closing(), text=True)
+        with self.memory.scratch():
+            with torch.no_grad():
+                self._stream.forward(self._encoder.closing(), text=True)
             self.backbone.set_rope_deltas(self.memory.rope_deltas)
             ids = self.backbone.question_ids(question).to(self.backbone.device)
             seen = self.memory.get_seq_length()

@@ -8,7 +8,8 @@ It loads without the model and without torch, so that a profile can be inspected
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,8 @@ class BudgetProfile:
         """
         if mean < 2:
             raise OmniMemError(f"mean budget must be at least 2 positions (one a modality), got {mean}")
-        if ratio <= 0:
-            raise OmniMemError(f"visual to audio ratio must be above 0, got {ratio}")
+        if not 0 < ratio < math.inf:
+            raise OmniMemError(f"visual to audio ratio must be above 0 and finite, got {ratio}")
         visual = min(max(round(mean * ratio / (1 + ratio)), 1), mean - 1)
         fingerprint = ModelFingerprint.of(model_config)
         budget = LayerBudget(visual, mean - visual)
@@ -175,6 +176,10 @@ class BudgetProfile:
             raise OmniMemError(
                 f"budget profile version {content.get('version')!r}; this release reads version {SCHEMA_VERSION}"
             )
+        # What `to_dict` adds for the reader of the file and `__init__` derives.
+        known = {field.name for field in fields(cls)} | {"schema", "version", "omnimem_version", "mean_budget"}
+        if unknown := sorted(content.keys() - known):
+            raise OmniMemError(f"budget profile has an unknown field {unknown[0]!r}")
         try:
             model = content["model"]
             return cls(

@@ -40,13 +40,14 @@ def attach(language_model: PreTrainedModel) -> None:
     OmniMemError
         The decoder has sliding-window layers, which hold no position for good.
     """
-    if language_model.config._attn_implementation == ATTENTION_NAME:
-        return
     if "sliding_attention" in (getattr(language_model.config, "layer_types", None) or ()):
         raise OmniMemError(
             f"{type(language_model).__name__} has sliding-window layers; a compressed cache needs full attention"
         )
-    language_model.set_attn_implementation(ATTENTION_NAME)
+    if language_model.config._attn_implementation != ATTENTION_NAME:
+        language_model.set_attn_implementation(ATTENTION_NAME)
+    if _announce_step in language_model._forward_pre_hooks.values():
+        return
     language_model.register_forward_pre_hook(_announce_step, with_kwargs=True)
     layers: Any = language_model.layers
     for index, layer in enumerate(layers):

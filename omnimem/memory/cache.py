@@ -113,8 +113,8 @@ class CompressedCache(Cache):
             modality=modality.to(torch.int8),
             valid=real,
         )
-        if valid is not None and not self._ragged:
-            self._ragged = not bool(real.all())
+        # Samples keep different numbers of each modality even when their chunks are equally long.
+        self._ragged = self._ragged or batch > 1 or not bool(real.all())
         for layer in self.layers:
             layer.begin(table, self._ragged, observe)
         if next_position is None:

@@ -23,8 +23,8 @@ COMPACTION_TILE = 1024
 """Positions moved at once by the in-place compaction; bounds its scratch memory."""
 
 STATE = (
-    "keys", "values", "table", "mass", "features", "columns_seen", "is_initialized",
-    "_key_buffer", "_value_buffer", "_in_place",
+    "keys", "values", "table", "valid", "mass", "features", "columns_seen", "is_initialized",
+    "_key_buffer", "_value_buffer", "_in_place", "_new_mass", "_active",
 )  # fmt: skip
 """Attributes that make up the state of a layer between two steps."""
 
@@ -90,14 +90,13 @@ class CompressedLayer(CacheLayerMixin):
         self._key_buffer: Any = None
         self._value_buffer: Any = None
         self._in_place = False
-        self._forget_step()
-
-    def _forget_step(self) -> None:
+        # Of the step under way: which columns are real, what it is to report, what it has reported.
         self.valid: Tensor | None = None
         self._observing = False
         self._next_table: PositionTable | None = None
         self._new_features: Tensor | None = None
         self._new_mass: Tensor | None = None
+        self._active: Tensor | None = None
 
     # ---- one forward step -------------------------------------------------------------------------------
 
@@ -109,14 +108,15 @@ class CompressedLayer(CacheLayerMixin):
         new : PositionTable
             The T new positions.
         ragged : bool
-            Whether any column, stored or new, is padding.
+            Whether any column, stored or new, may be padding.
         observe : bool
             Whether the step should report what selection needs to see.
         """
-        self._forget_step()
-        self._observing = observe
+        self._accumulate()
+        self._observing, self._new_features = observe, None
         self._next_table = joined = new if self.table is None else self.table.append(new)
         self.valid = joined.valid if ragged else None
+        self._active = new.valid.any(1, keepdim=True) if ragged else None
 
     def observe_hidden(self, hidden: Tensor) -> None:
         """Take the layer's input hidden states ``[B, T, C]`` of the new positions."""
@@ -200,11 +200,20 @@ class CompressedLayer(CacheLayerMixin):
 
     @torch.no_grad()
     def _accumulate(self) -> None:
-        """Fold the mass observed in this step into the mass of every position."""
-        if self._new_mass is not None:
-            self.mass = self.method.accumulate(self.mass, self._new_mass)
-        elif self.mass is not None:
-            self.mass = torch.nn.functional.pad(self.mass, (0, len(self.table) - self.mass.shape[1]))
+        """Fold the mass observed in the last step into the mass of every position."""
+        if self.mass is None:
+            self.mass, self._new_mass = self._new_mass, None
+            return
+        # Positions that came in a step that was not observed (text) start without mass.
+        missing = len(self.table) - self.mass.shape[1]
+        before = torch.nn.functional.pad(self.mass, (0, missing))
+        if self._new_mass is None:
+            self.mass = before
+            return
+        self.mass = self.method.accumulate(self.mass, self._new_mass)
+        if self._active is not None:
+            # A sample that had no query in this step has not had a step.
+            self.mass = torch.where(self._active, self.mass, before)
         self._new_mass = None
 
     @torch.no_grad()
@@ -214,7 +223,7 @@ class CompressedLayer(CacheLayerMixin):
             int(counts[name].max()) <= getattr(self.budget, name) for name in EVICTABLE
         ):
             # Nothing to evict; only the padding between a shorter sample and the step is squeezed out.
-            return None if self.valid is None else Kept.of(self.table.valid)
+            return None if bool(self.table.valid.all()) else Kept.of(self.table.valid)
         return Kept.of(keep_mask(self.method.score(self.candidates()), self.table, self.budget))
 
     def candidates(self) -> Candidates:
@@ -274,7 +283,7 @@ class CompressedLayer(CacheLayerMixin):
         """Return to a snapshot: whatever was appended after it is forgotten."""
         for name, value in state.items():
             setattr(self, name, value)
-        self._forget_step()
+        self._next_table = self._new_features = None
 
     def get_seq_length(self) -> int:
         """Columns seen so far, evicted ones included: what generate() counts from (transformers.md, row 3)."""

@@ -15,12 +15,14 @@ switch                paper                  release
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
+from omnimem.errors import OmniMemError
 from omnimem.selection.base import Candidates, SelectionMethod, compute_dtype
 from omnimem.selection.redundancy import redundancy, sketch
 
@@ -63,6 +65,19 @@ class OmniMemSettings:
     redundancy: Literal["hidden", "sketch", "value", "key"] = "hidden"
     sketch_dim: int = 128
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(hint)
+            if choices and value not in choices:
+                raise OmniMemError(f"selection omnimem: {name}={value!r}; use one of {', '.join(choices)}")
+        for name, holds, rule in (
+            ("lam", 0 <= self.lam < math.inf, "a number of at least 0"),
+            ("ema_decay", 0 <= self.ema_decay <= 1, "between 0 and 1"),
+            ("sketch_dim", self.sketch_dim >= 1, "at least 1"),
+        ):
+            if not holds:
+                raise OmniMemError(f"selection omnimem: {name} must be {rule}, got {getattr(self, name)!r}")
 
 
 VARIANTS = {

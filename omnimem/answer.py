@@ -38,9 +38,11 @@ def answer_command(args: argparse.Namespace) -> None:
                 break
     assert event is not None  # a file without a single chunk is a MediaError
     watched = time.perf_counter()
-    console.print(progress_line(event))
+    console.print(progress_line(event), soft_wrap=True)
     if args.at is not None and event.seconds < args.at:
-        console.print(f"the media ended at {event.seconds:.1f} s, before --at {args.at:g}: asking at the end")
+        console.print(
+            f"the media ended at {event.seconds:.1f} s, before --at {args.at:g}: asking at the end", soft_wrap=True
+        )
     pieces: list[str] = []
     first_token = None
     for piece in session.ask(args.question, stream=True, max_new_tokens=args.max_new_tokens):

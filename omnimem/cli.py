@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from omnimem import __version__
 from omnimem.errors import OmniMemError
@@ -79,13 +80,21 @@ def _reader_has_left() -> bool:
     return bool(poll.poll(0))
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what was wrong on one line and leaves the usage to ``--help``."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     shows = "show the traceback of an error"
-    everywhere = argparse.ArgumentParser(add_help=False)
+    everywhere = Parser(add_help=False)
     # Suppressed, so that a command's own default does not undo `omnimem --debug command`.
     everywhere.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=shows)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="omnimem",
         description="Audio-visual language models with a memory of fixed size.",
         epilog="Fine-tuning: accelerate launch train.py recipe=NAME key=value ...",

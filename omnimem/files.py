@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from typing import Any
 from omnimem.errors import OmniMemError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+LEFTOVER = re.compile(r"\..*\.[0-9a-f]{8}\.(tmp.*|old)")
+"""Names of unfinished writes, as `_sibling` makes them."""
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -104,6 +108,27 @@ def atomic_directory(path: str | os.PathLike[str], overwrite: bool = False) -> I
         _sync(target.parent)
         if old.exists():
             shutil.rmtree(old)
+
+
+def remove_directory(path: str | os.PathLike[str]) -> None:
+    """Delete a folder so that it is there whole or not at all: renamed out of sight first, then emptied."""
+    hidden = _sibling(Path(path), "old")
+    os.rename(path, hidden)
+    shutil.rmtree(hidden)
+
+
+def sweep(folder: str | os.PathLike[str]) -> None:
+    """Delete what a killed process left of its unfinished writes directly inside `folder`."""
+    for path in Path(folder).glob(".*"):
+        if LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def explained_disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say in one line that the disk is full while `path` is appended to."""
+    with _explained(path, Path(path)):
+        yield
 
 
 def _sibling(target: Path, ending: str) -> Path:

@@ -51,6 +51,8 @@ class StreamSettings:
         Seconds of media between two compressions; a multiple of the backbone's `chunk_alignment`.
     short_side : int or None
         Frames are scaled down to this shorter side before the backbone's own resize; None keeps them.
+    max_pixels : int or None
+        Upper limit of the pixels of a frame after the backbone's resize; None: the backbone's own.
     audio : bool
         Whether the sound is heard.
     max_seconds : float or None
@@ -64,10 +66,27 @@ class StreamSettings:
     fps: float = 1.0
     chunk_seconds: float = 10.0
     short_side: int | None = 360
+    max_pixels: int | None = None
     audio: bool = True
     max_seconds: float | None = None
     time_scale: float | str = "auto"
     on_truncated: str = "error"
+
+    def check(self, backbone: Backbone) -> None:
+        """Refuse a chunk length at whose edges the backbone's encoders would not be exact.
+
+        Raises
+        ------
+        OmniMemError
+            `chunk_seconds` is no multiple of the backbone's `chunk_alignment`.
+        """
+        alignment = backbone.chunk_alignment(self.fps)
+        parts = self.chunk_seconds / alignment
+        if parts < 1 or abs(parts - round(parts)) > 1e-9:
+            raise OmniMemError(
+                f"chunk_seconds={self.chunk_seconds:g} does not fit {backbone.name} at {self.fps:g} frames a second: "
+                f"use a multiple of {alignment:g}"
+            )
 
     def open(self, path: str | Path, backbone: Backbone) -> tuple[MediaReader, StreamEncoder]:
         """Open a file and begin a stream of it.
@@ -77,13 +96,7 @@ class StreamSettings:
         OmniMemError
             The chunk length does not fit the encoders, or the file cannot be read.
         """
-        alignment = backbone.chunk_alignment(self.fps)
-        parts = self.chunk_seconds / alignment
-        if parts < 1 or abs(parts - round(parts)) > 1e-9:
-            raise OmniMemError(
-                f"chunk_seconds={self.chunk_seconds:g} does not fit {backbone.name} at {self.fps:g} frames a second: "
-                f"use a multiple of {alignment:g}"
-            )
+        self.check(backbone)
         reader = open_media(
             path,
             fps=self.fps,
@@ -103,6 +116,7 @@ class StreamSettings:
             fps=self.fps,
             duration=duration,
             time_scale=self.time_scale,
+            max_pixels=self.max_pixels,
         )
         return reader, encoder
 
@@ -430,14 +444,15 @@ class StreamingSession:
 
             def work() -> None:
                 try:
+                    defaults = {
+                        "do_sample": False,
+                        "eos_token_id": backbone.end_token_ids,
+                        "pad_token_id": backbone.tokenizer.pad_token_id,
+                        "max_new_tokens": max_new_tokens,
+                    }
+                    criteria = StoppingCriteriaList([abandoned, *generation.pop("stopping_criteria", [])])
                     backbone.model.generate(
-                        **inputs,
-                        **{"do_sample": False, **generation},
-                        max_new_tokens=max_new_tokens,
-                        eos_token_id=backbone.end_token_ids,
-                        pad_token_id=backbone.tokenizer.pad_token_id,
-                        streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([abandoned]),
+                        **inputs, **{**defaults, **generation}, streamer=streamer, stopping_criteria=criteria
                     )
                 except BaseException as error:
                     failure.append(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ import torch
 
 from omnimem.backbones import Backbone, load_backbone
 from omnimem.backbones.qwen2_5_omni.tiny import build_tiny
+
+# Thousands of tiny operations run far faster without a second thread to wait for; child processes inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 MEDIA = Path(__file__).parent / "media"
 WEBB = MEDIA / "speech_nasa_webb_narration_multistream.mp4"

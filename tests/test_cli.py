@@ -22,9 +22,7 @@ COMMANDS = [[], ["export"], ["answer"], ["profile"], ["profile", "show"], ["prof
 
 def start(*command, **environment):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture

@@ -116,9 +116,7 @@ def test_to_yaml_round_trips(recipe, tmp_path, text):
     saved.write_text(to_yaml(loaded), encoding="utf-8")
     assert load_recipe([f"recipe={saved}"]) == loaded
     for key in LEAVES:
-        assert re.search(
-            rf"^\s*{key.rpartition('.')[2]}:", saved.read_text(encoding="utf-8"), re.MULTILINE
-        ), key
+        assert re.search(rf"^\s*{key.rpartition('.')[2]}:", saved.read_text(encoding="utf-8"), re.MULTILINE), key
 
 
 def test_recipe_names():
@@ -128,9 +126,7 @@ def test_recipe_names():
     assert "unknown recipe 'quikstart'; did you mean recipe=quickstart?" in fails("recipe=quikstart")
     assert "recipe file ./quickstart.yml does not exist; did you mean" in fails("recipe=./quickstart.yml")
     assert "is not a file" in fails(f"recipe={ROOT}")
-    assert "argument 'quickstart' is not of the form key=value, such as recipe=quickstart" in fails(
-        "quickstart"
-    )
+    assert "argument 'quickstart' is not of the form key=value, such as recipe=quickstart" in fails("quickstart")
 
 
 @pytest.mark.parametrize(

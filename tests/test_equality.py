@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RABBIT, WEBB
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
+from conftest import RABBIT, WEBB
 from omnimem.backbones import Backbone, ChunkInputs
 from omnimem.backbones.qwen2_5_omni.mel import MelStream
 from omnimem.backbones.qwen2_5_omni.prompt import opening, question_turn
@@ -50,7 +50,7 @@ def stock_inputs(backbone: Backbone, frames: np.ndarray, audio: np.ndarray | Non
             "fps": fps,
             "do_sample_frames": False,
             "cap_pixels_per_frame": False,
-            **backbone.video_options,
+            "size": backbone.frame_limits(),
         },
         return_tensors="pt",
         **sound,

@@ -16,26 +16,28 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel, set_peft_model_state_dict
+from accelerate.utils import gather_object
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
-from omnimem.files import atomic_directory, atomic_file, atomic_write_json
+from omnimem.files import atomic_directory, atomic_write_json, remove_directory, sweep
 from omnimem.stream import PROFILE_FILE
 
 FOLDER = "checkpoints"
+ADAPTER = ".adapter"
 
 
 def save_adapter(folder: Path, model: PeftModel, profile: BudgetProfile) -> None:
     """Write adapter and profile into an existing folder, each file complete or absent."""
-    with atomic_directory(folder / ".adapter", overwrite=True) as temporary:
+    with atomic_directory(folder / ADAPTER, overwrite=True) as temporary:
         model.save_pretrained(str(temporary), safe_serialization=True)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        (folder / ".adapter" / name).replace(folder / name)
-    shutil.rmtree(folder / ".adapter")
+        (folder / ADAPTER / name).replace(folder / name)
+    shutil.rmtree(folder / ADAPTER)
     profile.save(folder / PROFILE_FILE)
 
 
@@ -50,26 +52,28 @@ def save_checkpoint(
 ) -> Path:
     """Save after `step` optimiser steps and drop all but the newest `keep` checkpoints; every rank calls it."""
     target = output_dir / FOLDER / f"step-{step:08d}"
-    rng = output_dir / FOLDER / f".rng-step-{step:08d}"
-    rng.mkdir(parents=True, exist_ok=True)
-    # Each rank leaves its random state where the main process collects it.
-    with atomic_file(rng / f"rng-{accelerator.process_index}.safetensors") as file:
-        save_file(_rng_state(), file)
-    accelerator.wait_for_everyone()
+    random_states = gather_object([_rng_state()])
     if accelerator.is_main_process:
         with atomic_directory(target, overwrite=True) as folder:
             save_adapter(folder, model, profile)
             tensors, rest = _flatten(optimizer)
             save_file(tensors, folder / "optimizer.safetensors")
-            for file in rng.iterdir():
-                shutil.copy(file, folder / file.name)
+            for rank, random_state in enumerate(random_states):
+                save_file(random_state, folder / f"rng-{rank}.safetensors")
             state = {"step": step, "processes": accelerator.num_processes, "optimizer": rest}
             atomic_write_json(folder / "state.json", state)
-        shutil.rmtree(rng)
         for old in checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(old)
+            remove_directory(old)
     accelerator.wait_for_everyone()
     return target
+
+
+def sweep_run(output_dir: Path) -> None:
+    """Delete what a killed run left of unfinished writes."""
+    for folder in (output_dir, output_dir / FOLDER):
+        sweep(folder)
+    if (output_dir / ADAPTER).is_dir():
+        shutil.rmtree(output_dir / ADAPTER)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -93,9 +97,9 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, model: PeftModel, op
                 "use the same number or start anew in another output_dir"
             )
         weights = load_file(folder / "adapter_model.safetensors", device=str(accelerator.device))
-        outcome = set_peft_model_state_dict(model, weights)
-        if outcome.unexpected_keys:
-            raise OmniMemError(f"{folder}: adapter weights of another model: {outcome.unexpected_keys[0]}")
+        if odd := weights.keys() ^ get_peft_model_state_dict(model).keys():
+            raise ValueError(f"adapter weights missing or too many, such as {sorted(odd)[0]}")
+        set_peft_model_state_dict(model, weights)
         _unflatten(optimizer, load_file(folder / "optimizer.safetensors"), state["optimizer"])
         _set_rng_state(load_file(folder / f"rng-{accelerator.process_index}.safetensors"))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

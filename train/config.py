@@ -103,7 +103,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     warmup_ratio: float = 0.03
-    min_lr_ratio: float = 0.0  # of lr, at the last step
+    min_lr_ratio: float = 0.0  # of lr, where the cosine ends
     max_grad_norm: float = 1.0
     recompute: bool = True  # compute each chunk again in the backward instead of keeping its activations
     seed: int = 0

@@ -10,11 +10,12 @@ toolkits ran into).
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from omnimem.backbones import Backbone, load_backbone, parse_dtype
@@ -24,19 +25,25 @@ from omnimem.errors import OmniMemError
 from omnimem.files import atomic_directory
 from omnimem.stream import PROFILE_FILE, load_adapter, resolve_checkpoint
 from train.card import model_card
+from train.checkpoint import FOLDER as CHECKPOINTS
+from train.config import load_recipe
+from train.rundir import RECIPE_FILE
 
 log = logging.getLogger("omnimem.export")
 
 PROBE = "What is seen, what is heard, and what happened first? " * 4
 """Text whose logits are compared."""
 
-ROUNDING_STEPS = 32
-"""Allowed difference in units of the dtype's rounding step at the largest logit."""
+WEIGHT_STEPS = 4
+"""Allowed difference of a merged weight, in rounding steps of its dtype (the merge rounds two or three times)."""
+
+LOGIT_STEPS = 256
+"""Allowed difference of the logits, in rounding steps at the largest one."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared before the export was published: keys, largest logit difference, its limit."""
+    """What was compared before the export was published: tensors, largest logit difference, its limit."""
 
     keys: int
     difference: float
@@ -60,38 +67,86 @@ def export_run(run: str | Path, out: str | Path, overwrite: bool = False, dtype:
     Raises
     ------
     OmniMemError
-        No adapter or profile, a base that does not load, an output folder that holds the run, or a merged
+        No adapter or profile, a base that does not load, an output folder that holds what is read, or a merged
         checkpoint that does not equal base + adapter.
     """
     run, out = Path(run), Path(out)
     base, adapter = resolve_checkpoint(run, None)
     if adapter is None:
         raise OmniMemError(f"{run}: no adapter here; give the output_dir of a finished run")
-    if run.resolve().is_relative_to(out.resolve()):
-        raise OmniMemError(f"--out {out} holds the run itself; choose another folder")
+    _check_out(out, run, Path(base))
     profile = BudgetProfile.load(Path(adapter) / PROFILE_FILE)
-    backbone = load_backbone(base, dtype=parse_dtype(dtype) if dtype else _trained_dtype(run))
-    keys = set(backbone.model.state_dict())
+    wanted = parse_dtype(dtype) if dtype else _trained_dtype(run)
+    backbone = load_backbone(base, dtype=wanted)
     peft_model = load_adapter(backbone, adapter)
     expected = _probe_logits(backbone)
-    backbone.model = peft_model.merge_and_unload(safe_merge=True)
-    merged_keys = set(backbone.model.state_dict())
-    if merged_keys != keys:
-        raise OmniMemError(f"merging changed the keys of the checkpoint: {sorted(keys ^ merged_keys)[:3]}")
+    deltas = _deltas(peft_model)
+    try:
+        with quiet_stock():
+            backbone.model = peft_model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise OmniMemError(f"{adapter}: the adapter does not merge: {error}") from error
     with atomic_directory(out, overwrite=overwrite) as folder:
         with quiet_stock():
             backbone.model.save_pretrained(folder)
-        backbone.processor.save_pretrained(folder)
+            backbone.processor.save_pretrained(folder)
         profile.save(folder / PROFILE_FILE)
-        written = load_backbone(folder, backbone=backbone.name, dtype=backbone.model.dtype, device=backbone.device)
-        checked = _verify(expected, _probe_logits(written), len(keys), backbone.model.dtype)
-        (folder / "README.md").write_text(model_card(run, backbone, profile, checked), encoding="utf-8")
-        shutil.copy(Path(adapter) / "adapter_config.json", folder / "merged_adapter_config.json")
+        name, device = backbone.name, backbone.device
+        del peft_model, backbone
+        written = load_backbone(folder, backbone=name, dtype=wanted, device=device)
+        fresh = load_backbone(base, backbone=name, dtype=wanted, device=device)
+        _verify_weights(fresh, written, deltas)
+        checked = _verify_logits(expected, written)
+        (folder / "README.md").write_text(model_card(run, fresh, profile, checked), encoding="utf-8")
     log.info(
         "%s: %d tensors, logits within %.1e of base + adapter (limit %.1e)",
         out, checked.keys, checked.difference, checked.limit,
     )  # fmt: skip
     return checked
+
+
+def _check_out(out: Path, run: Path, base: Path) -> None:
+    """Refuse an output that would replace what is read."""
+    target = out.resolve()
+    if run.resolve().is_relative_to(target):
+        raise OmniMemError(f"--out {out} holds the run itself; choose another folder")
+    for place in (base, run / CHECKPOINTS):
+        if place.is_dir() and (target.is_relative_to(place.resolve()) or place.resolve().is_relative_to(target)):
+            raise OmniMemError(f"--out {out} would replace {place}, which is still needed; choose another folder")
+
+
+def _deltas(peft_model: Any) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A, B and scaling of every adapted weight, by the name of the weight in the base."""
+    prefix = "base_model.model."
+    layers: list[tuple[str, Any]] = [(n, m) for n, m in peft_model.named_modules() if isinstance(m, LoraLayer)]
+    return {
+        f"{name.removeprefix(prefix)}.weight": (
+            module.lora_A["default"].weight.detach().double(),
+            module.lora_B["default"].weight.detach().double(),
+            module.scaling["default"],
+        )
+        for name, module in layers
+    }
+
+
+def _verify_weights(base: Backbone, written: Backbone, deltas: dict[str, tuple[Tensor, Tensor, float]]) -> None:
+    """Every tensor on disk is the base's, plus scaling·B·A where there is an adapter, to rounding."""
+    before, after = base.model.state_dict(), written.model.state_dict()
+    if before.keys() != after.keys():
+        raise OmniMemError(
+            f"the merged checkpoint has other keys than the base: {sorted(before.keys() ^ after.keys())[:3]}"
+        )
+    for name, weight in before.items():
+        if name not in deltas:
+            same = torch.equal(weight, after[name])
+        else:
+            a, b, scaling = deltas[name]
+            expected = weight.double() + scaling * (b @ a)
+            # What rounding can do to a sum grows with its terms, not with the result.
+            step = torch.finfo(weight.dtype).eps * (weight.double().abs() + abs(scaling) * (b.abs() @ a.abs()))
+            same = bool(((after[name].double() - expected).abs() <= WEIGHT_STEPS * step).all())
+        if not same:
+            raise OmniMemError(f"the merged checkpoint differs from base + adapter in {name}; nothing was written")
 
 
 @torch.no_grad()
@@ -100,22 +155,19 @@ def _probe_logits(backbone: Backbone) -> Tensor:
     return backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.double().cpu()
 
 
-def _verify(expected: Tensor, actual: Tensor, keys: int, dtype: torch.dtype) -> Verification:
-    difference = (expected - actual).abs().max().item()
-    limit = ROUNDING_STEPS * torch.finfo(dtype).eps * max(1.0, expected.abs().max().item())
+def _verify_logits(expected: Tensor, written: Backbone) -> Verification:
+    difference = (expected - _probe_logits(written)).abs().max().item()
+    limit = LOGIT_STEPS * torch.finfo(written.model.dtype).eps * max(1.0, expected.abs().max().item())
     if not difference <= limit:
         raise OmniMemError(
-            f"the merged checkpoint's logits differ from base + adapter by {difference:.1e} (limit {limit:.1e}); "
+            f"the merged checkpoint differs from base + adapter: logits by {difference:.1e} (limit {limit:.1e}); "
             "nothing was written"
         )
-    return Verification(keys, difference, limit)
+    return Verification(len(written.model.state_dict()), difference, limit)
 
 
 def _trained_dtype(run: Path) -> torch.dtype | str:
     """Weights as the run's recipe has them; the machine's default when there is no recipe."""
-    from train.config import load_recipe
-    from train.rundir import RECIPE_FILE
-
     if not (run / RECIPE_FILE).is_file():
         return "auto"
     return parse_dtype(load_recipe([f"recipe={run / RECIPE_FILE}"]).model.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import nn
 
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, atomic_write_text
-from train.checkpoint import checkpoints, load_checkpoint, save_adapter, save_checkpoint
+from train.checkpoint import checkpoints, load_checkpoint, save_adapter, save_checkpoint, sweep_run
 from train.config import Recipe, to_yaml
 from train.data import Schedule, load_rows, tokenise
 from train.environment import environment
@@ -30,7 +31,7 @@ from train.metrics import Metrics, peak_gib
 from train.objective import StreamObjective
 from train.plan import print_plan
 from train.rundir import RECIPE_FILE, prepare_run_directory
-from train.setup import add_lora, build_base, load_base, profile_of, selection_of, settings_of
+from train.setup import add_lora, build_base, check_recipe, load_base, selection_of, settings_of
 
 log = logging.getLogger("omnimem.train")
 
@@ -46,15 +47,16 @@ def run(recipe: Recipe) -> None:
     OmniMemError
         Anything in the recipe, the data or the output folder that has to be put right first.
     """
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    logging.getLogger("omnimem.media").addFilter(Once())
+    handler = logging.StreamHandler()
+    handler.addFilter(Once())
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", handlers=[handler])
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    method = selection_of(recipe)
-    settings = settings_of(recipe)
     manifest = load_rows(recipe.data)
+    skeleton, profile = check_recipe(recipe)
     if recipe.dry_run:
-        print_plan(recipe, manifest.rows, settings, method)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print_plan(recipe, manifest.rows, skeleton, profile, processes=int(os.environ.get("WORLD_SIZE", 1)))
         return
 
     # ---- set up -----------------------------------------------------------------------------------------
@@ -64,11 +66,11 @@ def run(recipe: Recipe) -> None:
     output_dir = Path(recipe.output_dir)
     if accelerator.is_main_process:
         prepare_run_directory(output_dir, recipe, manifest.rows)
+        sweep_run(output_dir)
         build_base(recipe, output_dir)
     accelerator.wait_for_everyone()
 
     backbone = load_base(recipe, output_dir, accelerator.device)
-    profile = profile_of(recipe, backbone, method, settings)
     peft_model = add_lora(recipe, backbone)
     if accelerator.is_main_process:
         atomic_write_text(output_dir / RECIPE_FILE, to_yaml(recipe))
@@ -90,7 +92,9 @@ def run(recipe: Recipe) -> None:
         log.info("resuming after step %d from %s", done, saved[-1])
     # One DDP call a batch: the whole stream runs inside the objective's forward.
     objective = accelerator.prepare(
-        StreamObjective(backbone, peft_model, profile, method, settings, recipe.train.recompute)
+        StreamObjective(
+            backbone, peft_model, profile, selection_of(recipe), settings_of(recipe), recipe.train.recompute
+        )
     )
     metrics = Metrics(output_dir, done, schedule.steps, accelerator.is_main_process)
 
@@ -161,7 +165,7 @@ def run(recipe: Recipe) -> None:
 
 
 class Once(logging.Filter):
-    """Lets each message through once: a clip is opened every epoch, but which of its tracks is heard is said once."""
+    """Lets each message about media through once: a clip is opened every epoch, but its tracks are named once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,13 +174,13 @@ class Once(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the message is new."""
         message = record.getMessage()
-        new = message not in self._said
+        new = record.name != "omnimem.media" or message not in self._said
         self._said.add(message)
         return new
 
 
 def rate_at(step: int, steps: int, recipe: Recipe) -> float:
-    """Learning rate of a step (0-based): linear warm-up, then cosine down to ``min_lr_ratio`` of the peak."""
+    """Learning rate of a step (0-based): linear warm-up, then a cosine that ends at ``min_lr_ratio`` of the peak."""
     train = recipe.train
     warmup = math.ceil(train.warmup_ratio * steps)
     if step < warmup:

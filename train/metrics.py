@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from omnimem.files import atomic_write_text
+from omnimem.files import atomic_write_text, explained_disk_errors
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -50,9 +50,10 @@ class Metrics:
         """Write one record; it must have ``step``."""
         if self._file is None:
             return
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with explained_disk_errors(self._file.name):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
         if self._board is not None:
             for name, value in _scalars(record):
                 self._board.add_scalar(name, value, record["step"])
@@ -60,8 +61,9 @@ class Metrics:
     def progress(self, record: dict[str, Any]) -> None:
         """Advance the bar by a step."""
         kept = record["retained"]
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
         self._bar.set_postfix_str(
-            f"loss {record['loss']:.3f}, {record['positions_per_second']:.0f} positions/s, "
+            f"loss {loss}, {record['positions_per_second']:.0f} positions/s, "
             f"{record['peak_gib']:.2f} GiB, kept {kept['visual']:.0f} visual + {kept['audio']:.0f} audio",
             refresh=False,
         )

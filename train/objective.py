@@ -56,6 +56,7 @@ class StreamObjective(nn.Module):
         self.model = model
         self._backbone, self._profile, self._method, self._settings = backbone, profile, method, settings
         self._recompute = recompute
+        self._loss_dtype = torch.promote_types(backbone.model.dtype, torch.float32)
 
     def forward(self, samples: list[Sample]) -> dict[str, Any]:
         """Run the streams of a batch side by side.
@@ -68,7 +69,7 @@ class StreamObjective(nn.Module):
         Returns
         -------
         dict
-            ``loss``: summed cross-entropy (float32, one number) with its graph; ``targets``: answer tokens;
+            ``loss``: summed cross-entropy (at least float32, one number) with its graph; ``targets``: answer tokens;
             ``positions``: positions streamed; ``retained``: mean positions a layer holds at the end;
             ``memory_bytes``: bytes of the memory at the end.
         """
@@ -82,7 +83,7 @@ class StreamObjective(nn.Module):
         ]
         encoders = [encoder for _, encoder in opened]
         waiting = [list(sample.asked) for sample in samples]
-        loss = torch.zeros((), device=self._backbone.device)
+        loss = torch.zeros((), dtype=self._loss_dtype, device=self._backbone.device)
         targets = positions = 0
         stream.forward(ChunkInputs.batch([encoder.prefix() for encoder in encoders]), text=True)
         for chunks in zip_longest(*(reader for reader, _ in opened)):
@@ -111,7 +112,7 @@ class StreamObjective(nn.Module):
             [nothing if asked is None else asked.question for asked in due],
             [nothing if asked is None else asked.answer for asked in due],
         )
-        return F.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
+        return F.cross_entropy(logits.to(self._loss_dtype), targets, reduction="sum"), len(targets)
 
 
 def _rounds(waiting: list[list[Asked]], chunks: tuple[Chunk | None, ...] | None) -> Iterator[list[Asked | None]]:

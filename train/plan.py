@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.manifest import Row
-from omnimem.backbones import Backbone, load_backbone
+from omnimem.backbones import Backbone
 from omnimem.budget import BudgetProfile
 from omnimem.media import probe
 from omnimem.selection import SelectionMethod
 from omnimem.stream import StreamSettings
 from train.config import Recipe
 from train.data import Schedule, tokenise
-from train.setup import add_lora, profile_of
+from train.setup import add_lora, selection_of, settings_of
 
 ADAM_BYTES = 4 + 4 + 8
 """Bytes a trained (float32) parameter takes: itself, its gradient, two moments."""
@@ -57,6 +57,7 @@ def plan_stream(row: Row, backbone: Backbone, settings: StreamSettings) -> Strea
         fps=settings.fps,
         seconds=seconds,
         chunk_seconds=settings.chunk_seconds,
+        max_pixels=settings.max_pixels,
     )
     return StreamPlan(
         name=row.name,
@@ -95,18 +96,11 @@ def memory_plan(
     }
 
 
-def print_plan(recipe: Recipe, rows: list[Row], settings: StreamSettings, method: SelectionMethod) -> None:
-    """Print streams, steps and memory."""
-    backbone = load_backbone(
-        recipe.model.path,
-        backbone=recipe.model.backbone,
-        dtype=recipe.model.dtype,
-        device="meta",
-        max_pixels=recipe.data.max_pixels,
-    )
-    profile = profile_of(recipe, backbone, method, settings)
+def print_plan(recipe: Recipe, rows: list[Row], backbone: Backbone, profile: BudgetProfile, processes: int = 1) -> None:
+    """Print streams, steps and memory; `backbone` has shapes only (``meta`` device)."""
+    settings, method = settings_of(recipe), selection_of(recipe)
     streams = [plan_stream(row, backbone, settings) for row in rows]
-    schedule = Schedule([tokenise(row, backbone) for row in rows], recipe.train, recipe.data.shuffle, processes=1)
+    schedule = Schedule([tokenise(row, backbone) for row in rows], recipe.train, recipe.data.shuffle, processes)
     console = Console()
 
     table = Table(title=f"{len(streams)} streams ({recipe.data.path})", title_justify="left")
@@ -120,7 +114,7 @@ def print_plan(recipe: Recipe, rows: list[Row], settings: StreamSettings, method
 
     per_epoch = sum(stream.positions for stream in streams)
     console.print(
-        f"{schedule.steps} optimiser steps of {schedule.samples_per_step} stream(s) a process, "
+        f"{schedule.steps} optimiser steps of {schedule.samples_per_step} stream(s), "
         f"{schedule.epoch(schedule.steps):.2f} epochs, about "
         f"{schedule.epoch(schedule.steps) * per_epoch:,.0f} positions"
     )

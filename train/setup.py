@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel
 
+from data_prep.manifest import media_root
 from omnimem.backbones import TINY, Backbone, backbone_class, load_backbone
 from omnimem.backbones.checkpoint import quiet_stock
 from omnimem.budget import BudgetProfile, ModelFingerprint
 from omnimem.errors import OmniMemError
+from omnimem.media import MediaError, probe
 from omnimem.selection import SelectionMethod, build_selection, options_of
 from omnimem.stream import BASE_FOLDER, StreamSettings, settings_dict
 from train.config import Recipe
@@ -25,6 +27,37 @@ def build_base(recipe: Recipe, output_dir: Path) -> None:
         backbone_class(recipe.model.backbone).build_tiny(base, seed=recipe.model.seed)
 
 
+def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
+    """Find every mistake that can be found before a weight is loaded or a file written.
+
+    Returns
+    -------
+    tuple
+        The model as shapes only (``meta`` device) and the budgets of the run.
+
+    Raises
+    ------
+    OmniMemError
+        The model is not there, the chunks do not fit it, the budgets or LoRA targets are not its own, the method or
+        its switches are unknown, or the clip of the last question is missing.
+    """
+    method, settings = selection_of(recipe), settings_of(recipe)
+    skeleton = load_backbone(
+        recipe.model.path,
+        backbone=recipe.model.backbone,
+        dtype=recipe.model.dtype,
+        device="meta",
+    )
+    settings.check(skeleton)
+    check_lora_targets(recipe, skeleton)
+    if recipe.finish.media:
+        try:
+            probe(media_root(recipe.data.path, recipe.data.root) / recipe.finish.media)
+        except MediaError as error:
+            raise OmniMemError(f"finish.media: {error}") from error
+    return skeleton, profile_of(recipe, skeleton, method, settings)
+
+
 def load_base(recipe: Recipe, output_dir: Path, device: torch.device) -> Backbone:
     """Load the base model, frozen."""
     tiny = recipe.model.path == TINY
@@ -34,28 +67,13 @@ def load_base(recipe: Recipe, output_dir: Path, device: torch.device) -> Backbon
         backbone=recipe.model.backbone,
         dtype=recipe.model.dtype,
         device=device,
-        max_pixels=recipe.data.max_pixels,
     )
     backbone.model.requires_grad_(False)
     return backbone
 
 
 def add_lora(recipe: Recipe, backbone: Backbone) -> PeftModel:
-    """Put fresh adapters on the language model; the encoders are never touched.
-
-    Raises
-    ------
-    OmniMemError
-        A target names no projection of the language model.
-    """
-    modules = [name for name, _ in backbone.model.named_modules()]
-    for target in recipe.lora.targets:
-        pattern = re.compile(backbone.lora_targets([re.escape(target)]))
-        if not any(pattern.fullmatch(name) for name in modules):
-            raise OmniMemError(
-                f"lora.targets: {target!r} is no projection of {backbone.name}'s language model; use some of q_proj, "
-                "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
-            )
+    """Put fresh adapters on the language model; the encoders are never touched."""
     torch.manual_seed(recipe.train.seed)
     config = LoraConfig(
         r=recipe.lora.r,
@@ -66,6 +84,18 @@ def add_lora(recipe: Recipe, backbone: Backbone) -> PeftModel:
     )
     with quiet_stock():
         return PeftModel(backbone.model, config)
+
+
+def check_lora_targets(recipe: Recipe, backbone: Backbone) -> None:
+    """Refuse a target that names no projection of the language model."""
+    modules = [name for name, _ in backbone.model.named_modules()]
+    for target in recipe.lora.targets:
+        pattern = re.compile(backbone.lora_targets([re.escape(target)]))
+        if not any(pattern.fullmatch(name) for name in modules):
+            raise OmniMemError(
+                f"lora.targets: {target!r} is no projection of {backbone.name}'s language model; use some of q_proj, "
+                "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+            )
 
 
 def selection_of(recipe: Recipe) -> SelectionMethod:

@@ -32,7 +32,6 @@ def load_backbone(
     backbone: str | None = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
-    max_pixels: int | None = None,
 ) -> Backbone:
     """Load a model with the compressed cache attached.
 
@@ -46,8 +45,6 @@ def load_backbone(
         Of the weights; ``auto``: bfloat16 on an accelerator, float32 on the CPU.
     device : torch.device or str
         ``auto``: CUDA when there is one.
-    max_pixels : int, optional
-        Upper limit of the pixels of a resized frame.
 
     Raises
     ------
@@ -63,11 +60,11 @@ def load_backbone(
         with tempfile.TemporaryDirectory() as folder:
             name = backbone or next(iter(BACKBONES))
             built = backbone_class(name).build_tiny(Path(folder) / TINY)
-            loaded = load_backbone(built, backbone=name, dtype=dtype, device=device, max_pixels=max_pixels)
+            loaded = load_backbone(built, backbone=name, dtype=dtype, device=device)
             loaded.model_id = TINY
             return loaded
     cls = backbone_class(backbone or _detect(path))
-    return cls.load(path, dtype, device, max_pixels)
+    return cls.load(path, dtype, device)
 
 
 def parse_device(name: torch.device | str) -> torch.device:
@@ -100,6 +97,8 @@ def parse_dtype(name: str) -> torch.dtype:
 def _detect(path: str | Path) -> str:
     """Name of the backbone whose configuration lies at `path`."""
     config_file = Path(path) / "config.json"
+    if Path(path).is_dir() and not config_file.is_file():
+        raise OmniMemError(f"{path}: no config.json; give a checkpoint folder, a run directory or a hub id")
     if config_file.is_file():
         model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
     else:

@@ -156,8 +156,9 @@ class Backbone(ABC):
         fps: float,
         duration: float | None = None,
         time_scale: float | str = "auto",
+        max_pixels: int | None = None,
     ) -> StreamEncoder:
-        """Begin a stream that has `picture` and `sound` at `fps` frames a second."""
+        """Begin a stream that has `picture` and `sound` at `fps` frames a second, resized to at most `max_pixels`."""
 
     @abstractmethod
     def chunk_alignment(self, fps: float) -> float:
@@ -165,7 +166,14 @@ class Backbone(ABC):
 
     @abstractmethod
     def positions_per_chunk(
-        self, *, frame: tuple[int, int] | None, sound: bool, fps: float, seconds: float, chunk_seconds: float
+        self,
+        *,
+        frame: tuple[int, int] | None,
+        sound: bool,
+        fps: float,
+        seconds: float,
+        chunk_seconds: float,
+        max_pixels: int | None = None,
     ) -> list[tuple[int, int]]:
         """Visual and audio positions of each chunk of a file with frames of `frame` (height, width)."""
 

@@ -30,7 +30,7 @@ def open_container(path: Path) -> InputContainer:
     """
     try:
         # "file:" keeps names with colons from being read as a protocol; metadata need not be UTF-8.
-        return cast(InputContainer, av.open(f"file:{path}", metadata_errors="ignore"))
+        container = cast(InputContainer, av.open(f"file:{path}", metadata_errors="ignore"))
     except FileNotFoundError:
         raise MediaError.about(path, "no such file", "check the path") from None
     except IsADirectoryError:
@@ -39,6 +39,10 @@ def open_container(path: Path) -> InputContainer:
         raise MediaError.about(path, "not permitted to read it", "check the file's permissions") from None
     except FFmpegError as error:
         raise MediaError.about(path, *_why_unreadable(path, error)) from error
+    if container.format.name == "tty":
+        container.close()
+        raise MediaError.about(path, "this is text, which FFmpeg would draw", "give an audio or video file")
+    return container
 
 
 def _why_unreadable(path: Path, error: FFmpegError) -> tuple[str, str]:

@@ -23,7 +23,6 @@ from omnimem.backbones.qwen2_5_omni.stream_encoder import (
 from omnimem.backbones.qwen2_5_omni.tiny import build_tiny
 from omnimem.memory import attach
 
-
 MIN_PIXELS, MAX_PIXELS = 128 * 28 * 28, 768 * 28 * 28
 """Pixels of a resized frame by default: what the stock processor passes to its video processor (128 to 768 tokens)."""
 
@@ -39,8 +38,6 @@ class Qwen2_5Omni(Backbone):
         Its processor.
     model_id : str
         Where it came from.
-    max_pixels : int, optional
-        Upper limit of the pixels of a resized frame; the processor's own when left out.
     """
 
     name = "qwen2_5_omni"
@@ -48,26 +45,20 @@ class Qwen2_5Omni(Backbone):
     model_class = Qwen2_5OmniThinkerForConditionalGeneration
     build_tiny = staticmethod(build_tiny)
 
-    def __init__(self, model: Any, processor: Any, model_id: str = "", max_pixels: int | None = None) -> None:
+    def __init__(self, model: Any, processor: Any, model_id: str = "") -> None:
         self.model, self.processor, self.model_id = model, processor, model_id
         self.tokenizer = processor.tokenizer
         self.token_ids = {
             name: self.tokenizer.convert_tokens_to_ids(getattr(self.tokenizer, f"{name}_token"))
             for name in ("vision_bos", "vision_eos", "audio_bos", "audio_eos")
         }
-        # The stock processor's limits, never above what the checkpoint's video processor or the caller allows.
-        longest = min(MAX_PIXELS, processor.video_processor.size["longest_edge"], max_pixels or MAX_PIXELS)
-        shortest = min(MIN_PIXELS, longest)
-        self.video_options = {"size": {"shortest_edge": shortest, "longest_edge": longest}}
         attach(self.language_model)
 
     @classmethod
-    def load(
-        cls, path: str | Path, dtype: torch.dtype, device: torch.device | str, max_pixels: int | None = None
-    ) -> Qwen2_5Omni:
+    def load(cls, path: str | Path, dtype: torch.dtype, device: torch.device | str) -> Qwen2_5Omni:
         """Load a checkpoint folder or hub id; every weight of the thinker must be there (see `load_stock`)."""
         model, processor = load_stock(cls.model_class, Qwen2_5OmniProcessor, path, dtype, device)
-        return cls(model, processor, str(path), max_pixels)
+        return cls(model, processor, str(path))
 
     @property
     def language_model(self) -> Any:
@@ -87,6 +78,7 @@ class Qwen2_5Omni(Backbone):
         fps: float,
         duration: float | None = None,
         time_scale: float | str = "auto",
+        max_pixels: int | None = None,
         mel_floor: float | str = "running",
     ) -> Qwen2_5OmniStreamEncoder:
         """Begin a stream.
@@ -101,6 +93,8 @@ class Qwen2_5Omni(Backbone):
             Seconds of media, for `time_scale="auto"`.
         time_scale : float or "auto"
             Factor on the 25 rotary ids a second; ``auto`` lowers it only for streams past the trained range.
+        max_pixels : int, optional
+            Upper limit of the pixels of a resized frame; the processor's own when left out.
         mel_floor : float or "running"
             See `MelStream`.
         """
@@ -111,8 +105,17 @@ class Qwen2_5Omni(Backbone):
             fps=fps,
             duration=duration,
             time_scale=time_scale,
+            max_pixels=max_pixels,
             mel_floor=mel_floor,
         )
+
+    def frame_limits(self, max_pixels: int | None = None) -> dict[str, int]:
+        """Fewest and most pixels of a resized frame, in the words of the stock video processor's ``size``.
+
+        The stock processor's limits, never above what the checkpoint's video processor or the caller allows.
+        """
+        longest = min(MAX_PIXELS, self.processor.video_processor.size["longest_edge"], max_pixels or MAX_PIXELS)
+        return {"shortest_edge": min(MIN_PIXELS, longest), "longest_edge": longest}
 
     def chunk_alignment(self, fps: float) -> float:
         """Two seconds at whole frame rates."""
@@ -120,14 +123,21 @@ class Qwen2_5Omni(Backbone):
         return chunk_alignment(fps, float(self.config.seconds_per_chunk), patch)
 
     def positions_per_chunk(
-        self, *, frame: tuple[int, int] | None, sound: bool, fps: float, seconds: float, chunk_seconds: float
+        self,
+        *,
+        frame: tuple[int, int] | None,
+        sound: bool,
+        fps: float,
+        seconds: float,
+        chunk_seconds: float,
+        max_pixels: int | None = None,
     ) -> list[tuple[int, int]]:
         """Temporal patches times merged patches of a resized frame, and 25 a second of sound."""
         vision = self.config.vision_config
         per_patch = 0
         if frame is not None:
             factor = vision.patch_size * vision.spatial_merge_size
-            limits = self.video_options["size"]
+            limits = self.frame_limits(max_pixels)
             height, width = smart_resize(*frame, factor, limits["shortest_edge"], limits["longest_edge"])
             per_patch = (height // factor) * (width // factor)
         chunks = []

@@ -64,6 +64,7 @@ class Qwen2_5OmniStreamEncoder(StreamEncoder):
         fps: float,
         duration: float | None,
         time_scale: float | str,
+        max_pixels: int | None = None,
         mel_floor: float | str = "running",
     ) -> None:
         if not picture and not sound:
@@ -75,6 +76,7 @@ class Qwen2_5OmniStreamEncoder(StreamEncoder):
         self.temporal_patch = config.vision_config.temporal_patch_size
         self.merge = config.vision_config.spatial_merge_size
         self.seconds_per_patch = torch.tensor(self.temporal_patch / fps)
+        self.frame_limits = backbone.frame_limits(max_pixels)
         self.alignment = chunk_alignment(fps, self.group_seconds, self.temporal_patch)
         self.block_frames = 2 * config.audio_config.n_window
         self.mel = MelStream(backbone.processor.feature_extractor, self.block_frames, mel_floor)
@@ -179,7 +181,7 @@ class Qwen2_5OmniStreamEncoder(StreamEncoder):
             do_sample_frames=False,
             cap_pixels_per_frame=False,
             return_tensors="pt",
-            **self.backbone.video_options,
+            size=self.frame_limits,
         )
         grid = processed["video_grid_thw"]
         pixels = processed["pixel_values_videos"].to(self.backbone.device)

@@ -1,0 +1,124 @@
+"""Small training runs for the tests: two short real clips, the tiny model, a memory that has to evict.
+
+One thread, so that a run in the test's process and one in a process of its own give the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from conftest import MEDIA
+
+ROOT = MEDIA.parents[1]
+FLOWER = "silent_track_flower_timelapse_5s.webm"
+RABBIT = "ambient_toy_rabbit_8s.mp4"
+SPEECH = "audio_speech_commentary_mono16k_7s.mp3"
+SILENT = "odd_vfr_no_audio_nasa.mp4"
+HALF = "broken_truncated_half_toy_rabbit.mp4"
+NO_INDEX = "broken_truncated_no_moov_nasa.mp4"
+
+ROWS = [
+    {"media": FLOWER, "questions": [{"question": "What is seen?", "answer": "A red flower."}]},
+    {
+        "media": RABBIT,
+        "questions": [
+            {"question": "What is seen?", "answer": "A toy rabbit on a table."},
+            {"question": "What is heard?", "answer": "Room noise.", "time": 4},
+        ],
+    },
+]
+
+RECIPE = """
+model: {path: tiny, dtype: float32}
+data: {chunk_seconds: 2.0}
+memory: {mean_budget: 24}
+lora: {r: 4, alpha: 8, dropout: 0.0, targets: [q_proj, k_proj, v_proj, o_proj]}
+train: {max_steps: 4, lr: 1.0e-2, save_every: 2, threads: 1}
+"""
+VISUAL, AUDIO = 20, 4  # 24 positions at the default ratio of 5
+
+
+def write_manifest(path: Path, rows: Sequence[dict[str, Any]] = ROWS) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def arguments(folder: Path, *overrides: str, rows: Sequence[dict[str, Any]] = ROWS, out: str = "run") -> list[str]:
+    """Arguments of `train.py` for a small run in `folder`/`out`; recipe and manifest are written beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "small.yaml").write_text(RECIPE)
+    data = write_manifest(folder / "data.jsonl", rows)
+    return [
+        f"recipe={folder / 'small.yaml'}",
+        f"data.path={data}",
+        f"data.root={MEDIA}",
+        f"output_dir={folder / out}",
+        *overrides,
+    ]
+
+
+def main(args: Sequence[str]) -> int:
+    """`python train.py ...` inside this process; returns its exit status."""
+    threads = torch.get_num_threads()
+    try:
+        return runpy.run_path(str(ROOT / "train.py"))["main"](list(args))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def trained_run(folder: Path, *overrides: str, **options: Any) -> Path:
+    """A run that succeeds, inside this process; returns its folder."""
+    args = arguments(folder, *overrides, **options)
+    assert main(args) == 0
+    return folder / options.get("out", "run")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Environment of a child process: one thread, no network, nothing inherited from a launcher."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return {**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **more}
+
+
+def start(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run `python ...` from the repository's root."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment(**more), capture_output=True)
+    # Decoded here, because text mode would turn the carriage returns of a progress bar into new lines.
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter_model.safetensors")
+
+
+def weights_bytes(run: Path) -> bytes:
+    return (run / "adapter_model.safetensors").read_bytes()
+
+
+def copy_run(run: Path, target: Path) -> Path:
+    shutil.copytree(run, target)
+    return target
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def lines(text: str) -> list[str]:
+    """Lines a terminal would show: what a progress bar overwrote is gone."""
+    return [line.split("\r")[-1].rstrip() for line in text.split("\n") if line.split("\r")[-1].strip()]

@@ -1,0 +1,260 @@
+"""Answers come from `generate()` on the compressed memory, at the right positions, and leave the memory as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import RABBIT, WEBB
+from omnimem.backbones import ChunkInputs, load_backbone
+from omnimem.budget import BudgetProfile
+from omnimem.errors import OmniMemError
+from omnimem.memory import CompressedCache
+from omnimem.selection import build_selection
+from omnimem.stream import Stream, StreamingSession, StreamSettings
+
+QUESTION = "What is seen and what is heard?"
+OTHER = "Who speaks?"
+TOKENS = 8
+SETTINGS = StreamSettings(chunk_seconds=4, max_seconds=12)
+
+
+def new_session(backbone, mean: int = 40, method: str = "omnimem") -> StreamingSession:
+    profile = BudgetProfile.uniform(backbone.config, mean=mean, ratio=2.0)
+    return StreamingSession(backbone, profile, method, SETTINGS)
+
+
+def watch(session: StreamingSession, clip=WEBB) -> StreamingSession:
+    for _ in session.watch(clip):
+        pass
+    return session
+
+
+def state(session: StreamingSession) -> list[torch.Tensor]:
+    layers = session.memory.layers
+    return [t.clone() for layer in layers for t in (layer.keys, layer.values, layer.table.index, layer.mass)]
+
+
+def assert_untouched(session: StreamingSession, before: list[torch.Tensor], seen: int) -> None:
+    after = state(session)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert session.memory.get_seq_length() == seen
+
+
+class PositionRecorder:
+    """Rotary ids of every forward of the language model, as it receives them."""
+
+    def __init__(self, backbone):
+        self.ids: list[torch.Tensor] = []
+        self.handle = backbone.language_model.register_forward_pre_hook(self.record, with_kwargs=True)
+
+    def record(self, _model, _args, kwargs):
+        self.ids.append(kwargs["position_ids"].clone())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+@torch.no_grad()
+def greedy_by_hand(session: StreamingSession, question: str, count: int) -> tuple[list[int], list[int]]:
+    """Token by token with explicit positions; returns the tokens and every position used after the media."""
+    backbone, memory = session.backbone, session.memory
+    stream, end = Stream(backbone, memory), set(backbone.end_token_ids)
+    tokens, used = [], []
+    with memory.scratch():
+        stream.forward(session._encoder.closing(), text=True)
+        position = int(memory.next_position[0])
+        ids = backbone.question_ids(question)
+        while True:
+            part = ChunkInputs.text(backbone.embed(ids), position)
+            used += part.positions[0, 0].tolist()
+            position += ids.shape[1]
+            tokens.append(int(backbone.lm_head(stream.forward(part, text=True)[:, -1]).argmax()))
+            if tokens[-1] in end or len(tokens) == count:
+                return tokens, used
+            ids = torch.tensor([tokens[-1:]])
+
+
+@pytest.mark.parametrize("method", ["omnimem", "random"])
+@pytest.mark.parametrize("clip", [WEBB, RABBIT], ids=["webb", "rabbit"])
+def test_generate_equals_a_greedy_loop_by_hand_at_the_same_positions(tiny64, clip, method):
+    session = watch(new_session(tiny64, method=method), clip)
+    seen = session.memory.get_seq_length()
+    assert min(session.memory.lengths()) < seen, "this test is about a memory that has evicted"
+    expected, positions = greedy_by_hand(session, QUESTION, TOKENS)
+    assert len(expected) > 2, "the tiny model should say something"
+    with session._question_inputs(QUESTION) as inputs, PositionRecorder(tiny64) as recorder:
+        output = tiny64.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=TOKENS,
+            eos_token_id=tiny64.end_token_ids,
+            pad_token_id=tiny64.tokenizer.pad_token_id,
+        )
+    assert output[0, inputs["input_ids"].shape[1] :].tolist() == expected
+    used = torch.cat(recorder.ids, dim=-1)
+    assert used.shape[:2] == (3, 1)
+    for row in used[:, 0].tolist():
+        assert row == positions
+    assert positions == list(range(positions[0], positions[0] + len(positions)))
+
+
+def test_the_answers_positions_follow_the_media_not_the_stored_length(tiny64):
+    session = watch(new_session(tiny64))
+    after_media = int(session.memory.next_position[0])
+    assert after_media > max(session.memory.lengths())
+    with PositionRecorder(tiny64) as recorder:
+        session.ask(QUESTION, max_new_tokens=2)
+    closing, question = recorder.ids[:2]
+    # Both closing tokens share one position; the question begins one past it.
+    assert closing.unique().tolist() == [after_media]
+    assert question[0, 0, 0] == after_media + 1
+
+
+def test_a_question_asked_twice_has_one_answer_and_leaves_no_trace(tiny64):
+    session = watch(new_session(tiny64))
+    before, seen = state(session), session.memory.get_seq_length()
+    first = session.ask(QUESTION, max_new_tokens=TOKENS)
+    assert_untouched(session, before, seen)
+    session.ask(OTHER, max_new_tokens=TOKENS)
+    assert session.ask(QUESTION, max_new_tokens=TOKENS) == first
+    assert_untouched(session, before, seen)
+
+
+def test_questions_in_the_middle_of_the_stream_do_not_change_the_rest(tiny64):
+    quiet = watch(new_session(tiny64))
+    asked = new_session(tiny64)
+    for _ in asked.watch(WEBB):
+        before, seen = state(asked), asked.memory.get_seq_length()
+        answers = {asked.ask(QUESTION, max_new_tokens=TOKENS) for _ in range(2)}
+        assert len(answers) == 1
+        assert_untouched(asked, before, seen)
+    assert all(torch.equal(a, b) for a, b in zip(state(quiet), state(asked), strict=True))
+    assert asked.ask(OTHER, max_new_tokens=TOKENS) == quiet.ask(OTHER, max_new_tokens=TOKENS)
+
+
+def test_positions_in_the_middle_are_those_of_a_clip_cut_there(tiny64):
+    session, cut = new_session(tiny64), new_session(tiny64)
+    for event in session.watch(WEBB):
+        if event.seconds == 8:
+            break
+    for _ in cut.watch(WEBB, max_seconds=8):
+        pass
+    assert cut.memory.get_seq_length() == session.memory.get_seq_length()
+    assert greedy_by_hand(cut, QUESTION, 2)[1][0] == greedy_by_hand(session, QUESTION, 2)[1][0]
+
+
+def test_two_videos_in_a_row_equal_a_fresh_model(tiny64, tiny_path):
+    """Stock generate() would continue the first video's positions (transformers.md row 9)."""
+    session = watch(new_session(tiny64), WEBB)
+    session.ask(QUESTION, max_new_tokens=TOKENS)
+    stale = tiny64.model.model.rope_deltas.clone()
+    watch(session, RABBIT)
+    second, _ = greedy_by_hand(session, QUESTION, TOKENS)
+    answer = session.ask(QUESTION, max_new_tokens=TOKENS)
+    assert not torch.equal(tiny64.model.model.rope_deltas, stale)
+
+    fresh = watch(new_session(load_backbone(tiny_path, dtype=torch.float64, device="cpu")), RABBIT)
+    assert all(torch.equal(a, b) for a, b in zip(state(fresh), state(session), strict=True))
+    assert greedy_by_hand(fresh, QUESTION, TOKENS)[0] == second
+    assert fresh.ask(QUESTION, max_new_tokens=TOKENS) == answer
+
+
+def test_two_sessions_on_one_model_do_not_disturb_each_other(tiny64):
+    one, two = watch(new_session(tiny64), WEBB), watch(new_session(tiny64), RABBIT)
+    first = one.ask(QUESTION, max_new_tokens=TOKENS)
+    second = two.ask(QUESTION, max_new_tokens=TOKENS)
+    assert one.ask(QUESTION, max_new_tokens=TOKENS) == first
+    assert two.ask(QUESTION, max_new_tokens=TOKENS) == second
+
+
+def test_streamed_text_is_the_answer(tiny64):
+    session = watch(new_session(tiny64))
+    before, seen = state(session), session.memory.get_seq_length()
+    pieces = session.ask(QUESTION, stream=True, max_new_tokens=TOKENS)
+    assert not isinstance(pieces, str)
+    assert "".join(pieces) == session.ask(QUESTION, max_new_tokens=TOKENS)
+    assert_untouched(session, before, seen)
+
+
+def test_leaving_a_streamed_answer_early_stops_it_and_restores_the_memory(tiny64):
+    session = watch(new_session(tiny64))
+    expected = session.ask(QUESTION, max_new_tokens=TOKENS)
+    before, seen = state(session), session.memory.get_seq_length()
+    with PositionRecorder(tiny64) as recorder:
+        pieces = session.ask(QUESTION, stream=True, max_new_tokens=1000, min_new_tokens=1000)
+        next(pieces)
+        pieces.close()
+    assert len(recorder.ids) < 1000
+    assert_untouched(session, before, seen)
+    assert session.ask(QUESTION, max_new_tokens=TOKENS) == expected
+
+
+def test_a_failing_generation_is_raised_and_restores_the_memory(tiny64):
+    session = watch(new_session(tiny64))
+    before, seen = state(session), session.memory.get_seq_length()
+    with pytest.raises((ValueError, TypeError)):
+        session.ask(QUESTION, max_new_tokens=TOKENS, no_such_argument=1)
+    assert_untouched(session, before, seen)
+
+
+def test_streaming_an_answer_does_not_switch_off_the_callers_gradients(tiny64):
+    session = watch(new_session(tiny64))
+    pieces = session.ask(QUESTION, stream=True, max_new_tokens=TOKENS)
+    next(pieces)
+    enabled = torch.is_grad_enabled()
+    pieces.close()
+    assert torch.is_grad_enabled()
+    assert enabled
+
+
+def test_watching_does_not_switch_off_the_callers_gradients(tiny64):
+    for _ in new_session(tiny64).watch(RABBIT):
+        assert torch.is_grad_enabled()
+
+
+def test_asking_before_watching_or_nothing_at_all_is_refused(tiny64):
+    session = new_session(tiny64)
+    with pytest.raises(OmniMemError, match="watch"):
+        session.ask(QUESTION)
+    watch(session, RABBIT)
+    with pytest.raises(OmniMemError, match="empty"):
+        session.ask("   ")
+
+
+def test_teacher_forced_logits_equal_the_greedy_loop(tiny64):
+    """Training's answer path and generation see the same memory: its argmax is the next generated token."""
+    session = watch(new_session(tiny64))
+    tokens, _ = greedy_by_hand(session, QUESTION, TOKENS)
+    before, seen = state(session), session.memory.get_seq_length()
+    stream = Stream(tiny64, session.memory)
+    with torch.no_grad():
+        logits, targets = stream.answer_logits(
+            session._encoder.closing(), [tiny64.question_ids(QUESTION)[0]], [torch.tensor(tokens)]
+        )
+    assert targets.tolist() == tokens
+    assert logits.argmax(-1).tolist() == tokens
+    assert_untouched(session, before, seen)
+
+
+def test_generate_runs_on_a_cache_given_by_hand(tiny64):
+    """The public pieces suffice: cache, rope_deltas and a mask over everything seen (transformers.md row 14)."""
+    cache = CompressedCache(BudgetProfile.uniform(tiny64.config, mean=6, ratio=1.0), build_selection("omnimem"))
+    ids = tiny64.question_ids(QUESTION)
+    with torch.no_grad():
+        tiny64.language_model(input_ids=ids, past_key_values=cache)
+        tiny64.set_rope_deltas(cache.rope_deltas)
+        more = tiny64.question_ids(OTHER)
+        mask = torch.ones(1, ids.shape[1] + more.shape[1], dtype=torch.int64)
+        output = tiny64.model.generate(
+            input_ids=more, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=TOKENS,
+            eos_token_id=None, pad_token_id=tiny64.tokenizer.pad_token_id,
+        )  # fmt: skip
+        stock = tiny64.model.generate(
+            input_ids=torch.cat((ids, more), 1), do_sample=False, max_new_tokens=TOKENS, eos_token_id=None,
+            attention_mask=mask, pad_token_id=tiny64.tokenizer.pad_token_id,
+        )  # fmt: skip
+    assert output[0, more.shape[1] :].tolist() == stock[0, mask.shape[1] :].tolist()

@@ -187,7 +187,8 @@ def _above_zero(text: str) -> float:
 def _export(args: argparse.Namespace) -> None:
     from train.export import export_run
 
-    export_run(run=args.run, out=args.out, overwrite=args.overwrite, dtype=args.dtype)
+    checked = export_run(run=args.run, out=args.out, overwrite=args.overwrite, dtype=args.dtype)
+    print(f"{args.out}: {checked}")
 
 
 def _answer(args: argparse.Namespace) -> None:

@@ -164,3 +164,14 @@ def test_threads_of_a_recipe_are_used(tmp_path, monkeypatch):
     monkeypatch.setattr(train.loop, "environment", lambda: seen.append(torch.get_num_threads()) or {})
     trained_run(tmp_path, "train.max_steps=1", "train.threads=2")
     assert seen == [2]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_launch_configuration_starts(tmp_path, file):
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(file)]
+    nothing_after = ["finish.export=false", "finish.question=null", "finish.media=null"]
+    args = [*arguments(tmp_path, "train.max_steps=1"), *nothing_after]
+    done = start(*launcher, "train.py", *args)
+    assert done.returncode == 0, done.stderr
+    assert "not passed to `accelerate launch`" not in done.stderr
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [1]

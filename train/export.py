@@ -9,7 +9,6 @@ toolkits ran into).
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,6 @@ from train.checkpoint import FOLDER as CHECKPOINTS
 from train.config import load_recipe
 from train.rundir import RECIPE_FILE
 
-log = logging.getLogger("omnimem.export")
-
 PROBE = "What is seen, what is heard, and what happened first? " * 4
 """Text whose logits are compared."""
 
@@ -48,6 +45,12 @@ class Verification:
     keys: int
     difference: float
     limit: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.keys} tensors verified against base + adapter, "
+            f"logits within {self.difference:.1e} (limit {self.limit:.1e})"
+        )
 
 
 def export_run(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str | None = None) -> Verification:
@@ -98,10 +101,6 @@ def export_run(run: str | Path, out: str | Path, overwrite: bool = False, dtype:
         _verify_weights(fresh, written, deltas)
         checked = _verify_logits(expected, written)
         (folder / "README.md").write_text(model_card(run, fresh, profile, checked), encoding="utf-8")
-    log.info(
-        "%s: %d tensors, logits within %.1e of base + adapter (limit %.1e)",
-        out, checked.keys, checked.difference, checked.limit,
-    )  # fmt: skip
     return checked
 
 

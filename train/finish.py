@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from data_prep.manifest import media_root
 from omnimem.stream import StreamingSession
 from train.config import Recipe
 from train.export import export_run
+
+log = logging.getLogger("omnimem.train")
 
 MERGED_FOLDER = "merged"
 
@@ -16,7 +19,7 @@ def finish(recipe: Recipe, output_dir: Path) -> None:
     """Export and ask, as ``recipe.finish`` says; the clip is looked up where the data lie."""
     merged = output_dir / MERGED_FOLDER
     if recipe.finish.export:
-        export_run(output_dir, merged, overwrite=True)
+        log.info("%s: %s", merged, export_run(output_dir, merged, overwrite=True))
     if recipe.finish.question and recipe.finish.media:
         clip = media_root(recipe.data.path, recipe.data.root) / recipe.finish.media
         session = StreamingSession.from_pretrained(merged if recipe.finish.export else output_dir)

@@ -1,7 +1,6 @@
 """One stream: chunks in, memory bounded, questions answered at any moment.
 
-`Stream` is the single forward path: training calls it with gradients, inference without. `StreamingSession` adds files,
-questions and text::
+`StreamingSession` adds files, questions and text to the forward path of `omnimem.forward`::
 
     session = StreamingSession.from_pretrained("runs/quickstart")
     for event in session.watch("clip.mp4"):
@@ -11,7 +10,6 @@ questions and text::
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -21,22 +19,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from omnimem.backbones import Backbone, ChunkInputs, load_backbone
+from omnimem.backbones import Backbone, load_backbone
+from omnimem.backbones.adapter import load_adapter, resolve_checkpoint
 from omnimem.backbones.base import StreamEncoder
-from omnimem.backbones.checkpoint import quiet_stock
-from omnimem.budget import BudgetProfile
+from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
+from omnimem.forward import Stream
 from omnimem.media import MediaReader, open_media
-from omnimem.memory import CompressedCache, Kept, MemoryState
+from omnimem.memory import CompressedCache
 from omnimem.selection import build_selection
-
-PROFILE_FILE = "budget_profile.json"
-ADAPTER_CONFIG = "adapter_config.json"
-BASE_FOLDER = "base"
-"""Where a run keeps its own base model when that was built on the spot (``model.path=tiny``)."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +81,10 @@ class StreamSettings:
                 f"use a multiple of {alignment:g}"
             )
 
+    def recorded(self) -> dict[str, Any]:
+        """What a profile records: what shapes the positions, not how one file was cut short."""
+        return {k: v for k, v in asdict(self).items() if k not in ("max_seconds", "on_truncated")}
+
     def open(self, path: str | Path, backbone: Backbone) -> tuple[MediaReader, StreamEncoder]:
         """Open a file and begin a stream of it.
 
@@ -119,124 +116,6 @@ class StreamSettings:
             max_pixels=self.max_pixels,
         )
         return reader, encoder
-
-
-class Stream:
-    """A batch of streams in one compressed memory.
-
-    Under autograd the memory is functional and gradients reach every retained state back to the first chunk;
-    without it the memory is compacted in place.
-
-    Parameters
-    ----------
-    backbone : Backbone
-        The model.
-    cache : CompressedCache
-        An empty memory.
-    recompute : bool
-        Under autograd keep only the memory at each chunk's boundary and compute the chunk again in the backward,
-        with the same gradients: activations of one chunk instead of all.
-    """
-
-    def __init__(self, backbone: Backbone, cache: CompressedCache, recompute: bool = False) -> None:
-        self.backbone = backbone
-        self.cache = cache
-        self.recompute = recompute
-
-    def step(self, inputs: ChunkInputs) -> None:
-        """Take a chunk in and bring every layer back to its budget."""
-        if len(inputs) == 0:
-            return
-        if self.recompute and torch.is_grad_enabled():
-            self._step_recomputed(inputs)
-        else:
-            self.forward(inputs)
-            self.cache.compress()
-
-    def _step_recomputed(self, inputs: ChunkInputs) -> None:
-        """`step` under a non-reentrant checkpoint (the reentrant one loses gradients across chunks).
-
-        The recomputation replays the recorded decisions: in bf16 a tie could fall the other way the second time.
-        """
-        before = self.cache.state()
-        decided: list[Kept | None] | None = None
-
-        def chunk_step(*states: Tensor) -> tuple[Tensor, ...]:
-            nonlocal decided
-            replaying = decided is not None
-            present = self.cache.state()
-            pairs = zip(states[::2], states[1::2], before.layers, strict=True)
-            layers = [{**layer, "keys": keys, "values": values} for keys, values, layer in pairs]
-            self.cache.restore(MemoryState(layers, before.counters))
-            try:
-                # Nothing needs to be observed to repeat a decision.
-                self.forward(inputs, text=replaying)
-                decided = self.cache.compress(decided)
-                return tuple(t for layer in self.cache.layers for t in (layer.keys, layer.values))
-            finally:
-                # In the backward the stream has long moved on, and checkpoint stops us once it has what it needs.
-                if replaying:
-                    self.cache.restore(present)
-
-        boundary = [layer[name] for layer in before.layers for name in ("keys", "values")]
-        checkpoint(chunk_step, *boundary, use_reentrant=False)
-
-    def forward(self, inputs: ChunkInputs, text: bool = False) -> Tensor:
-        """Append positions to the memory without compressing it.
-
-        Parameters
-        ----------
-        inputs : ChunkInputs
-            The new positions.
-        text : bool
-            Text around the media or a question: it asks for nothing to be observed for selection.
-
-        Returns
-        -------
-        Tensor
-            Last hidden states ``[B, T, C]``.
-        """
-        return self.backbone.language_model(
-            inputs_embeds=inputs.embeds,
-            position_ids=inputs.positions,
-            attention_mask=inputs.valid,
-            past_key_values=self.cache,
-            use_cache=True,
-            modality=None if text else inputs.modality,
-            time=inputs.time,
-            next_position=inputs.next_position,
-        ).last_hidden_state
-
-    def answer_logits(
-        self, closing: ChunkInputs, question: list[Tensor], answer: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Teacher-forced logits of answers asked now; the memory is left as it was.
-
-        Parameters
-        ----------
-        closing : ChunkInputs
-            Tokens that end the media, one row a sample.
-        question, answer : list of Tensor
-            Ids ``[Q]`` and ``[A]`` of each sample; an empty answer asks nothing of that sample.
-
-        Returns
-        -------
-        tuple of Tensor
-            Logits ``[M, vocabulary]`` of the M answer positions of all samples and their ids ``[M]``.
-        """
-        device = self.backbone.device
-        rows = [torch.cat((q, a))[:-1] if len(a) else q[:0] for q, a in zip(question, answer, strict=True)]
-        targets = torch.cat(answer).to(device)
-        with self.cache.scratch():
-            self.forward(closing, text=True)
-            text = [
-                ChunkInputs.text(self.backbone.embed(ids[None]), closing.next_position[i]) for i, ids in enumerate(rows)
-            ]
-            hidden = self.forward(ChunkInputs.batch(text), text=True)
-        predicting = [
-            hidden[i, len(row) - len(a) : len(row)] for i, (row, a) in enumerate(zip(rows, answer, strict=True))
-        ]
-        return self.backbone.lm_head(torch.cat(predicting)), targets
 
 
 @dataclass(frozen=True)
@@ -397,7 +276,7 @@ class StreamingSession:
                 seconds=chunk.t1,
                 duration=reader.info.duration,
                 new_positions=len(inputs),
-                retained=mean_counts(self.memory),
+                retained=self.memory.mean_counts(),
                 bytes=self.memory.nbytes,
                 state_bytes=self.memory.state_nbytes,
                 last=chunk.last,
@@ -491,79 +370,3 @@ class _Abandoned(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         return torch.full((input_ids.shape[0],), self.stop, device=input_ids.device)
-
-
-def mean_counts(cache: CompressedCache) -> dict[str, float]:
-    """Mean over layers and samples of the stored text, visual and audio positions."""
-    counts = cache.counts()
-    return {
-        name: sum(sum(layer[name]) / len(layer[name]) for layer in counts) / len(counts)
-        for name in ("text", "visual", "audio")
-    }
-
-
-def resolve_checkpoint(path: str | Path, adapter: str | Path | None) -> tuple[str | Path, str | Path | None]:
-    """Base model and adapter behind a path that may be a model, an export or a run directory.
-
-    Raises
-    ------
-    OmniMemError
-        A run directory without adapter, or an adapter whose base cannot be found.
-    """
-    folder = Path(path)
-    if adapter is None:
-        if (folder / "recipe.yaml").is_file() and not (folder / ADAPTER_CONFIG).is_file():
-            raise OmniMemError(f"{path}: a run directory without an adapter; let the training finish or resume it")
-        if not (folder / ADAPTER_CONFIG).is_file():
-            return path, None
-        adapter, path = folder, _base_of(folder)
-    elif not (Path(adapter) / ADAPTER_CONFIG).is_file():
-        raise OmniMemError(f"{adapter}: no {ADAPTER_CONFIG}; give a folder with a saved LoRA adapter")
-    return path, adapter
-
-
-def _base_of(adapter: Path) -> str:
-    """Base model an adapter names; a run that carries its own base may have been moved."""
-    try:
-        base = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError):
-        raise OmniMemError(f"{adapter / ADAPTER_CONFIG}: not readable or without base_model_name_or_path") from None
-    carried = adapter / BASE_FOLDER
-    return str(carried) if carried.is_dir() else base
-
-
-def load_adapter(backbone: Backbone, adapter: str | Path, trainable: bool = False) -> Any:
-    """Put a saved LoRA adapter on a backbone; returns the PeftModel around `backbone.model`.
-
-    Raises
-    ------
-    OmniMemError
-        Files missing or damaged, or weights that fit no module (an adapter of another model would be a no-op).
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    weights = Path(adapter) / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise OmniMemError(f"{adapter}: no adapter_model.safetensors; the adapter was not saved completely")
-    try:
-        with quiet_stock():
-            peft_model = PeftModel.from_pretrained(backbone.model, str(adapter), is_trainable=trainable)
-        saved = set(load_file(weights))
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise OmniMemError(f"{adapter}: adapter does not load onto {backbone.model_id}: {reason}") from error
-    present = set(get_peft_model_state_dict(peft_model))
-    if saved != present:
-        odd = sorted(saved ^ present)
-        raise OmniMemError(
-            f"{adapter}: {len(odd)} adapter weights do not match {backbone.model_id}, for example {odd[0]}; "
-            "use the adapter with the model it was trained on"
-        )
-    return peft_model
-
-
-def settings_dict(settings: StreamSettings) -> dict[str, Any]:
-    """Settings as recorded in a profile: what shapes the positions, not how one file was cut short."""
-    return {k: v for k, v in asdict(settings).items() if k not in ("max_seconds", "on_truncated")}

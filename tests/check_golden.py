@@ -26,7 +26,6 @@ from omnimem.modality import VISUAL
 from omnimem.selection import build_selection
 
 TOLERANCE = 2e-6
-DEEPSTACK_LAYERS = 3
 
 
 @dataclass
@@ -55,7 +54,8 @@ def build_model(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Qwen3VL
         "mrope_section": settings.pop("mrope_section"),
         "mrope_interleaved": settings.pop("mrope_interleaved"),
     }
-    model = Qwen3VLTextModel(Qwen3VLTextConfig(**settings, rope_parameters=rope, pad_token_id=None)).double()
+    model = Qwen3VLTextModel(Qwen3VLTextConfig(**settings, rope_parameters=rope, pad_token_id=None))
+    model = model.to(tensors["inputs.embeds"].dtype)
     weights = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert missing == ["embed_tokens.weight"] and not unexpected, (missing, unexpected)
@@ -71,15 +71,16 @@ def compare(path: str | Path) -> Comparison:
     profile = BudgetProfile.from_lists(json.loads(metadata["budgets_audio_visual"]))
     cache = CompressedCache(profile, build_selection("omnimem", variant="release", lam=float(metadata["lambda"])))
     embeds, positions, modality = (tensors[f"inputs.{n}"] for n in ("embeds", "position_ids", "modality"))
+    deepstack_maps = [tensors[name] for name in sorted(tensors) if name.startswith("inputs.deepstack")]
     visual_row = (modality[0] == VISUAL).cumsum(0) - 1
     stream, chunk = int(metadata["stream_length"]), int(metadata["chunk"])
 
     def step(start: int, stop: int, **announce: Tensor) -> Tensor:
         visual = modality[:, start:stop] == VISUAL
         deepstack = {}
-        if visual.any():
+        if deepstack_maps and visual.any():
             rows = visual_row[start:stop][visual[0]]
-            maps = [tensors[f"inputs.deepstack{i}"][rows] for i in range(DEEPSTACK_LAYERS)]
+            maps = [rows_of_layer[rows] for rows_of_layer in deepstack_maps]
             deepstack = {"visual_pos_masks": visual, "deepstack_visual_embeds": maps}
         return model(
             inputs_embeds=embeds[:, start:stop],

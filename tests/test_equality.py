@@ -18,10 +18,10 @@ from omnimem.backbones import Backbone, ChunkInputs
 from omnimem.backbones.qwen2_5_omni.mel import MelStream
 from omnimem.backbones.qwen2_5_omni.prompt import opening, question_turn
 from omnimem.budget import BudgetProfile
+from omnimem.forward import Stream
 from omnimem.media import open_media
 from omnimem.memory import CompressedCache
 from omnimem.selection import build_selection
-from omnimem.stream import Stream
 
 QUESTION = "What is seen and what is heard?"
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}

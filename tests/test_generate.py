@@ -9,9 +9,10 @@ from conftest import RABBIT, WEBB
 from omnimem.backbones import ChunkInputs, load_backbone
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
+from omnimem.forward import Stream
 from omnimem.memory import CompressedCache
 from omnimem.selection import build_selection
-from omnimem.stream import Stream, StreamingSession, StreamSettings
+from omnimem.stream import StreamingSession, StreamSettings
 
 QUESTION = "What is seen and what is heard?"
 OTHER = "Who speaks?"

@@ -26,15 +26,17 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import apply_rotary_
 import check_golden
 from conftest import RABBIT, WEBB
 from omnimem.backbones import ChunkInputs, load_backbone
+from omnimem.backbones.adapter import load_adapter
 from omnimem.backbones.qwen2_5_omni.backbone import Qwen2_5Omni
 from omnimem.budget import BudgetProfile, ModelFingerprint
 from omnimem.errors import OmniMemError
+from omnimem.forward import Stream
 from omnimem.media import Chunk
 from omnimem.memory import CompressedCache, attach, lower_right_attention
 from omnimem.memory.attention import ATTENTION_NAME
 from omnimem.modality import AUDIO, VISUAL
 from omnimem.selection import build_selection
-from omnimem.stream import Stream, StreamingSession, StreamSettings, load_adapter
+from omnimem.stream import StreamingSession, StreamSettings
 from oracles import (
     dense_weights,
     kept,

@@ -20,8 +20,9 @@ from data_prep.manifest import Question, Row
 from omnimem.backbones import ChunkInputs, load_backbone
 from omnimem.budget import BudgetProfile, ModelFingerprint
 from omnimem.errors import OmniMemError
+from omnimem.forward import Stream
 from omnimem.memory import CompressedCache
-from omnimem.stream import Stream, StreamSettings
+from omnimem.stream import StreamSettings
 from small_runs import (
     AUDIO,
     FLOWER,

@@ -22,10 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
-from omnimem.budget import BudgetProfile
+from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_directory, atomic_write_json, remove_directory, sweep
-from omnimem.stream import PROFILE_FILE
 
 FOLDER = "checkpoints"
 ADAPTER = ".adapter"

@@ -18,11 +18,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from omnimem.backbones import Backbone, load_backbone, parse_dtype
+from omnimem.backbones.adapter import load_adapter, resolve_checkpoint
 from omnimem.backbones.checkpoint import quiet_stock
-from omnimem.budget import BudgetProfile
+from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_directory
-from omnimem.stream import PROFILE_FILE, load_adapter, resolve_checkpoint
 from train.card import model_card
 from train.checkpoint import FOLDER as CHECKPOINTS
 from train.config import load_recipe

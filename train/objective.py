@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from omnimem.backbones import Backbone, ChunkInputs
 from omnimem.budget import BudgetProfile
+from omnimem.forward import Stream
 from omnimem.media import Chunk
 from omnimem.memory import CompressedCache
 from omnimem.selection import SelectionMethod
-from omnimem.stream import Stream, StreamSettings, mean_counts
+from omnimem.stream import StreamSettings
 from train.data import Asked, Sample
 
 
@@ -100,7 +101,7 @@ class StreamObjective(nn.Module):
             "loss": loss,
             "targets": targets,
             "positions": positions,
-            "retained": mean_counts(cache),
+            "retained": cache.mean_counts(),
             "memory_bytes": cache.state_nbytes,
         }
 

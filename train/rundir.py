@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.manifest import Row, manifest_fingerprint
+from omnimem.backbones.adapter import RECIPE_FILE
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json
 from train.config import Recipe, load_recipe
 
-RECIPE_FILE = "recipe.yaml"
 DATA_FILE = "data.json"
 
 MAY_CHANGE = (

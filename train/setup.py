@@ -11,12 +11,13 @@ from peft import LoraConfig, PeftModel
 
 from data_prep.manifest import media_root
 from omnimem.backbones import TINY, Backbone, backbone_class, load_backbone
+from omnimem.backbones.adapter import BASE_FOLDER
 from omnimem.backbones.checkpoint import quiet_stock
 from omnimem.budget import BudgetProfile, ModelFingerprint
 from omnimem.errors import OmniMemError
 from omnimem.media import MediaError, probe
 from omnimem.selection import SelectionMethod, build_selection, options_of
-from omnimem.stream import BASE_FOLDER, StreamSettings, settings_dict
+from omnimem.stream import StreamSettings
 from train.config import Recipe
 
 
@@ -142,5 +143,5 @@ def profile_of(recipe: Recipe, backbone: Backbone, method: SelectionMethod, sett
         model=ModelFingerprint.of(backbone.config),
         model_id=recipe.model.path,
         selection={"method": recipe.selection.method, **method.settings()},
-        stream=settings_dict(settings),
+        stream=settings.recorded(),
     )

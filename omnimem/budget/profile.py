@@ -18,6 +18,8 @@ from omnimem.files import atomic_write_json
 
 SCHEMA = "omnimem.budget_profile"
 SCHEMA_VERSION = 1
+PROFILE_FILE = "budget_profile.json"
+"""Name of the profile beside an adapter or a merged checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,11 @@ class CompressedCache(Cache):
         """Stored text, visual and audio positions of each layer, one number a sample of the batch."""
         return [{name: n.tolist() for name, n in layer.counts().items()} for layer in self.layers]
 
+    def mean_counts(self) -> dict[str, float]:
+        """Mean over layers and samples of the stored text, visual and audio positions."""
+        counts = self.counts()
+        return {name: sum(sum(layer[name]) / len(layer[name]) for layer in counts) / len(counts) for name in counts[0]}
+
     def lengths(self) -> list[int]:
         """Stored columns of each layer (the longest sample's, in a batch)."""
         return [0 if layer.table is None else len(layer.table) for layer in self.layers]

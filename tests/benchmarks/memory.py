@@ -27,10 +27,10 @@ def run(method: str, chunks: int, budget: int) -> dict[str, float]:
 
     from omnimem.backbones import ChunkInputs, load_backbone
     from omnimem.budget import BudgetProfile
+    from omnimem.forward import Stream
     from omnimem.memory import CompressedCache
     from omnimem.modality import AUDIO, VISUAL
     from omnimem.selection import build_selection
-    from omnimem.stream import Stream
 
     torch.manual_seed(0)
     backbone = load_backbone("tiny")

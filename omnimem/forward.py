@@ -1,0 +1,134 @@
+"""The single forward path: chunks into a compressed memory, with gradients in training, without at inference.
+
+stream = Stream(backbone, CompressedCache(profile, method))
+stream.forward(encoder.prefix(), text=True)
+for chunk in reader:
+stream.step(encoder.encode(chunk))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from omnimem.backbones import Backbone, ChunkInputs
+from omnimem.memory import CompressedCache, Kept, MemoryState
+
+
+class Stream:
+    """A batch of streams in one compressed memory.
+
+    Under autograd the memory is functional and gradients reach every retained state back to the first chunk;
+    without it the memory is compacted in place.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        The model.
+    cache : CompressedCache
+        An empty memory.
+    recompute : bool
+        Under autograd keep only the memory at each chunk's boundary and compute the chunk again in the backward,
+        with the same gradients: activations of one chunk instead of all.
+    """
+
+    def __init__(self, backbone: Backbone, cache: CompressedCache, recompute: bool = False) -> None:
+        self.backbone = backbone
+        self.cache = cache
+        self.recompute = recompute
+
+    def step(self, inputs: ChunkInputs) -> None:
+        """Take a chunk in and bring every layer back to its budget."""
+        if len(inputs) == 0:
+            return
+        if self.recompute and torch.is_grad_enabled():
+            self._step_recomputed(inputs)
+        else:
+            self.forward(inputs)
+            self.cache.compress()
+
+    def _step_recomputed(self, inputs: ChunkInputs) -> None:
+        """`step` under a non-reentrant checkpoint (the reentrant one loses gradients across chunks).
+
+        The recomputation replays the recorded decisions: in bf16 a tie could fall the other way the second time.
+        """
+        before = self.cache.state()
+        decided: list[Kept | None] | None = None
+
+        def chunk_step(*states: Tensor) -> tuple[Tensor, ...]:
+            nonlocal decided
+            replaying = decided is not None
+            present = self.cache.state()
+            pairs = zip(states[::2], states[1::2], before.layers, strict=True)
+            layers = [{**layer, "keys": keys, "values": values} for keys, values, layer in pairs]
+            self.cache.restore(MemoryState(layers, before.counters))
+            try:
+                # Nothing needs to be observed to repeat a decision.
+                self.forward(inputs, text=replaying)
+                decided = self.cache.compress(decided)
+                return tuple(t for layer in self.cache.layers for t in (layer.keys, layer.values))
+            finally:
+                # In the backward the stream has long moved on, and checkpoint stops us once it has what it needs.
+                if replaying:
+                    self.cache.restore(present)
+
+        boundary = [layer[name] for layer in before.layers for name in ("keys", "values")]
+        checkpoint(chunk_step, *boundary, use_reentrant=False)
+
+    def forward(self, inputs: ChunkInputs, text: bool = False) -> Tensor:
+        """Append positions to the memory without compressing it.
+
+        Parameters
+        ----------
+        inputs : ChunkInputs
+            The new positions.
+        text : bool
+            Text around the media or a question: it asks for nothing to be observed for selection.
+
+        Returns
+        -------
+        Tensor
+            Last hidden states ``[B, T, C]``.
+        """
+        return self.backbone.language_model(
+            inputs_embeds=inputs.embeds,
+            position_ids=inputs.positions,
+            attention_mask=inputs.valid,
+            past_key_values=self.cache,
+            use_cache=True,
+            modality=None if text else inputs.modality,
+            time=inputs.time,
+            next_position=inputs.next_position,
+        ).last_hidden_state
+
+    def answer_logits(
+        self, closing: ChunkInputs, question: list[Tensor], answer: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Teacher-forced logits of answers asked now; the memory is left as it was.
+
+        Parameters
+        ----------
+        closing : ChunkInputs
+            Tokens that end the media, one row a sample.
+        question, answer : list of Tensor
+            Ids ``[Q]`` and ``[A]`` of each sample; an empty answer asks nothing of that sample.
+
+        Returns
+        -------
+        tuple of Tensor
+            Logits ``[M, vocabulary]`` of the M answer positions of all samples and their ids ``[M]``.
+        """
+        device = self.backbone.device
+        rows = [torch.cat((q, a))[:-1] if len(a) else q[:0] for q, a in zip(question, answer, strict=True)]
+        targets = torch.cat(answer).to(device)
+        with self.cache.scratch():
+            self.forward(closing, text=True)
+            text = [
+                ChunkInputs.text(self.backbone.embed(ids[None]), closing.next_position[i]) for i, ids in enumerate(rows)
+            ]
+            hidden = self.forward(ChunkInputs.batch(text), text=True)
+        predicting = [
+            hidden[i, len(row) - len(a) : len(row)] for i, (row, a) in enumerate(zip(rows, answer, strict=True))
+        ]
+        return self.backbone.lm_head(torch.cat(predicting)), targets

@@ -116,7 +116,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_answer_arguments(answer)
     answer.set_defaults(command=_answer)
 
-    profile = commands.add_parser("profile", parents=[everywhere], help="show or convert a budget profile")
+    calibrate = commands.add_parser("calibrate", parents=[everywhere], help="budgets from a calibration set")
+    calibrate.description = "Stream a calibration set, measure every layer, and allocate a budget profile (AVBA)."
+    _add_calibrate_arguments(calibrate)
+    calibrate.set_defaults(command=_calibrate)
+
+    profile = commands.add_parser("profile", parents=[everywhere], help="show, plot, compare, re-scale, convert")
     profile.description = "Budget profiles: how many visual and audio positions every layer keeps."
     actions = profile.add_subparsers(title="actions", metavar="ACTION", required=True)
     show = actions.add_parser("show", parents=[everywhere], help="print the budget of every layer")
@@ -127,7 +132,41 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("target", type=Path, metavar="OUT", help="file to write")
     convert.add_argument("--to", choices=("profile", "list"), default="profile", help="default: %(default)s")
     convert.set_defaults(command=_profile_convert)
+    rescale = actions.add_parser("rescale", parents=[everywhere], help="the same distribution at another mean")
+    rescale.add_argument("source", type=Path, metavar="IN")
+    rescale.add_argument("target", type=Path, metavar="OUT", help="file to write")
+    rescale.add_argument("--mean-budget", type=_at_least(int, 1), required=True, metavar="N")
+    rescale.set_defaults(command=_profile_rescale)
+    diff = actions.add_parser("diff", parents=[everywhere], help="compare the budgets of two profiles")
+    diff.add_argument("first", type=Path, metavar="A")
+    diff.add_argument("second", type=Path, metavar="B")
+    diff.set_defaults(command=_profile_diff)
+    plot = actions.add_parser("plot", parents=[everywhere], help="a picture of budgets and statistics over layers")
+    plot.add_argument("file", type=Path, metavar="FILE")
+    plot.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write (.png, .svg, .pdf)")
+    plot.set_defaults(command=_profile_plot)
     return parser
+
+
+def _add_calibrate_arguments(calibrate: argparse.ArgumentParser) -> None:
+    calibrate.add_argument("--model", required=True, metavar="MODEL", help="checkpoint, run, hub id, or `tiny`")
+    calibrate.add_argument("--media", type=Path, required=True, metavar="DIR", help="folder of clips, or a manifest")
+    calibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="profile to write")
+    calibrate.add_argument(
+        "--mean-budget", type=_at_least(int, 2), default=8192, metavar="N", help="default: %(default)s"
+    )
+    calibrate.add_argument("--ratio", type=_above_zero, default=5.0, metavar="R", help="default: %(default)s")
+    calibrate.add_argument("--temperature", type=_above_zero, default=0.2, metavar="T", help="default: %(default)s")
+    calibrate.add_argument(
+        "--floor", type=_at_least(int, 1), default=16, metavar="N", help="least of a modality (default: %(default)s)"
+    )
+    calibrate.add_argument(
+        "--max-seconds", type=_above_zero, default=60.0, metavar="S", help="of each clip (default: %(default)s)"
+    )
+    calibrate.add_argument("--fps", type=_above_zero, metavar="F", help="frames per second")
+    calibrate.add_argument("--chunk-seconds", type=_above_zero, metavar="S", help="seconds read at a time")
+    calibrate.add_argument("--device", default="auto", metavar="D")
+    calibrate.add_argument("--dtype", choices=DTYPES, default="auto")
 
 
 def _add_answer_arguments(answer: argparse.ArgumentParser) -> None:
@@ -197,13 +236,75 @@ def _answer(args: argparse.Namespace) -> None:
     answer_command(args)
 
 
+def _calibrate(args: argparse.Namespace) -> None:
+    from omnimem.calibrate import calibrate_command
+
+    if args.media.is_dir():
+        clips = sorted(path for path in args.media.iterdir() if path.is_file() and not path.name.startswith("."))
+    else:
+        from data_prep.manifest import read_manifest
+
+        clips = [row.media for row in read_manifest(args.media).rows]
+    settings = {"fps": args.fps, "chunk_seconds": args.chunk_seconds, "max_seconds": args.max_seconds}
+    profile = calibrate_command(
+        args.model,
+        clips,
+        args.out,
+        args.mean_budget,
+        args.ratio,
+        args.temperature,
+        args.floor,
+        {key: value for key, value in settings.items() if value is not None},
+        args.device,
+        args.dtype,
+    )
+    print(f"{args.out}: {profile.mean_budget:g} positions a layer from {profile.statistics['clips']} clips")
+
+
+def _profile_rescale(args: argparse.Namespace) -> None:
+    from omnimem.budget import BudgetProfile
+    from omnimem.budget.allocation import with_mean
+
+    with_mean(BudgetProfile.load(args.source), args.mean_budget).save(args.target)
+    print(f"wrote {args.target}")
+
+
+def _profile_diff(args: argparse.Namespace) -> None:
+    from omnimem.budget import BudgetProfile
+
+    first, second = BudgetProfile.load(args.first), BudgetProfile.load(args.second)
+    if len(first.layers) != len(second.layers):
+        raise OmniMemError(f"{args.first} has {len(first.layers)} layers, {args.second} {len(second.layers)}")
+    print(f"{'layer':>5} {'visual':>8} {'':>8} {'audio':>8} {'':>8}")
+    for index, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
+        print(f"{index:>5} {a.visual:>8} {b.visual - a.visual:>+8} {a.audio:>8} {b.audio - a.audio:>+8}")
+    print(f"mean budget: {first.mean_budget:g} and {second.mean_budget:g} positions a layer")
+
+
+def _profile_plot(args: argparse.Namespace) -> None:
+    from omnimem.budget import BudgetProfile
+    from omnimem.budget.picture import plot_profile
+
+    plot_profile(BudgetProfile.load(args.file), args.out)
+    print(f"wrote {args.out}")
+
+
 def _profile_show(args: argparse.Namespace) -> None:
     from omnimem.budget import BudgetProfile
 
     profile = BudgetProfile.load(args.file)
-    print(f"{'layer':>5} {'visual':>8} {'audio':>8} {'total':>8}")
+    measured = profile.statistics.get("layers", [])
+    groups = ("visual", "audio") if measured else ()
+    header = "".join(f" {f'{group} H':>9} {f'{group} s':>9}" for group in groups)
+    print(f"{'layer':>5} {'visual':>8} {'audio':>8} {'total':>8}{header}")
     for index, layer in enumerate(profile.layers):
-        print(f"{index:>5} {layer.visual:>8} {layer.audio:>8} {layer.visual + layer.audio:>8}")
+        found = "".join(
+            f" {measured[index][group]['entropy']:>9.3f} {measured[index][group]['redundancy']:>9.3f}"
+            for group in groups
+        )
+        print(f"{index:>5} {layer.visual:>8} {layer.audio:>8} {layer.total:>8}{found}")
+    if measured:
+        print("H: entropy of the attention mass over log K; s: mean redundancy")
     print(f"mean budget: {profile.mean_budget:g} positions a layer")
 
 

@@ -1,0 +1,234 @@
+"""Measure a calibration set and turn it into a budget profile (AVBA, method.md §3).
+
+    omnimem calibrate --model runs/quickstart --media tests/media --mean-budget 96 --out profile.json
+
+Every clip is streamed with nothing evicted while each layer's attention mass and hidden states are observed; what is
+kept of a clip are a few numbers a layer, so the set may be large. They are saved clip by clip: an interrupted
+calibration goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from omnimem.backbones import Backbone
+from omnimem.budget import BudgetProfile, ModelFingerprint
+from omnimem.budget.allocation import DEFAULT_FLOOR, Compressibility, LayerStatistics, allocate
+from omnimem.errors import OmniMemError
+from omnimem.files import atomic_write_json
+from omnimem.forward import Stream
+from omnimem.memory import CompressedCache
+from omnimem.memory.layer import CompressedLayer
+from omnimem.modality import AUDIO, VISUAL
+from omnimem.selection.base import compute_dtype
+from omnimem.selection.full import Full
+from omnimem.selection.redundancy import redundancy
+from omnimem.stream import StreamingSession, StreamSettings
+
+log = logging.getLogger("omnimem.calibrate")
+
+GROUPS = {"visual": (VISUAL,), "audio": (AUDIO,), "both": (VISUAL, AUDIO)}
+
+
+class Observe(Full):
+    """Keep everything and observe what allocation needs: attention mass and hidden states."""
+
+    mass_kind = "heads"
+    stores_features = True
+
+    def features(self, hidden: Tensor, layer: int) -> Tensor:
+        """The hidden states themselves."""
+        return hidden
+
+
+@dataclass(frozen=True)
+class ClipStatistics:
+    """Numbers of one clip: for each layer and group (visual, audio, both) entropy, redundancy and count."""
+
+    name: str
+    digest: str
+    layers: list[dict[str, dict[str, float]]]
+
+
+@torch.no_grad()
+def measure_clip(backbone: Backbone, clip: Path, settings: StreamSettings) -> list[dict[str, dict[str, float]]]:
+    """Stream a clip without eviction and summarise every layer.
+
+    Returns
+    -------
+    list of dict
+        For each layer: group → ``entropy`` (normalised), ``redundancy``, ``count``; a group that does not occur
+        is left out.
+    """
+    profile = BudgetProfile.uniform(backbone.config)
+    cache = CompressedCache(profile, Observe())
+    stream = Stream(backbone, cache)
+    reader, encoder = settings.open(clip, backbone)
+    stream.forward(encoder.prefix(), text=True)
+    for chunk in reader:
+        stream.step(encoder.encode(chunk))
+    return [_summarise(layer) for layer in cache.layers]
+
+
+def _summarise(layer: CompressedLayer) -> dict[str, dict[str, float]]:
+    table, features = layer.table, layer.features
+    assert features is not None and layer.mass is not None
+    s = redundancy(features.to(compute_dtype(features)), table.modality, table.valid, "sequence")[0]
+    summary = {}
+    for name, kinds in GROUPS.items():
+        member = torch.isin(table.modality[0], torch.tensor(kinds, dtype=torch.int8, device=table.modality.device))
+        count = int(member.sum())
+        if count < 2:
+            continue  # the entropy of a single position says nothing, and log 1 = 0
+        share = layer.mass[0][member].double()
+        share = share / share.sum()
+        entropy = -torch.xlogy(share, share).sum().item() / math.log(count)
+        summary[name] = {"entropy": entropy, "redundancy": s[member].double().mean().item(), "count": float(count)}
+    return summary
+
+
+def calibrate(
+    backbone: Backbone,
+    clips: Sequence[Path],
+    settings: StreamSettings,
+    partial: Path,
+) -> Iterator[ClipStatistics | None]:
+    """Measure clips one by one, keeping results in `partial`; clips measured before are not streamed again.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        The model.
+    clips : sequence of Path
+        Media files; one that cannot be read is logged and left out.
+    settings : StreamSettings
+        How media are read; ``max_seconds`` bounds the memory, because nothing is evicted here.
+    partial : Path
+        JSON file with what has been measured so far, written after every clip.
+
+    Yields
+    ------
+    ClipStatistics or None
+        Of each clip, None for one that was left out.
+    """
+    model = asdict(ModelFingerprint.of(backbone.config))
+    key = {"model": model, "model_id": backbone.model_id, "stream": asdict(settings)}
+    known = _read_partial(partial, key)
+    for clip in clips:
+        digest = hashlib.sha256(clip.read_bytes()).hexdigest()
+        if digest not in known:
+            try:
+                known[digest] = measure_clip(backbone, clip, settings)
+            except OmniMemError as error:
+                log.warning("left out: %s", error)
+                yield None
+                continue
+            atomic_write_json(partial, {**key, "clips": known})
+        yield ClipStatistics(clip.name, digest, known[digest])
+
+
+def _read_partial(partial: Path, key: dict[str, Any]) -> dict[str, Any]:
+    """Clips measured before with the same model and settings."""
+    if not partial.is_file():
+        return {}
+    try:
+        content = json.loads(partial.read_text(encoding="utf-8"))
+        same = {name: content[name] for name in key} == json.loads(json.dumps(key))
+        return content["clips"] if same else {}
+    except (ValueError, KeyError) as error:
+        raise OmniMemError(f"{partial}: not a calibration in progress; delete it to start anew") from error
+
+
+def profile_from(
+    backbone: Backbone,
+    clips: Sequence[ClipStatistics],
+    settings: StreamSettings,
+    mean_budget: int,
+    ratio: float = 5.0,
+    temperature: float = 0.2,
+    floor: int = DEFAULT_FLOOR,
+    selection: dict[str, Any] | None = None,
+) -> BudgetProfile:
+    """Average the clips and allocate.
+
+    Raises
+    ------
+    OmniMemError
+        No clip could be used, or the budget cannot hold the floors.
+    """
+    if not clips:
+        raise OmniMemError("nothing to calibrate on: no clip could be read")
+    layers = [_average([clip.layers[i] for clip in clips]) for i in range(len(clips[0].layers))]
+    digest = hashlib.sha256("\n".join(sorted(clip.digest for clip in clips)).encode()).hexdigest()
+    return BudgetProfile(
+        layers=allocate(layers, mean_budget, ratio, temperature, floor),
+        model=ModelFingerprint.of(backbone.config),
+        model_id=backbone.model_id,
+        selection=selection or {},
+        stream=settings.recorded(),
+        statistics={
+            "method": "avba",
+            "ratio": ratio,
+            "temperature": temperature,
+            "floor": floor,
+            "clips": len(clips),
+            "layers": [asdict(layer) for layer in layers],
+        },
+        calibration_set=digest,
+        source="calibrated",
+    )
+
+
+def _average(layers: Sequence[dict[str, dict[str, float]]]) -> LayerStatistics:
+    """Mean over the clips in which a group occurs."""
+
+    def mean(group: str) -> Compressibility:
+        found = [layer[group] for layer in layers if group in layer]
+        if not found:
+            return Compressibility(0.0, 0.0, 0.0)
+        return Compressibility(**{key: math.fsum(f[key] for f in found) / len(found) for key in found[0]})
+
+    return LayerStatistics(visual=mean("visual"), audio=mean("audio"), both=mean("both"))
+
+
+def calibrate_command(
+    model: str,
+    clips: Sequence[Path],
+    out: Path,
+    mean_budget: int,
+    ratio: float,
+    temperature: float,
+    floor: int,
+    settings: dict[str, Any],
+    device: str,
+    dtype: str,
+) -> BudgetProfile:
+    """The command ``omnimem calibrate``: measure with a progress bar, allocate, save; see `omnimem.cli`."""
+    session = StreamingSession.from_pretrained(model, settings=settings, device=device, dtype=dtype)
+    partial = out.with_name(out.name + ".partial")
+    measured = []
+    with Progress(*Progress.get_default_columns(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("calibrating", total=len(clips))
+        for clip in calibrate(session.backbone, clips, session.settings, partial):
+            progress.advance(task)
+            if clip is not None:
+                measured.append(clip)
+    selection = {"method": session.method, **session.memory.method.settings()}
+    profile = profile_from(
+        session.backbone, measured, session.settings, mean_budget, ratio, temperature, floor, selection
+    )
+    profile.save(out)
+    partial.unlink(missing_ok=True)
+    return profile

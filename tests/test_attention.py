@@ -166,3 +166,19 @@ def test_no_operation_makes_a_tensor_of_queries_times_keys(padded, backward):
         largest.append(seen[0])
         assert seen[0] <= 2 * heads * tile * 160
     assert largest[1] <= largest[0]
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4, 7, 100])
+@pytest.mark.parametrize("padded", [False, True])
+def test_sampled_mass_asks_every_so_many_th_query_for_all(stride, padded):
+    generator = torch.Generator().manual_seed(stride)
+    query = torch.randn(2, 4, 23, 8, generator=generator, dtype=torch.float64)
+    key = torch.randn(2, 2, 40, 8, generator=generator, dtype=torch.float64)
+    valid = torch.ones(2, 40, dtype=torch.bool)
+    if padded:
+        valid[0, 10:15] = valid[0, -6:] = False
+    weights = dense_weights(query, key, valid if padded else None)
+    asked = list(range(min(stride, 23) - 1, 23, stride))
+    expected = weights.mean(1)[:, asked].sum(1) * 23 / len(asked)
+    found = attention_mass(query, key, valid if padded else None, stride=stride, tile=3)
+    assert (found - expected).abs().max() <= 1e-10

@@ -36,6 +36,7 @@ PAPER = {
     "neighbours": "sequence",
     "redundancy": "hidden",
     "sketch_dim": 128,
+    "mass_stride": 1,
     "seed": 0,
 }
 RELEASE = {**PAPER, "factor": "sqrt", "mass": "concat", "accumulation": "mean"}

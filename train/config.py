@@ -78,6 +78,7 @@ class SelectionConfig:
     mass: Literal["heads", "concat"] | None = None
     factor: Literal["linear", "sqrt"] | None = None
     sketch_dim: int | None = None
+    mass_stride: int | None = None
     seed: int = 0
 
 
@@ -246,7 +247,7 @@ def validate(recipe: Recipe) -> None:
 AT_LEAST: dict[int, tuple[str, ...]] = {
     0: ("model.seed", "selection.lam", "selection.seed", "train.lr", "train.weight_decay", "train.seed"),
     1: (
-        *("data.short_side", "data.max_pixels", "memory.mean_budget", "selection.sketch_dim"),
+        *("data.short_side", "data.max_pixels", "memory.mean_budget", "selection.sketch_dim", "selection.mass_stride"),
         *("lora.r", "lora.alpha"),
         *("train.max_steps", "train.batch_size", "train.accumulation", "train.log_every", "train.save_every"),
         *("train.keep_checkpoints", "train.threads"),

@@ -68,7 +68,7 @@ def lower_right_attention(
     batch, heads, queries, dim = query.shape
     groups = key.shape[1]
     outputs = []
-    for start, stop, visible, mask in _causal_tiles(queries, key.shape[2], valid, tile, query.device):
+    for start, stop, visible, mask in _causal_tiles(range(queries), key.shape[2] - queries, valid, tile, query.device):
         # Folding the query heads of a group into the rows reads each key once and repeats nothing.
         rows = query[:, :, start:stop].reshape(batch, groups, -1, dim)
         if mask is not None:
@@ -87,6 +87,7 @@ def attention_mass(
     valid: Tensor | None = None,
     scaling: float | None = None,
     kind: MassKind = "heads",
+    stride: int = 1,
     tile: int = MASS_TILE,
 ) -> Tensor:
     """Attention mass a_k = Σ_q A[q, k] that each key receives from the queries (method.md §2).
@@ -98,6 +99,8 @@ def attention_mass(
     kind : {"heads", "concat"}
         ``heads``: mean over the query heads of their softmax weights (the paper). ``concat``: one softmax
         over head-concatenated q·k / (√D · H) (the release).
+    stride : int
+        1 is exact; above, only every so many-th query is asked, and counts for those left out.
     tile : int
         Queries whose weights exist at once.
 
@@ -106,8 +109,11 @@ def attention_mass(
     Tensor
         ``[B, K]``, float32 (float64 for float64 inputs). Padded queries give nothing, padded keys get nothing.
     """
-    batch, heads, queries, dim = query.shape
     groups, keys = key.shape[1], key.shape[2]
+    rows = range(min(stride, query.shape[2]) - 1, query.shape[2], stride)
+    past = keys - query.shape[2]
+    query = query[:, :, rows.start :: stride]
+    batch, heads, queries, dim = query.shape
     scale = dim**-0.5 if scaling is None else scaling
     dtype = torch.promote_types(query.dtype, torch.float32)
     mass = torch.zeros(batch, keys, dtype=dtype, device=query.device)
@@ -118,31 +124,36 @@ def attention_mass(
         key = key.transpose(1, 2).reshape(batch, 1, keys, groups * dim)
     for group in range(key.shape[1]):
         group_key = key[:, group].to(dtype).transpose(-1, -2)
-        for start, stop, visible, mask in _causal_tiles(queries, keys, valid, tile, query.device):
+        for start, stop, visible, mask in _causal_tiles(rows, past, valid, tile, query.device):
             logits = query[:, group, :, start:stop].flatten(1, 2) @ group_key[..., :visible]
             logits = logits.view(batch, -1, stop - start, visible)
             if mask is not None:
                 logits.masked_fill_(~mask, -torch.inf)
             weights = logits.softmax(-1)
             if valid is not None:
-                weights *= valid[:, keys - queries + start : keys - queries + stop, None].unsqueeze(1)
+                asked = valid[:, past:][:, rows.start :: stride][:, start:stop]
+                weights *= asked[:, None, :, None]
             mass[:, :visible] += weights.sum((1, 2))
-    return mass if kind == "concat" else mass / heads
+    if kind == "heads":
+        mass /= heads
+    return mass if stride == 1 else mass * ((keys - past) / queries)
 
 
 def _causal_tiles(
-    queries: int, keys: int, valid: Tensor | None, tile: int, device: torch.device
+    rows: range, past: int, valid: Tensor | None, tile: int, device: torch.device
 ) -> Iterator[tuple[int, int, int, Tensor | None]]:
-    """Yield (start, stop, visible keys, mask ``[B or 1, 1, rows, visible]`` or None) for tiles of queries."""
-    past = keys - queries
-    for start in range(0, queries, tile):
-        stop = min(start + tile, queries)
-        visible = past + stop
+    """Tiles of the queries `rows` of a chunk that follows `past` keys.
+
+    Yields (start, stop, visible keys, mask ``[B or 1, 1, stop - start, visible]`` or None); start, stop count `rows`.
+    """
+    for start in range(0, len(rows), tile):
+        stop = min(start + tile, len(rows))
+        visible = past + rows[stop - 1] + 1
         if stop - start == 1 and valid is None:
             yield start, stop, visible, None
             continue
         column = torch.arange(visible, device=device)
-        row = torch.arange(past + start, visible, device=device)[:, None]
+        row = past + torch.arange(rows[start], rows[stop - 1] + 1, rows.step, device=device)[:, None]
         mask = (column <= row)[None]
         if valid is not None:
             mask = mask & (valid[:, None, :visible] | (column == row))
@@ -171,5 +182,7 @@ def compressed_attention(
         )
     output = lower_right_attention(query, key, value, memory.valid, scaling, dropout)
     if memory.wants_mass is not None:
-        memory.observe_mass(attention_mass(query, key, memory.valid, scaling, memory.wants_mass))
+        memory.observe_mass(
+            attention_mass(query, key, memory.valid, scaling, memory.wants_mass, memory.method.mass_stride)
+        )
     return output.transpose(1, 2).contiguous(), None

@@ -60,6 +60,8 @@ class SelectionMethod(ABC):
     ----------
     mass_kind : MassKind or None
         Attention mass the method wants.
+    mass_stride : int
+        1: from every query of a chunk; above: from every so many-th (cheaper, approximate).
     stores_features : bool
         Whether `features` of every position are kept in the memory.
     keeps_everything : bool
@@ -67,6 +69,7 @@ class SelectionMethod(ABC):
     """
 
     mass_kind: MassKind | None = None
+    mass_stride: int = 1
     stores_features: bool = False
     keeps_everything: ClassVar[bool] = False
 

@@ -52,6 +52,8 @@ class OmniMemSettings:
         What the similarity is computed from.
     sketch_dim : int
         Numbers in a sketch (8 bit each).
+    mass_stride : int
+        1: exact attention mass; above: only every so many-th query of a chunk is asked.
     seed : int
         Seed of the sketch's projection.
     """
@@ -64,6 +66,7 @@ class OmniMemSettings:
     neighbours: Literal["sequence", "modality"] = "sequence"
     redundancy: Literal["hidden", "sketch", "value", "key"] = "hidden"
     sketch_dim: int = 128
+    mass_stride: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +78,7 @@ class OmniMemSettings:
             ("lam", 0 <= self.lam < math.inf, "a number of at least 0"),
             ("ema_decay", 0 <= self.ema_decay <= 1, "between 0 and 1"),
             ("sketch_dim", self.sketch_dim >= 1, "at least 1"),
+            ("mass_stride", self.mass_stride >= 1, "at least 1"),
         ):
             if not holds:
                 raise OmniMemError(f"selection omnimem: {name} must be {rule}, got {getattr(self, name)!r}")
@@ -102,6 +106,7 @@ class OmniMem(SelectionMethod):
         self.variant = variant
         self.options = replace(VARIANTS[variant], **overrides)
         self.mass_kind = self.options.mass
+        self.mass_stride = self.options.mass_stride
         self.stores_features = self.options.redundancy in ("hidden", "sketch")
 
     def score(self, candidates: Candidates) -> Tensor:

@@ -37,8 +37,9 @@ def neighbour_similarity(features: Tensor, valid: Tensor) -> Tensor:
 
 def neighbour_similarity_packed(features: Tensor, valid: Tensor) -> Tensor:
     """`neighbour_similarity` where padding, if any, is at the end of each row."""
-    features = F.normalize(features, dim=-1)
-    cosine = (features[:, 1:] * features[:, :-1]).sum(-1)
+    norm = torch.linalg.vector_norm(features, dim=-1).clamp_min(1e-12)
+    # As a batch of dot products: the element-wise product would be as large as the features.
+    cosine = torch.einsum("bnf,bnf->bn", features[:, 1:], features[:, :-1]) / (norm[:, 1:] * norm[:, :-1])
     cosine = torch.where(valid[:, 1:] & valid[:, :-1], cosine, 1.0)
     return (F.pad(cosine, (1, 0), value=1.0) + F.pad(cosine, (0, 1), value=1.0)) / 2
 

@@ -1,0 +1,180 @@
+"""What selection costs: the same chunk step with it and without it, and where the difference goes.
+
+    python tests/benchmarks/cost.py [--out results.json] [--device cuda] [--layers 4 --hidden 1024 …]
+
+One process, a random Qwen2.5-Omni decoder (by default 4 layers of hidden 1,024, 8 heads of 128, 2 key-value heads,
+feed-forward 4,096), a memory of 8,192 positions a layer already full, chunks of 512. "No selection" keeps the same
+memory by dropping the oldest positions, so all steps attend to the same number of keys. Rounds of all variants
+alternate, so that what else the machine does hits them alike; reported are medians and ratios of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Qwen2_5OmniTextConfig, Qwen2_5OmniThinkerTextModel
+
+from omnimem.budget import BudgetProfile
+from omnimem.memory import CompressedCache, attach, attention_mass, lower_right_attention
+from omnimem.modality import AUDIO, VISUAL
+from omnimem.selection import Candidates, SelectionMethod, build_selection
+
+
+class Recent(SelectionMethod):
+    """Keep the newest: what a memory of this size costs before anything is selected."""
+
+    def score(self, candidates: Candidates) -> Tensor:
+        """Place in the stream."""
+        return candidates.table.index.double()
+
+
+VARIANTS: dict[str, SelectionMethod] = {
+    "no selection": Recent(),
+    "omnimem, exact": build_selection("omnimem"),
+    "omnimem, every 4th query": build_selection("omnimem", mass_stride=4),
+    "omnimem, exact, sketch": build_selection("omnimem", redundancy="sketch"),
+    "omnimem, every 4th, sketch": build_selection("omnimem", redundancy="sketch", mass_stride=4),
+    "random": build_selection("random"),
+}
+
+
+def build_decoder(args: argparse.Namespace) -> Qwen2_5OmniThinkerTextModel:
+    """Random decoder of the shape asked for."""
+    torch.manual_seed(0)
+    dim = args.hidden // args.heads
+    sections = [dim // 8, (dim // 2 - dim // 8) // 2, (dim // 2 - dim // 8) // 2]
+    config = Qwen2_5OmniTextConfig(
+        vocab_size=256,
+        hidden_size=args.hidden,
+        intermediate_size=args.ffn,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        rope_parameters={"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6},
+    )
+    model = Qwen2_5OmniThinkerTextModel(config).to(args.device, getattr(torch, args.dtype)).eval()
+    attach(model)
+    return model
+
+
+class Run:
+    """One variant: its memory, filled, and a step that can be timed."""
+
+    def __init__(self, model: Qwen2_5OmniThinkerTextModel, method: SelectionMethod, args: argparse.Namespace) -> None:
+        self.model, self.args = model, args
+        self.cache = CompressedCache(BudgetProfile.uniform(model.config, args.memory), method)
+        self.seen = 0
+        kinds = [VISUAL] * 5 + [AUDIO]
+        self.modality = torch.tensor([kinds * args.chunk], device=args.device)[:, : args.chunk]
+        for _ in range(-(-args.memory // args.chunk) + 2):
+            self.step()
+
+    def step(self) -> dict[str, float]:
+        """A chunk in, the memory back to its budget; seconds of forward and of compression."""
+        args = self.args
+        embeds = torch.randn(1, args.chunk, args.hidden, device=args.device, dtype=self.model.dtype)
+        positions = (self.seen + torch.arange(args.chunk, device=args.device)).expand(3, 1, -1)
+        self.seen += args.chunk
+        with torch.no_grad():
+            started = clock(args.device)
+            self.model(
+                inputs_embeds=embeds,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                modality=self.modality,
+            )
+            forward = clock(args.device)
+            self.cache.compress()
+            done = clock(args.device)
+        return {"step": done - started, "forward": forward - started, "compress": done - forward}
+
+
+def clock(device: str) -> float:
+    """Seconds, after everything queued on the device is done."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def time_attention(args: argparse.Namespace, rounds: int) -> dict[str, float]:
+    """Median seconds of attention and of attention mass alone, at the shape of a full memory."""
+    dim = args.hidden // args.heads
+    keys = args.memory + args.chunk
+    dtype = getattr(torch, args.dtype)
+    query = torch.randn(1, args.heads, args.chunk, dim, device=args.device, dtype=dtype)
+    key, value = (torch.randn(1, args.kv_heads, keys, dim, device=args.device, dtype=dtype) for _ in range(2))
+    jobs = {
+        "attention": lambda: lower_right_attention(query, key, value),
+        "mass": lambda: attention_mass(query, key),
+        "mass, every 4th query": lambda: attention_mass(query, key, stride=4),
+    }
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    with torch.no_grad():
+        for number in range(rounds + 1):
+            for name, job in jobs.items():
+                started = clock(args.device)
+                job()
+                if number:
+                    times[name].append(clock(args.device) - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> int:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    for name, default in {
+        "layers": 4, "hidden": 1024, "heads": 8, "kv-heads": 2, "ffn": 4096, "memory": 8192, "chunk": 512,
+    }.items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    model = build_decoder(args)
+    runs = {name: Run(model, method, args) for name, method in VARIANTS.items()}
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    for _ in range(args.rounds):
+        for name, run in runs.items():
+            times[name].append(run.step())
+    median = {
+        name: {part: statistics.median(one[part] for one in found) for part in found[0]}
+        for name, found in times.items()
+    }
+    base = median["no selection"]["step"]
+    rows = []
+    print(f"{'variant':<28}{'ms a chunk':>11}{'ratio':>8}{'forward':>9}{'compress':>10}{'MiB':>8}")
+    for name, found in median.items():
+        held = runs[name].cache.nbytes / 2**20
+        rows.append({"variant": name, "ratio": found["step"] / base, "memory_mib": held, **found})
+        print(
+            f"{name:<28}{found['step'] * 1e3:>11.0f}{found['step'] / base:>8.2f}{found['forward'] * 1e3:>9.0f}"
+            f"{found['compress'] * 1e3:>10.0f}{held:>8.0f}"
+        )
+    alone = time_attention(args, args.rounds)
+    for name, seconds in alone.items():
+        print(f"{name + ' alone':<28}{seconds * 1e3:>11.0f}{seconds / alone['attention']:>8.2f} of attention")
+    if args.out:
+        shape = {k: v for k, v in vars(args).items() if k != "out"}
+        device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
+        report = {
+            "shape": shape,
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "variants": rows,
+            "alone": alone,
+        }
+        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

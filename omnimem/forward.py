@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from omnimem.backbones import Backbone, ChunkInputs
-from omnimem.memory import CompressedCache, Kept, MemoryState
+from omnimem.memory import CompressedCache, Kept
 
 
 class Stream:
@@ -60,21 +60,18 @@ class Stream:
             nonlocal decided
             replaying = decided is not None
             present = self.cache.state()
-            pairs = zip(states[::2], states[1::2], before.layers, strict=True)
-            layers = [{**layer, "keys": keys, "values": values} for keys, values, layer in pairs]
-            self.cache.restore(MemoryState(layers, before.counters))
+            self.cache.restore(before.with_states(states))
             try:
                 # Nothing needs to be observed to repeat a decision.
                 self.forward(inputs, text=replaying)
                 decided = self.cache.compress(decided)
-                return tuple(t for layer in self.cache.layers for t in (layer.keys, layer.values))
+                return tuple(self.cache.state().states)
             finally:
                 # In the backward the stream has long moved on, and checkpoint stops us once it has what it needs.
                 if replaying:
                     self.cache.restore(present)
 
-        boundary = [layer[name] for layer in before.layers for name in ("keys", "values")]
-        checkpoint(chunk_step, *boundary, use_reentrant=False)
+        checkpoint(chunk_step, *before.states, use_reentrant=False)
 
     def forward(self, inputs: ChunkInputs, text: bool = False) -> Tensor:
         """Append positions to the memory without compressing it.

@@ -277,7 +277,7 @@ def test_bytes_are_flat_and_buffers_stay_put_over_a_twenty_times_longer_stream(m
     assert state_nbytes == sum(lengths) * 2 * 2 * 8 * 8
     # The buffers hold the budget, the text and one chunk, no more.
     for layer, budget in zip(cache.layers, budgets.layers, strict=True):
-        assert layer._key_buffer.shape[2] <= 3 + budget.total + 8
+        assert layer._keys.buffer.shape[2] <= 3 + budget.total + 8
 
 
 def test_the_functional_memory_is_as_small(model):

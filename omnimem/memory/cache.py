@@ -11,7 +11,7 @@ every layer back to its budget (method.md §1). Questions run inside `scratch()`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -31,6 +31,17 @@ class MemoryState(NamedTuple):
 
     layers: list[dict[str, Any]]
     counters: tuple
+
+    @property
+    def states(self) -> list[Tensor]:
+        """Keys and values of every layer, by turns: what gradients flow through."""
+        return [layer[name][0] for layer in self.layers for name in ("_keys", "_values")]
+
+    def with_states(self, states: Sequence[Tensor]) -> MemoryState:
+        """The same moment with other tensors for its keys and values."""
+        pairs = zip(self.layers, states[::2], states[1::2], strict=True)
+        layers = [{**layer, "_keys": (keys, None), "_values": (values, None)} for layer, keys, values in pairs]
+        return MemoryState(layers, self.counters)
 
 
 class CompressedCache(Cache):

@@ -1,8 +1,7 @@
-"""One layer of the memory: post-RoPE keys and values of text, visual and audio positions.
+"""One layer of the memory: post-RoPE keys and values of text, visual and audio positions, and what selection needs.
 
-Two ways to hold the tensors, one way to use them. At inference the states live in a preallocated buffer:
-new ones are written behind the retained ones and compaction moves the kept ones to the front, in place.
-Under autograd the same calls concatenate and gather, so gradients flow through every retained state.
+A step announces its positions (`begin`), appends their states (`update`) and reports what it saw (`observe_…`);
+`compress` then keeps the budget's worth. How tensors are held is `omnimem.memory.columns`.
 """
 
 from __future__ import annotations
@@ -14,19 +13,15 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from omnimem.budget import LayerBudget
+from omnimem.memory.columns import Columns
 from omnimem.memory.table import PositionTable
 from omnimem.modality import EVICTABLE, TEXT
 from omnimem.selection.base import Candidates, MassKind, SelectionMethod
 from omnimem.selection.topk import keep_mask
 
-COMPACTION_TILE = 1024
-"""Positions moved at once by the in-place compaction; bounds its scratch memory."""
-
-STATE = (
-    "keys", "values", "table", "valid", "mass", "features", "columns_seen", "is_initialized",
-    "_key_buffer", "_value_buffer", "_in_place", "_new_mass", "_active",
-)  # fmt: skip
-"""Attributes that make up the state of a layer between two steps."""
+COLUMNS = ("_keys", "_values", "_features")
+STATE = ("table", "valid", "mass", "columns_seen", "is_initialized", "_new_mass", "_active")
+"""Attributes that, beside the stored columns, make up the state of a layer between two steps."""
 
 
 class Kept(NamedTuple):
@@ -79,17 +74,13 @@ class CompressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, buffers included."""
-        # None until the first step; typed as what they are from then on.
-        self.keys: Any = None
-        self.values: Any = None
+        self._keys, self._values, self._features = Columns(2), Columns(2), Columns(1)
+        # None until the first step, a PositionTable from then on.
         self.table: Any = None
         self.mass: Tensor | None = None
-        self.features: Tensor | None = None
         self.columns_seen = 0
         self.is_initialized = False
-        self._key_buffer: Any = None
-        self._value_buffer: Any = None
-        self._in_place = False
+        self._show()
         # Of the step under way: which columns are real, what it is to report, what it has reported.
         self.valid: Tensor | None = None
         self._observing = False
@@ -97,6 +88,12 @@ class CompressedLayer(CacheLayerMixin):
         self._new_features: Tensor | None = None
         self._new_mass: Tensor | None = None
         self._active: Tensor | None = None
+
+    def _show(self) -> None:
+        """Publish the columns under the names transformers and selection methods know."""
+        self.keys: Any = self._keys.tensor
+        self.values: Any = self._values.tensor
+        self.features: Tensor | None = self._features.tensor
 
     # ---- one forward step -------------------------------------------------------------------------------
 
@@ -133,9 +130,8 @@ class CompressedLayer(CacheLayerMixin):
         self._new_mass = mass
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Start empty, with the shapes, dtype and device of the first states."""
+        """Note dtype and device of the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -146,42 +142,23 @@ class CompressedLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if torch.is_grad_enabled():
-            self.keys = torch.cat((self.keys, key_states), dim=2)
-            self.values = torch.cat((self.values, value_states), dim=2)
-            self._in_place = False
-        else:
-            self._write(key_states, value_states)
-        self.table, self._next_table = self._next_table, None
-        if self._new_features is not None:
-            stored = self.features
-            self.features = self._new_features if stored is None else torch.cat((stored, self._new_features), 1)
-        self.columns_seen += key_states.shape[2]
-        return self.keys, self.values
+        step = key_states.shape[2]
 
-    def _write(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Copy new states behind the retained ones inside the buffer, growing it when they do not fit."""
-        retained, new = self.keys.shape[2], key_states.shape[2]
-        stop = retained + new
-        if not self._in_place or self._key_buffer.shape[2] < stop:
-            self._allocate(stop, new)
-        self._key_buffer[:, :, retained:stop] = key_states
-        self._value_buffer[:, :, retained:stop] = value_states
-        self.keys, self.values = self._key_buffer[:, :, :stop], self._value_buffer[:, :, :stop]
-
-    def _allocate(self, needed: int, step: int) -> None:
-        """Make buffers for `needed` columns, doubling, but never past what the budget can ever fill."""
-        capacity = 2 * needed
-        if not self.method.keeps_everything:
+        def bound() -> int | None:
+            """Columns there can ever be after a step of this length; None without a budget."""
+            if self.method.keeps_everything:
+                return None
             text = 0 if self.table is None else int((self.table.modality == TEXT).any(0).sum())
-            capacity = max(needed, min(capacity, self.budget.total + text + step))
-        old_keys, old_values = self.keys, self.values
-        batch, groups, retained, dim = old_keys.shape
-        self._key_buffer = old_keys.new_empty(batch, groups, capacity, dim)
-        self._value_buffer = old_values.new_empty(batch, groups, capacity, old_values.shape[-1])
-        self._key_buffer[:, :, :retained] = old_keys
-        self._value_buffer[:, :, :retained] = old_values
-        self._in_place = True
+            return self.budget.total + text + step
+
+        self._keys.append(key_states, bound)
+        self._values.append(value_states, bound)
+        if self._new_features is not None:
+            self._features.append(self._new_features, bound)
+        self._show()
+        self.table, self._next_table = self._next_table, None
+        self.columns_seen += step
+        return self.keys, self.values
 
     # ---- compaction -------------------------------------------------------------------------------------
 
@@ -242,15 +219,12 @@ class CompressedLayer(CacheLayerMixin):
         """Reduce every stored tensor to the kept columns."""
         if kept is None:
             return
-        if self._in_place:
-            self.keys = _compact_in_place(self._key_buffer, kept.columns)
-            self.values = _compact_in_place(self._value_buffer, kept.columns)
-        else:
-            self.keys, self.values = _gather(self.keys, kept.columns), _gather(self.values, kept.columns)
-        rows = torch.arange(len(kept.columns), device=kept.columns.device)[:, None]
+        for stored in (self._keys, self._values, self._features):
+            if stored.tensor is not None:
+                stored.take(kept.columns)
+        self._show()
         self.table = self.table.gather(kept.columns, kept.valid)
-        self.mass = None if self.mass is None else self.mass[rows, kept.columns]
-        self.features = None if self.features is None else self.features[rows, kept.columns]
+        self.mass = None if self.mass is None else self.mass.gather(1, kept.columns)
 
     # ---- reading ----------------------------------------------------------------------------------------
 
@@ -263,12 +237,10 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: keys, values (the whole buffers at inference), facts and selection state."""
-        if self.table is None:
-            return 0
-        held = (self._key_buffer, self._value_buffer) if self._in_place else (self.keys, self.values)
-        extra = (self.mass, self.features)
-        return sum(t.nbytes for t in (*held, *extra) if t is not None) + self.table.nbytes
+        """Bytes held: keys, values, features (whole buffers at inference), facts and attention mass."""
+        facts = 0 if self.table is None else self.table.nbytes
+        mass = 0 if self.mass is None else self.mass.nbytes
+        return self._keys.nbytes + self._values.nbytes + self._features.nbytes + facts + mass
 
     @property
     def state_nbytes(self) -> int:
@@ -277,12 +249,16 @@ class CompressedLayer(CacheLayerMixin):
 
     def state(self) -> dict[str, Any]:
         """Snapshot that `restore` takes back; valid until the next compaction in place."""
-        return {name: getattr(self, name) for name in STATE}
+        columns = {name: getattr(self, name).state() for name in COLUMNS}
+        return columns | {name: getattr(self, name) for name in STATE}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Return to a snapshot: whatever was appended after it is forgotten."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        for name in COLUMNS:
+            getattr(self, name).restore(state[name])
+        for name in STATE:
+            setattr(self, name, state[name])
+        self._show()
         self._next_table = self._new_features = None
 
     def get_seq_length(self) -> int:
@@ -306,23 +282,3 @@ class CompressedLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset for transformers' mask builder; the attention function does not use that mask."""
         return self.columns_seen + query_length, 0
-
-
-def _gather(states: Tensor, columns: Tensor) -> Tensor:
-    """Columns ``[B, M]`` of states ``[B, G, N, D]``, differentiable."""
-    if columns.shape[0] == 1:
-        return states.index_select(2, columns[0])
-    return states.gather(2, columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
-
-
-def _compact_in_place(buffer: Tensor, columns: Tensor) -> Tensor:
-    """Move columns to the front of a buffer ``[B, G, C, D]`` tile by tile and return the view of them.
-
-    Kept columns are in ascending order, so column j always comes from j or later and a tile never
-    overwrites what a later tile still has to read.
-    """
-    width = columns.shape[1]
-    for start in range(0, width, COMPACTION_TILE):
-        stop = min(start + COMPACTION_TILE, width)
-        buffer[:, :, start:stop] = _gather(buffer, columns[:, start:stop])
-    return buffer[:, :, :width]

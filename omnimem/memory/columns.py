@@ -1,0 +1,99 @@
+"""A tensor of stored positions that grows by appending and shrinks by keeping: in place, or under autograd.
+
+At inference it is a view of a preallocated buffer: new columns are written behind the stored ones, and keeping moves
+columns to the front. Under autograd the same calls concatenate and gather, so gradients flow and nothing that an
+earlier step still needs is overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TILE = 1024
+"""Columns moved at once when keeping in place; bounds the scratch memory."""
+
+
+class Columns:
+    """Columns of positions along one dimension, batch first.
+
+    Parameters
+    ----------
+    dim : int
+        Dimension that counts positions: 2 for states ``[B, G, N, D]``, 1 for features ``[B, N, F]``.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.tensor: Any = None
+        self.buffer: Any = None
+
+    def append(self, new: Tensor, bound: Callable[[], int | None]) -> Tensor:
+        """Add columns behind the stored ones and return all.
+
+        Parameters
+        ----------
+        new : Tensor
+            The new columns.
+        bound : callable
+            Says how many columns can ever be stored at once, None for no limit; asked only when the buffer has to
+            grow, which doubles it but never past that.
+        """
+        if torch.is_grad_enabled():
+            self.tensor = new if self.tensor is None else torch.cat((self.tensor, new), self.dim)
+            self.buffer = None
+            return self.tensor
+        stored = 0 if self.tensor is None else self.tensor.shape[self.dim]
+        stop = stored + new.shape[self.dim]
+        if self.buffer is None or self.buffer.shape[self.dim] < stop:
+            self.buffer = self._grown(new, max(stop, min(2 * stop, bound() or 2 * stop)))
+        self.buffer.narrow(self.dim, stored, stop - stored).copy_(new)
+        self.tensor = self.buffer.narrow(self.dim, 0, stop)
+        return self.tensor
+
+    def _grown(self, like: Tensor, capacity: int) -> Tensor:
+        """A buffer of `capacity` columns that begins with the stored ones."""
+        shape = list(like.shape)
+        shape[self.dim] = capacity
+        buffer = like.new_empty(shape)
+        if self.tensor is not None:
+            buffer.narrow(self.dim, 0, self.tensor.shape[self.dim]).copy_(self.tensor)
+        return buffer
+
+    def take(self, columns: Tensor) -> Tensor:
+        """Keep the columns ``[B, M]``, ascending in each row, and return them."""
+        if self.buffer is None:
+            self.tensor = self._gather(self.tensor, columns)
+            return self.tensor
+        # Ascending, column j comes from j or later: a tile never overwrites what a later tile has to read.
+        for start in range(0, columns.shape[1], TILE):
+            tile = columns[:, start : start + TILE]
+            self.buffer.narrow(self.dim, start, tile.shape[1]).copy_(self._gather(self.buffer, tile))
+        self.tensor = self.buffer.narrow(self.dim, 0, columns.shape[1])
+        return self.tensor
+
+    def _gather(self, source: Tensor, columns: Tensor) -> Tensor:
+        if columns.shape[0] == 1:
+            return source.index_select(self.dim, columns[0])
+        shape = [1] * source.ndim
+        shape[0], shape[self.dim] = columns.shape
+        size = list(source.shape)
+        size[self.dim] = columns.shape[1]
+        return source.gather(self.dim, columns.view(shape).expand(size))
+
+    def state(self) -> tuple[Any, Any]:
+        """Snapshot for `restore`; valid until the next `take` in place."""
+        return self.tensor, self.buffer
+
+    def restore(self, state: tuple[Any, Any]) -> None:
+        """Return to a snapshot."""
+        self.tensor, self.buffer = state
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, the whole buffer at inference."""
+        held = self.tensor if self.buffer is None else self.buffer
+        return 0 if held is None else held.nbytes

@@ -98,7 +98,6 @@ def progress_line(event: StreamEvent) -> Text:
     total = "" if event.duration is None else f" of {event.duration:.0f}"
     kept = event.retained
     return Text(
-        f"{event.seconds:.0f}{total} s read · {kept['visual']:.0f} visual + {kept['audio']:.0f} audio + "
-        f"{kept['text']:.0f} text positions a layer · {event.state_bytes / 2**20:.2f} MiB of keys and values "
-        f"({event.bytes / 2**20:.2f} MiB allocated)"
+        f"{event.seconds:.0f}{total} s read · kept {kept['visual']:.0f} visual + {kept['audio']:.0f} audio + "
+        f"{kept['text']:.0f} text a layer · {event.state_bytes / 2**20:.2f} MiB"
     )

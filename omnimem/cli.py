@@ -170,10 +170,12 @@ def _add_calibrate_arguments(calibrate: argparse.ArgumentParser) -> None:
 
 
 def _add_answer_arguments(answer: argparse.ArgumentParser) -> None:
-    answer.add_argument("model", metavar="MODEL", help="exported checkpoint, hub id, or `tiny`")
+    answer.add_argument("model", metavar="MODEL", help="run, exported checkpoint, hub id, or `tiny`")
     answer.add_argument("media", type=Path, metavar="MEDIA", help="video or audio file")
     answer.add_argument("question", metavar="QUESTION")
-    answer.add_argument("--at", type=_at_least(float, 0), metavar="T", help="ask after T seconds, not at the end")
+    answer.add_argument(
+        "--at", type=_at_least(float, 0), metavar="T", help="ask at the end of the chunk with second T, not at the end"
+    )
     answer.add_argument("--json", action="store_true", help="print one JSON object: answer, memory, times")
     answer.add_argument(
         "--max-new-tokens", type=_at_least(int, 1), default=256, metavar="N", help="default: %(default)s"

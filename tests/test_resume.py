@@ -308,3 +308,27 @@ def test_a_metrics_file_that_ends_in_half_a_line_is_mended(reference, tmp_path):
     path.write_bytes(whole[: whole.rindex(b'"loss"')])
     assert main(args) == 0
     assert_equal(run, reference)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_stop_saves_the_step_under_way(reference, tmp_path, monkeypatch, capsys, number):
+    """Between checkpoints too: nothing that was trained is lost, and the run goes on to the same result."""
+    import train.loop
+
+    args, run = arguments(tmp_path, *SETTINGS), tmp_path / "run"
+    genuine = train.loop.Metrics.log
+    handler = signal.getsignal(number)
+
+    def log(self, record):
+        genuine(self, record)
+        if record["step"] == 4:
+            os.kill(os.getpid(), number)  # arrives in the fifth step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.loop.Metrics, "log", log)
+        assert main(args) == 1
+    assert signal.getsignal(number) == handler
+    assert "interrupted" in capsys.readouterr().err
+    assert [path.name for path in checkpoints(run)][-1] == "step-00000005"
+    assert main(args) == 0
+    assert_equal(run, reference)

@@ -743,3 +743,16 @@ def test_settings_of_a_recipe_reach_the_reader(tmp_path):
         settings_of(load_recipe(arguments(tmp_path, "data.chunk_seconds=5"))).open(
             load_rows(recipe.data).rows[0].media, load_backbone("tiny", device="meta", dtype="float32")
         )
+
+
+def test_a_clip_that_breaks_off_ends_the_run_or_is_left_out_of_the_loss(tmp_path, capsys):
+    rows = [
+        {"media": "broken_truncated_half_toy_rabbit.mp4", "question": "What is seen?", "answer": "A rabbit."},
+        {"media": FLOWER, "question": "What is seen?", "answer": "A red flower."},
+    ]
+    assert main(arguments(tmp_path, rows=rows)) == 2
+    line = lines(capsys.readouterr().err)[-1]
+    assert line.startswith("train: broken_truncated_half_toy_rabbit.mp4") and "data.on_bad_row=skip" in line
+    run = trained_run(tmp_path, "data.on_bad_row=skip", "data.shuffle=false", "train.max_steps=2", rows=rows)
+    first, second = metrics(run)
+    assert first["loss"] == 0 and first["grad_norm"] == 0 and second["loss"] > 0

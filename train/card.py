@@ -20,7 +20,7 @@ tags: [omnimem, audio-visual, streaming, kv-cache-compression]
 
 # {name}
 
-A merged checkpoint of `{base}` fine-tuned with [OmniMem](https://pypi.org/project/omnimem/) while a compressed
+A merged checkpoint of `{base}` fine-tuned with OmniMem while a compressed
 streaming key-value cache was active. The stock class `{model_class}` loads it; to use it with the memory it was
 trained for:
 

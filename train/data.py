@@ -60,6 +60,12 @@ def load_rows(config: DataConfig) -> Manifest:
             if not info.has_video and not (info.has_audio and row.audio and config.audio):
                 raise OmniMemError(f"{row.name}: neither picture nor (wanted) sound")
             rows.append(row)
+            for question in row.questions:
+                if question.time is not None and info.duration is not None and question.time > info.duration:
+                    log.warning(
+                        "%s:%d: a question at %g s, but %s has %.1f s: it is asked at the end",
+                        config.path, row.line, question.time, row.name, info.duration,
+                    )  # fmt: skip
         except OmniMemError as error:
             if config.on_bad_row == "error":
                 raise OmniMemError(f"{config.path}:{row.line}: {error} (data.on_bad_row=skip leaves it out)") from error

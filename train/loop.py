@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +21,8 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import nn
 
+from data_prep.manifest import Row
+from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, atomic_write_text
 from train.checkpoint import checkpoints, load_checkpoint, save_adapter, save_checkpoint, sweep_run
@@ -27,7 +30,7 @@ from train.config import Recipe, to_yaml
 from train.data import Schedule, load_rows, tokenise
 from train.environment import environment
 from train.finish import finish
-from train.metrics import Metrics, peak_gib
+from train.metrics import BarHandler, Metrics, peak_gib
 from train.objective import StreamObjective
 from train.plan import print_plan
 from train.rundir import RECIPE_FILE, prepare_run_directory
@@ -47,7 +50,7 @@ def run(recipe: Recipe) -> None:
     OmniMemError
         Anything in the recipe, the data or the output folder that has to be put right first.
     """
-    handler = logging.StreamHandler()
+    handler = BarHandler()
     handler.addFilter(Once())
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", handlers=[handler])
     if recipe.train.threads:
@@ -58,14 +61,19 @@ def run(recipe: Recipe) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             print_plan(recipe, manifest.rows, skeleton, profile, processes=int(os.environ.get("WORLD_SIZE", 1)))
         return
+    with StopRequest() as stop:
+        train(recipe, manifest.rows, profile, stop)
 
+
+def train(recipe: Recipe, rows: list[Row], profile: BudgetProfile, stop: StopRequest) -> None:
+    """Train on rows that have been checked, until the schedule or somebody ends it."""
     # ---- set up -----------------------------------------------------------------------------------------
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise OmniMemError("DeepSpeed is not supported yet; launch without it (DistributedDataParallel works)")
     output_dir = Path(recipe.output_dir)
     if accelerator.is_main_process:
-        prepare_run_directory(output_dir, recipe, manifest.rows)
+        prepare_run_directory(output_dir, recipe, rows)
         sweep_run(output_dir)
         build_base(recipe, output_dir)
     accelerator.wait_for_everyone()
@@ -75,7 +83,7 @@ def run(recipe: Recipe) -> None:
     if accelerator.is_main_process:
         atomic_write_text(output_dir / RECIPE_FILE, to_yaml(recipe))
         atomic_write_json(output_dir / "environment.json", environment())
-    samples = [tokenise(row, backbone) for row in manifest.rows]
+    samples = [tokenise(row, backbone) for row in rows]
     schedule = Schedule(samples, recipe.train, recipe.data.shuffle, accelerator.num_processes)
     parameters = [p for p in peft_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -93,7 +101,13 @@ def run(recipe: Recipe) -> None:
     # One DDP call a batch: the whole stream runs inside the objective's forward.
     objective = accelerator.prepare(
         StreamObjective(
-            backbone, peft_model, profile, selection_of(recipe), settings_of(recipe), recipe.train.recompute
+            backbone,
+            peft_model,
+            profile,
+            selection_of(recipe),
+            settings_of(recipe),
+            recipe.train.recompute,
+            skip_damaged=recipe.data.on_bad_row == "skip",
         )
     )
     metrics = Metrics(output_dir, done, schedule.steps, accelerator.is_main_process)
@@ -106,7 +120,7 @@ def run(recipe: Recipe) -> None:
         learning_rate = rate_at(step, schedule.steps, recipe)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        totals = torch.zeros(2)
+        totals = torch.zeros(3)
         for number, batch in enumerate(schedule.step(step, accelerator.process_index)):
             last = number == recipe.train.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(objective):
@@ -114,10 +128,11 @@ def run(recipe: Recipe) -> None:
                 # DDP averages over ranks; the mean wanted is over all answer tokens of the step.
                 loss = outcome["loss"] * (accelerator.num_processes / schedule.targets(step))
                 accelerator.backward(loss)
-            totals += torch.tensor([loss.item() / accelerator.num_processes, outcome["positions"]])
+            totals[:2] += torch.tensor([loss.item() / accelerator.num_processes, outcome["positions"]])
         norm = nn.utils.clip_grad_norm_(parameters, recipe.train.max_grad_norm).item()
+        totals[2] = stop.requested
         summed: Any = accelerator.reduce(totals.to(accelerator.device), "sum")
-        loss_value, positions = summed.tolist()
+        loss_value, positions, stopping = summed.tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm)
         if finite:
             optimizer.step()
@@ -150,10 +165,14 @@ def run(recipe: Recipe) -> None:
             metrics.log(record)
         metrics.progress(record)
         # ---- save ---------------------------------------------------------------------------------------
-        if (step + 1) % recipe.train.save_every == 0 or step + 1 == schedule.steps:
+        if (step + 1) % recipe.train.save_every == 0 or step + 1 == schedule.steps or stopping:
             save_checkpoint(
                 output_dir, step + 1, accelerator, peft_model, optimizer, profile, recipe.train.keep_checkpoints
             )
+        if stopping and step + 1 < schedule.steps:
+            metrics.close()
+            log.info("stopped after step %d, which is saved: the same command goes on from there", step + 1)
+            raise KeyboardInterrupt
     metrics.close()
     if accelerator.is_main_process:
         save_adapter(output_dir, peft_model, profile)
@@ -162,6 +181,24 @@ def run(recipe: Recipe) -> None:
     if accelerator.is_main_process:
         finish(recipe, output_dir)
     accelerator.end_training()
+
+
+class StopRequest:
+    """Ctrl-C or a scheduler's SIGTERM asks for a stop after the step under way; a second one does not wait."""
+
+    def __enter__(self) -> StopRequest:
+        self.requested = False
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, _number: int, _frame: Any) -> None:
+        self.requested = True
+        log.warning("stopping after this step (again to stop at once)")
+        self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 class Once(logging.Filter):

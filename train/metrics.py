@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import sys
@@ -35,7 +36,13 @@ class Metrics:
 
     def __init__(self, output_dir: Path, done: int, total: int, active: bool) -> None:
         self._file = self._board = None
-        self._bar = tqdm(total=total, initial=done, desc="train", unit="step", disable=not active)
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            disable=not active,
+            dynamic_ncols=True,
+            bar_format="train: {percentage:3.0f}%| {n}/{total} [{elapsed}<{remaining}{postfix}]",
+        )
         if not active:
             return
         path = output_dir / METRICS_FILE
@@ -63,8 +70,8 @@ class Metrics:
         kept = record["retained"]
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
         self._bar.set_postfix_str(
-            f"loss {loss}, {record['positions_per_second']:.0f} positions/s, "
-            f"{record['peak_gib']:.2f} GiB, kept {kept['visual']:.0f} visual + {kept['audio']:.0f} audio",
+            f"loss {loss}, kept {kept['visual']:.0f}v+{kept['audio']:.0f}a, "
+            f"{record['positions_per_second']:.0f} pos/s, {record['peak_gib']:.2f} GiB",
             refresh=False,
         )
         self._bar.update()
@@ -76,6 +83,14 @@ class Metrics:
             self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+class BarHandler(logging.Handler):
+    """Writes log lines above the progress bar instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line to stderr."""
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def peak_gib() -> float:

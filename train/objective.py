@@ -6,6 +6,7 @@ chunks and questions the streams have.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import zip_longest
@@ -17,12 +18,15 @@ from torch import Tensor, nn
 
 from omnimem.backbones import Backbone, ChunkInputs
 from omnimem.budget import BudgetProfile
+from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
-from omnimem.media import Chunk
+from omnimem.media import Chunk, MediaError, MediaReader
 from omnimem.memory import CompressedCache
 from omnimem.selection import SelectionMethod
 from omnimem.stream import StreamSettings
 from train.data import Asked, Sample
+
+log = logging.getLogger("omnimem.train")
 
 
 class StreamObjective(nn.Module):
@@ -42,6 +46,8 @@ class StreamObjective(nn.Module):
         How media are read.
     recompute : bool
         Compute each chunk again in the backward instead of keeping its activations.
+    skip_damaged : bool
+        Leave a clip that turns out to be damaged half-way out of the loss instead of raising.
     """
 
     def __init__(
@@ -52,11 +58,12 @@ class StreamObjective(nn.Module):
         method: SelectionMethod,
         settings: StreamSettings,
         recompute: bool = True,
+        skip_damaged: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self._backbone, self._profile, self._method, self._settings = backbone, profile, method, settings
-        self._recompute = recompute
+        self._recompute, self._skip_damaged = recompute, skip_damaged
         self._loss_dtype = torch.promote_types(backbone.model.dtype, torch.float32)
 
     def forward(self, samples: list[Sample]) -> dict[str, Any]:
@@ -87,7 +94,8 @@ class StreamObjective(nn.Module):
         loss = torch.zeros((), dtype=self._loss_dtype, device=self._backbone.device)
         targets = positions = 0
         stream.forward(ChunkInputs.batch([encoder.prefix() for encoder in encoders]), text=True)
-        for chunks in zip_longest(*(reader for reader, _ in opened)):
+        readers = [self._chunks(reader, queue) for (reader, _), queue in zip(opened, waiting, strict=True)]
+        for chunks in zip_longest(*readers):
             inputs = [e.idle() if c is None else e.encode(c) for e, c in zip(encoders, chunks, strict=True)]
             positions += sum(len(one) for one in inputs)
             stream.step(ChunkInputs.batch(inputs))
@@ -97,6 +105,9 @@ class StreamObjective(nn.Module):
         for due in _rounds(waiting, None):
             part, count = self._ask(stream, encoders, due)
             loss, targets = loss + part, targets + count
+        if not loss.requires_grad:
+            # Every clip of the batch was left out; the backward of all ranks still needs every parameter.
+            loss = loss + sum(parameter.sum() * 0 for parameter in self.parameters() if parameter.requires_grad)
         return {
             "loss": loss,
             "targets": targets,
@@ -104,6 +115,16 @@ class StreamObjective(nn.Module):
             "retained": cache.mean_counts(),
             "memory_bytes": cache.state_nbytes,
         }
+
+    def _chunks(self, reader: MediaReader, queue: list[Asked]) -> Iterator[Chunk]:
+        """Chunks of a clip; if it breaks off and may be skipped, nothing more is asked about it."""
+        try:
+            yield from reader
+        except MediaError as error:
+            if not self._skip_damaged:
+                raise OmniMemError(f"{error}; data.on_bad_row=skip leaves it out of the training") from error
+            log.warning("left out of this step: %s", error)
+            queue.clear()
 
     def _ask(self, stream: Stream, encoders: list[Any], due: list[Asked | None]) -> tuple[Tensor, int]:
         """Summed loss and number of target tokens of at most one question a sample, asked now."""

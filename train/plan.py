@@ -85,6 +85,7 @@ def memory_plan(
     retained = sum(layer.total for layer in profile.layers)
     longest = max(streams, key=lambda stream: stream.positions)
     layers, batch = text.num_hidden_layers, recipe.train.batch_size
+    chunks, kept = (longest.chunks, longest.largest_chunk) if recipe.train.recompute else (0, longest.positions)
     # Kept for the backward of one position and layer: two normalised inputs, residuals, q, k, v, attention output,
     # and the three wide tensors of the feed-forward block.
     activation = (8 * text.hidden_size + 3 * text.intermediate_size) * itemsize + 2 * kv
@@ -92,7 +93,8 @@ def memory_plan(
         "weights": weights,
         "adapter, gradients, optimiser": trained * ADAM_BYTES,
         "memory (all layers at budget)": batch * retained * (kv + features),
-        "activations of the stream": batch * layers * longest.positions * activation,
+        "memory at chunk boundaries": batch * chunks * retained * kv,
+        "activations of a chunk" if chunks else "activations of the stream": batch * layers * kept * activation,
     }
 
 
@@ -122,7 +124,9 @@ def print_plan(recipe: Recipe, rows: list[Row], backbone: Backbone, profile: Bud
         f"memory of {profile.mean_budget:g} positions a layer ({profile.source}), selection {recipe.selection.method}"
     )
     parts = memory_plan(recipe, backbone, profile, method, streams)
-    table = Table(title="memory of a step, computed from shapes", title_justify="left")
+    table = Table(
+        title="tensors of a step, computed from shapes (without libraries and decoding)", title_justify="left"
+    )
     table.add_column("part")
     table.add_column("MiB", justify="right")
     for name, size in {**parts, "sum": sum(parts.values())}.items():

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.manifest import Row, manifest_fingerprint
-from omnimem.backbones.adapter import RECIPE_FILE
+from omnimem.backbones.adapter import ADAPTER_CONFIG, RECIPE_FILE
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json
+from train.checkpoint import checkpoints
 from train.config import Recipe, load_recipe
 
 DATA_FILE = "data.json"
@@ -31,7 +32,8 @@ def prepare_run_directory(output_dir: Path, recipe: Recipe, rows: list[Row]) -> 
     """
     saved_recipe = output_dir / RECIPE_FILE
     fingerprint = {"fingerprint": manifest_fingerprint(rows), "rows": len(rows)}
-    if saved_recipe.is_file():
+    # A run that never saved anything has nothing to protect: it simply begins again.
+    if saved_recipe.is_file() and (checkpoints(output_dir) or (output_dir / ADAPTER_CONFIG).is_file()):
         if not recipe.resume:
             raise OmniMemError(f"{output_dir} already holds a run; give another output_dir, or resume=true to go on")
         before = _flat(asdict(load_recipe([f"recipe={saved_recipe}"])))

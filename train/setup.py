@@ -118,10 +118,10 @@ def selection_of(recipe: Recipe) -> SelectionMethod:
 
 
 def settings_of(recipe: Recipe) -> StreamSettings:
-    """How the recipe's media are read; a damaged clip ends the run or its stream, as ``on_bad_row`` says."""
+    """How the recipe's media are read."""
     names = {field.name for field in fields(StreamSettings)}
     values = {key: value for key, value in asdict(recipe.data).items() if key in names}
-    return StreamSettings(**values, on_truncated="warn" if recipe.data.on_bad_row == "skip" else "error")
+    return StreamSettings(**values)
 
 
 def profile_of(recipe: Recipe, backbone: Backbone, method: SelectionMethod, settings: StreamSettings) -> BudgetProfile:

@@ -99,6 +99,8 @@ def _detect(path: str | Path) -> str:
     config_file = Path(path) / "config.json"
     if Path(path).is_dir() and not config_file.is_file():
         raise OmniMemError(f"{path}: no config.json; give a checkpoint folder, a run directory or a hub id")
+    if not Path(path).exists() and (str(path).count("/") != 1 or str(path).startswith((".", "/", "~"))):
+        raise OmniMemError(f"cannot load {path}: no such folder, and not a hub id (owner/name)")
     if config_file.is_file():
         model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
     else:

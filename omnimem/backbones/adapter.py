@@ -31,7 +31,11 @@ def resolve_checkpoint(path: str | Path, adapter: str | Path | None) -> tuple[st
     folder = Path(path)
     if adapter is None:
         if (folder / RECIPE_FILE).is_file() and not (folder / ADAPTER_CONFIG).is_file():
-            raise OmniMemError(f"{path}: a run directory without an adapter; let the training finish or resume it")
+            saved = sorted(folder.glob("checkpoints/step-*"))
+            instead = f", or use its checkpoint {saved[-1]}" if saved else ""
+            raise OmniMemError(
+                f"{path}: a run directory without an adapter; let the training finish or resume it{instead}"
+            )
         if not (folder / ADAPTER_CONFIG).is_file():
             return path, None
         adapter, path = folder, _base_of(folder)

@@ -196,15 +196,12 @@ class _Pass:
         """The clip is readable up to ``reached`` seconds only: raise, or log it once."""
         duration = self._source.info.duration
         total = "" if duration is None else f" of {duration:.1f} s"
-        error = MediaError.about(
-            self._source.path,
-            f"cut off or damaged: readable up to {float(reached):.1f} s{total} ({cause})",
-            "copy it again, or accept the readable part with on_truncated='warn'",
-        )
+        what = f"cut off or damaged: readable up to {float(reached):.1f} s{total} ({cause})"
         if not self._tolerant:
-            raise error
+            advice = "copy it again, or accept the readable part (omnimem answer --allow-truncated)"
+            raise MediaError.about(self._source.path, what, advice)
         if not self._faulty:
-            log.warning("%s", error)
+            log.warning("%s: %s; the readable part is used", self._source.path.name, what)
         self._faulty = True
 
 

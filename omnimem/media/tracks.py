@@ -66,7 +66,7 @@ def choose_audio(container: InputContainer, path: Path, track: int | None = None
     )
     if chosen is not None and len(streams) > 1:
         log.info(
-            "%s: audio track %d of %s chosen (%d Hz, %d channels); audio_track=INDEX chooses another",
+            "%s: audio track %d of %s chosen (%d Hz, %d channels); open_media(audio_track=INDEX) takes another",
             path.name, chosen.index, [s.index for s in streams], chosen.rate, chosen.channels,
         )  # fmt: skip
     return chosen

@@ -123,12 +123,15 @@ def attention_mass(
         query = (query.sum(2) / heads).transpose(1, 2).reshape(batch, 1, 1, queries, groups * dim)
         key = key.transpose(1, 2).reshape(batch, 1, keys, groups * dim)
     for group in range(key.shape[1]):
-        group_key = key[:, group].to(dtype).transpose(-1, -2)
+        # One copy a group lets the product read keys in order: a quarter of its time.
+        group_key = key[:, group].to(dtype).transpose(-1, -2).contiguous()
         for start, stop, visible, mask in _causal_tiles(rows, past, valid, tile, query.device):
             logits = query[:, group, :, start:stop].flatten(1, 2) @ group_key[..., :visible]
             logits = logits.view(batch, -1, stop - start, visible)
             if mask is not None:
-                logits.masked_fill_(~mask, -torch.inf)
+                # Without padding only the columns of the tile itself can be hidden; the past is a lot longer.
+                hidden = past + rows[start] if valid is None else 0
+                logits[..., hidden:].masked_fill_(~mask[..., hidden:], -torch.inf)
             weights = logits.softmax(-1)
             if valid is not None:
                 asked = valid[:, past:][:, rows.start :: stride][:, start:stop]

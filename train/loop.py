@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,11 +29,12 @@ from train.config import Recipe, to_yaml
 from train.data import Schedule, load_rows, tokenise
 from train.environment import environment
 from train.finish import finish
-from train.metrics import BarHandler, Metrics, peak_gib
+from train.metrics import BarHandler, Metrics, Once, peak_gib
 from train.objective import StreamObjective
 from train.plan import print_plan
 from train.rundir import RECIPE_FILE, prepare_run_directory
 from train.setup import add_lora, build_base, check_recipe, load_base, selection_of, settings_of
+from train.stop import StopRequest
 
 log = logging.getLogger("omnimem.train")
 
@@ -181,39 +181,6 @@ def train(recipe: Recipe, rows: list[Row], profile: BudgetProfile, stop: StopReq
     if accelerator.is_main_process:
         finish(recipe, output_dir)
     accelerator.end_training()
-
-
-class StopRequest:
-    """Ctrl-C or a scheduler's SIGTERM asks for a stop after the step under way; a second one does not wait."""
-
-    def __enter__(self) -> StopRequest:
-        self.requested = False
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, _number: int, _frame: Any) -> None:
-        self.requested = True
-        log.warning("stopping after this step (again to stop at once)")
-        self.__exit__()
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-class Once(logging.Filter):
-    """Lets each message about media through once: a clip is opened every epoch, but its tracks are named once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._said: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the message is new."""
-        message = record.getMessage()
-        new = record.name != "omnimem.media" or message not in self._said
-        self._said.add(message)
-        return new
 
 
 def rate_at(step: int, steps: int, recipe: Recipe) -> float:

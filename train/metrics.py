@@ -93,6 +93,21 @@ class BarHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class Once(logging.Filter):
+    """Lets each message about media through once: a clip is opened every epoch, but its tracks are named once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the message is new."""
+        message = record.getMessage()
+        new = record.name != "omnimem.media" or message not in self._said
+        self._said.add(message)
+        return new
+
+
 def peak_gib() -> float:
     """Largest memory so far in GiB: of the accelerator if there is one, else of the process."""
     if torch.cuda.is_available():

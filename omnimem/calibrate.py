@@ -127,7 +127,7 @@ def calibrate(
     key = {"model": model, "model_id": backbone.model_id, "stream": asdict(settings)}
     known = _read_partial(partial, key)
     for clip in clips:
-        digest = hashlib.sha256(clip.read_bytes()).hexdigest()
+        digest = _digest(clip)
         if digest not in known:
             try:
                 known[digest] = measure_clip(backbone, clip, settings)
@@ -137,6 +137,15 @@ def calibrate(
                 continue
             atomic_write_json(partial, {**key, "clips": known})
         yield ClipStatistics(clip.name, digest, known[digest])
+
+
+def _digest(clip: Path) -> str:
+    """SHA-256 of a file of any size, a block at a time."""
+    digest = hashlib.sha256()
+    with clip.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _read_partial(partial: Path, key: dict[str, Any]) -> dict[str, Any]:

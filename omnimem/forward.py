@@ -1,9 +1,11 @@
 """The single forward path: chunks into a compressed memory, with gradients in training, without at inference.
 
-stream = Stream(backbone, CompressedCache(profile, method))
-stream.forward(encoder.prefix(), text=True)
-for chunk in reader:
-stream.step(encoder.encode(chunk))
+    stream = Stream(backbone, CompressedCache(profile, method))
+    stream.forward(encoder.prefix(), text=True)
+    for chunk in reader:
+        stream.step(encoder.encode(chunk))
+
+Training (`train.objective`) and inference (`omnimem.stream`) call nothing else.
 """
 
 from __future__ import annotations

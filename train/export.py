@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from omnimem.backbones import Backbone, load_backbone, parse_dtype
-from omnimem.backbones.adapter import load_adapter, resolve_checkpoint
+from omnimem.backbones.adapter import RECIPE_FILE, load_adapter, resolve_checkpoint
 from omnimem.backbones.checkpoint import quiet_stock
 from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
@@ -26,7 +26,6 @@ from omnimem.files import atomic_directory
 from train.card import model_card
 from train.checkpoint import FOLDER as CHECKPOINTS
 from train.config import load_recipe
-from train.rundir import RECIPE_FILE
 
 PROBE = "What is seen, what is heard, and what happened first? " * 4
 """Text whose logits are compared."""

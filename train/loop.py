@@ -21,6 +21,7 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from data_prep.manifest import Row
+from omnimem.backbones.adapter import RECIPE_FILE
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, atomic_write_text
@@ -32,7 +33,7 @@ from train.finish import finish
 from train.metrics import BarHandler, Metrics, Once, peak_gib
 from train.objective import StreamObjective
 from train.plan import print_plan
-from train.rundir import RECIPE_FILE, prepare_run_directory
+from train.rundir import prepare_run_directory
 from train.setup import add_lora, build_base, check_recipe, load_base, selection_of, settings_of
 from train.stop import StopRequest
 

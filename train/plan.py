@@ -13,7 +13,7 @@ from rich.table import Table
 
 from data_prep.manifest import Row
 from omnimem.backbones import Backbone
-from omnimem.budget import BudgetProfile
+from omnimem.budget import BudgetProfile, ModelFingerprint
 from omnimem.media import probe
 from omnimem.selection import SelectionMethod
 from omnimem.stream import StreamSettings
@@ -79,8 +79,8 @@ def memory_plan(
     weights = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
     peft_model = add_lora(recipe, backbone)
     trained = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
-    head_dim = text.hidden_size // text.num_attention_heads
-    kv = 2 * text.num_key_value_heads * head_dim * itemsize
+    shape = ModelFingerprint.of(backbone.config)
+    kv = 2 * shape.kv_heads * shape.head_dim * itemsize
     features = text.hidden_size * itemsize if method.stores_features else 0
     retained = sum(layer.total for layer in profile.layers)
     longest = max(streams, key=lambda stream: stream.positions)

@@ -89,8 +89,6 @@ def allocate(
         raise OmniMemError(
             f"ratio and temperature must be above 0 and the floor at least 1, got {ratio}, {temperature}, {floor}"
         )
-    if mean_budget < 2 * floor:
-        raise OmniMemError(f"a mean budget of {mean_budget} cannot hold {floor} visual and {floor} audio positions")
     hardest = max(layer.both.value for layer in layers)
     shares = [math.exp((layer.both.value - hardest) / temperature) for layer in layers]
     wanted = []
@@ -99,7 +97,14 @@ def allocate(
         # A layer in which neither modality can be compressed at all is split by the ratio alone.
         split = visual / (visual + audio) if visual + audio > 0 else ratio / (1 + ratio)
         wanted += [share * split, share * (1 - split)]
-    whole = round_to_sum(wanted, len(layers) * mean_budget, floor)
+    return _whole_budgets(wanted, mean_budget, floor)
+
+
+def _whole_budgets(wanted: Sequence[float], mean_budget: int, floor: int) -> tuple[LayerBudget, ...]:
+    """Budgets in proportion to `wanted` (visual and audio of each layer, by turns) at a mean budget."""
+    if mean_budget < 2 * floor:
+        raise OmniMemError(f"a mean budget of {mean_budget} cannot hold {floor} visual and {floor} audio positions")
+    whole = round_to_sum(wanted, len(wanted) // 2 * mean_budget, floor)
     return tuple(LayerBudget(visual, audio) for visual, audio in zip(whole[::2], whole[1::2], strict=True))
 
 
@@ -124,11 +129,7 @@ def round_to_sum(weights: Sequence[float], total: int, floor: int) -> list[int]:
 
 def rescale(layers: Sequence[LayerBudget], mean_budget: int, floor: int = DEFAULT_FLOOR) -> tuple[LayerBudget, ...]:
     """The same distribution at another mean budget; sums and floors as in `allocate`."""
-    if mean_budget < 2 * floor:
-        raise OmniMemError(f"a mean budget of {mean_budget} cannot hold {floor} visual and {floor} audio positions")
-    flat = [float(n) for layer in layers for n in (layer.visual, layer.audio)]
-    whole = round_to_sum(flat, len(layers) * mean_budget, floor)
-    return tuple(LayerBudget(visual, audio) for visual, audio in zip(whole[::2], whole[1::2], strict=True))
+    return _whole_budgets([float(n) for layer in layers for n in (layer.visual, layer.audio)], mean_budget, floor)
 
 
 def with_mean(profile: BudgetProfile, mean_budget: int) -> BudgetProfile:

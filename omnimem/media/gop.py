@@ -25,9 +25,10 @@ from .picture import PictureLayout
 from .plan import FramePlan, PlanImpossible
 
 # Codecs whose key frames are places to start decoding; the rest are decoded whole.
-RESTARTABLE = frozenset({"h264", "hevc", "vp8", "libvpx", "vp9", "libvpx-vp9", "av1", "libdav1d",
-"mpeg1video",
-                         "mpeg2video", "mpeg4", "h263", "mjpeg", "prores", "png"})  # fmt: skip
+RESTARTABLE = frozenset({
+    "h264", "hevc", "vp8", "libvpx", "vp9", "libvpx-vp9", "av1", "libdav1d", "mpeg1video", "mpeg2video", "mpeg4",
+    "h263", "mjpeg", "prores", "png",
+})  # fmt: skip
 # Codecs in which skipping a picture that nothing refers to leaves no trace in the decoder.
 SKIPS_NON_REFERENCE = frozenset({"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"})
 HOLD_PACKETS = 1024  # a longer group is decoded as it arrives

@@ -205,32 +205,8 @@ class _Pass:
         self._faulty = True
 
 
-def open_media(
-    path: str | os.PathLike[str],
-    *,
-    fps: float = 1.0,
-    chunk_seconds: float = 2.0,
-    audio: bool = True,
-    video: bool = True,
-    short_side: int | None = None,
-    audio_track: int | None = None,
-    context_seconds: float = 0.1,
-    max_seconds: float | None = None,
-    on_truncated: Literal["error", "warn"] = "error",
-) -> MediaReader:
-    """Open a clip for reading chunk by chunk; see `MediaReader` for the parameters and errors."""
-    return MediaReader(
-        path,
-        fps=fps,
-        chunk_seconds=chunk_seconds,
-        audio=audio,
-        video=video,
-        short_side=short_side,
-        audio_track=audio_track,
-        context_seconds=context_seconds,
-        max_seconds=max_seconds,
-        on_truncated=on_truncated,
-    )
+open_media = MediaReader
+"""Open a clip for reading chunk by chunk: the verb under which other rooms know the class."""
 
 
 def _rational(value: float) -> Fraction:

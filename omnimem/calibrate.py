@@ -32,6 +32,7 @@ from omnimem.forward import Stream
 from omnimem.memory import CompressedCache
 from omnimem.memory.layer import CompressedLayer
 from omnimem.modality import AUDIO, VISUAL
+from omnimem.selection import MassSpec
 from omnimem.selection.base import compute_dtype
 from omnimem.selection.full import Full
 from omnimem.selection.redundancy import redundancy
@@ -45,7 +46,7 @@ GROUPS = {"visual": (VISUAL,), "audio": (AUDIO,), "both": (VISUAL, AUDIO)}
 class Observe(Full):
     """Keep everything and observe what allocation needs: attention mass and hidden states."""
 
-    mass_kind = "heads"
+    mass = MassSpec()
     stores_features = True
 
     def features(self, hidden: Tensor, layer: int) -> Tensor:
@@ -234,7 +235,7 @@ def calibrate_command(
             progress.advance(task)
             if clip is not None:
                 measured.append(clip)
-    selection = {"method": session.method, **session.memory.method.settings()}
+    selection = {"method": session.method, **session.memory.method.recorded()}
     profile = profile_from(
         session.backbone, measured, session.settings, mean_budget, ratio, temperature, floor, selection
     )

@@ -10,12 +10,15 @@ Training (`train.objective`) and inference (`omnimem.stream`) call nothing else.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from omnimem.backbones import Backbone, ChunkInputs
 from omnimem.memory import CompressedCache, Kept
+from omnimem.selection import Probe
 
 
 class Stream:
@@ -47,8 +50,22 @@ class Stream:
         if self.recompute and torch.is_grad_enabled():
             self._step_recomputed(inputs)
         else:
-            self.forward(inputs)
+            self._observe(inputs)
             self.cache.compress()
+
+    def _observe(self, inputs: ChunkInputs) -> None:
+        """Append a chunk and ask the method's probes about what is now in memory."""
+        self.forward(inputs)
+        for probe in self.cache.method.probes:
+            self._ask(probe, len(inputs.embeds))
+
+    @torch.no_grad()
+    def _ask(self, probe: Probe, batch: int) -> None:
+        ids = self.backbone.question_ids(probe.text) if probe.turn else self.backbone.text_ids(probe.text)
+        embeds = self.backbone.embed(ids).expand(batch, -1, -1)
+        assert self.cache.next_position is not None
+        with self.cache.probing(probe, embeds):
+            self._run(ChunkInputs.text(embeds, self.cache.next_position), text=True)
 
     def _step_recomputed(self, inputs: ChunkInputs) -> None:
         """`step` under a non-reentrant checkpoint (the reentrant one loses gradients across chunks).
@@ -64,8 +81,10 @@ class Stream:
             present = self.cache.state()
             self.cache.restore(before.with_states(states))
             try:
-                # Nothing needs to be observed to repeat a decision.
-                self.forward(inputs, text=replaying)
+                if replaying:
+                    self.forward(inputs)
+                else:
+                    self._observe(inputs)
                 decided = self.cache.compress(decided)
                 return tuple(self.cache.state().states)
             finally:
@@ -90,6 +109,13 @@ class Stream:
         Tensor
             Last hidden states ``[B, T, C]``.
         """
+        positions, next_position = self.cache.place(
+            inputs.positions, inputs.modality, inputs.valid, inputs.next_position, text
+        )
+        return self._run(replace(inputs, positions=positions, next_position=next_position), text)
+
+    def _run(self, inputs: ChunkInputs, text: bool) -> Tensor:
+        """The decoder on ids that are the memory's own."""
         return self.backbone.language_model(
             inputs_embeds=inputs.embeds,
             position_ids=inputs.positions,
@@ -123,10 +149,10 @@ class Stream:
         targets = torch.cat(answer).to(device)
         with self.cache.scratch():
             self.forward(closing, text=True)
-            text = [
-                ChunkInputs.text(self.backbone.embed(ids[None]), closing.next_position[i]) for i, ids in enumerate(rows)
-            ]
-            hidden = self.forward(ChunkInputs.batch(text), text=True)
+            assert self.cache.next_position is not None
+            starts = self.cache.next_position
+            text = [ChunkInputs.text(self.backbone.embed(ids[None]), starts[i]) for i, ids in enumerate(rows)]
+            hidden = self._run(ChunkInputs.batch(text), text=True)
         predicting = [
             hidden[i, len(row) - len(a) : len(row)] for i, (row, a) in enumerate(zip(rows, answer, strict=True))
         ]

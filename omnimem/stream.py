@@ -18,6 +18,7 @@ from threading import Thread
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
@@ -314,6 +315,31 @@ class StreamingSession:
             raise OmniMemError("the question is empty")
         pieces = self._generate(question, max_new_tokens, generation)
         return pieces if stream else "".join(pieces)
+
+    @torch.no_grad()
+    def score_answer(self, question: str, answer: str) -> float:
+        """How well the present memory, which stays as it is, predicts a given answer.
+
+        Parameters
+        ----------
+        question, answer : str
+            What is asked, and the answer whose tokens are forced.
+
+        Returns
+        -------
+        float
+            Mean negative log-likelihood of a token of the answer, the one that ends it included (nats).
+
+        Raises
+        ------
+        OmniMemError
+            Nothing has been watched yet.
+        """
+        if self._encoder is None:
+            raise OmniMemError("nothing watched yet: stream a file with watch() before asking")
+        question_ids, answer_ids = self.backbone.question_ids(question)[0], self.backbone.answer_ids(answer)[0]
+        logits, targets = self._stream.answer_logits(self._encoder.closing(), [question_ids], [answer_ids])
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets).item()
 
     def _generate(self, question: str, max_new_tokens: int, generation: dict[str, Any]) -> Iterator[str]:
         backbone, abandoned = self.backbone, _Abandoned()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -102,13 +102,29 @@ def run(model, cache, inputs: ChunkInputs, text: bool = False) -> Tensor:
     ).last_hidden_state
 
 
+def step(model, cache, inputs: ChunkInputs) -> Tensor:
+    """A chunk as `omnimem.forward.Stream` takes it: ids placed, forward, the method's probes, compression."""
+    positions, following = cache.place(inputs.positions, inputs.modality, inputs.valid, inputs.next_position)
+    hidden = run(model, cache, replace(inputs, positions=positions, next_position=following))
+    with torch.no_grad():
+        for number, probe in enumerate(cache.method.probes):
+            embeds = probe_embeds(number, len(inputs.embeds), inputs.embeds.dtype)
+            with cache.probing(probe, embeds):
+                run(model, cache, ChunkInputs.text(embeds, cache.next_position), text=True)
+    cache.compress()
+    return hidden
+
+
+def probe_embeds(number: int, batch: int, dtype=torch.float64) -> Tensor:
+    """Embeddings of a method's probes, which stand for their texts."""
+    generator = torch.Generator().manual_seed(77 + number)
+    return torch.randn(1, 3 + number, WIDTH, generator=generator).to(dtype).expand(batch, -1, -1)
+
+
 def stream(model, cache, parts: list[ChunkInputs]) -> list[Tensor]:
     """Prefix, then every chunk with compression behind it; the hidden states of each."""
-    hidden = [run(model, cache, parts[0], text=True)]
-    for part in parts[1:]:
-        hidden.append(run(model, cache, part))
-        cache.compress()
-    return hidden
+    cache.place(parts[0].positions, parts[0].modality, parts[0].valid, parts[0].next_position, text=True)
+    return [run(model, cache, parts[0], text=True), *(step(model, cache, part) for part in parts[1:])]
 
 
 def kept(cache, layer: int, sample: int = 0) -> list[int]:

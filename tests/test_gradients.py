@@ -84,7 +84,7 @@ class Replay:
     """Record which columns selection keeps, then keep the same ones whatever the scores have become."""
 
     def __init__(self, monkeypatch):
-        import omnimem.memory.layer as module
+        import omnimem.selection.base as module
 
         self.decide, self.recorded, self.place = module.keep_mask, [], None
         monkeypatch.setattr(module, "keep_mask", self)

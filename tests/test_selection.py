@@ -244,7 +244,10 @@ def random_candidates(*, visual: int, audio: int, text: int, budget: LayerBudget
     shape = (1, GROUPS, len(kinds), DIM)
     return Candidates(
         layer=layer,
+        layers=5,
         budget=budget,
+        old=0,
+        probes=(),
         keys=torch.randn(shape, generator=generator),
         values=torch.randn(shape, generator=generator),
         table=table_of(kinds),
@@ -413,8 +416,8 @@ def test_sketches_are_the_same_in_every_run_and_blind_to_scale():
         ("omnimem", {"neighbors": "modality"}, "neighbors", "did you mean 'neighbours'"),
         ("omnimem", {"variant": "relase"}, "relase", "did you mean 'release'"),
         ("random", {"sed": 1}, "sed", "did you mean 'seed'"),
-        ("uniform", {"seed": 1}, "seed", "known: none"),
-        ("zzz", {}, "zzz", "known: full, omnimem, random, uniform"),
+        ("uniform", {"seed": 1}, "seed", "known: positions"),
+        ("zzz", {}, "zzz", "known: attention_only, full, h2o"),
     ],
 )
 def test_unknown_names_are_one_line_with_a_suggestion(name, options, wrong, suggestion):
@@ -450,10 +453,10 @@ def test_a_value_that_a_switch_does_not_have_is_refused(options):
 @pytest.mark.parametrize(("method", "options"), METHODS, ids=lambda x: x if isinstance(x, str) else str(x or ""))
 def test_recorded_settings_rebuild_the_same_method(method, options):
     built = build_selection(method, **options)
-    again = build_selection(method, **built.settings())
+    again = build_selection(method, **built.recorded())
     assert type(again) is type(built)
-    assert again.settings() == built.settings()
-    assert again.mass_kind == built.mass_kind and again.stores_features == built.stores_features
+    assert again.recorded() == built.recorded()
+    assert again.mass == built.mass and again.stores_features == built.stores_features
 
 
 def test_variants_are_the_two_published_settings():

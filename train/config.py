@@ -80,6 +80,12 @@ class SelectionConfig:
     sketch_dim: int | None = None
     mass_stride: int | None = None
     seed: int = 0
+    positions: Literal["original", "reindexed"] | None = None  # rotary ids of what stays; null: the method's own
+    sinks: int | None = None  # streaming_llm
+    window: int | None = None  # snapkv
+    kernel: int | None = None  # snapkv
+    share: float | None = None  # infinipot_v
+    recent: float | None = None  # infinipot_v
 
 
 @dataclass

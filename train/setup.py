@@ -142,6 +142,6 @@ def profile_of(recipe: Recipe, backbone: Backbone, method: SelectionMethod, sett
         profile,
         model=ModelFingerprint.of(backbone.config),
         model_id=recipe.model.path,
-        selection={"method": recipe.selection.method, **method.settings()},
+        selection={"method": recipe.selection.method, **method.recorded()},
         stream=settings.recorded(),
     )

@@ -208,6 +208,10 @@ class Backbone(ABC):
         """Where the language model lives."""
         return self.language_model.device
 
+    def text_ids(self, text: str) -> Tensor:
+        """int64 ``[1, T]``: a text by itself."""
+        return self.tokenizer(text, return_tensors="pt").input_ids
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings ``[B, T, C]`` of ids ``[B, T]``."""
         return self.language_model.get_input_embeddings()(ids.to(self.device))

@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from omnimem.errors import OmniMemError
 from omnimem.memory.attention import ATTENTION_NAME, compressed_attention
 from omnimem.memory.cache import CompressedCache
+from omnimem.memory.rotary import Rotary
 
 AttentionInterface.register(ATTENTION_NAME, compressed_attention)
 # Without a mask builder of the same name transformers passes no mask to the stock path (transformers.md row 6).
@@ -77,6 +78,7 @@ def _announce_step(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
         positions = positions.expand(3, *positions.shape)
     # generate() sends one row for all three axes, or a fourth in front that only serves packed sequences.
     positions = positions[-3:].expand(3, batch, -1)
+    cache.bind(Rotary(model.rotary_emb))
     mask = kwargs.get("attention_mask")
     cache.begin(
         positions,
@@ -92,10 +94,16 @@ def _announce_step(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
 
 
 def _show_hidden(index: int) -> Any:
-    def hook(_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def hook(_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         cache = kwargs.get("past_key_values")
-        if isinstance(cache, CompressedCache):
-            cache.layers[index].observe_hidden(args[0] if args else kwargs["hidden_states"])
+        if not isinstance(cache, CompressedCache):
+            return None
+        memory = cache.layers[index]
+        memory.observe_hidden(args[0] if args else kwargs["hidden_states"])
+        if memory.shown is None:
+            return None
+        # A probe that does not propagate: every layer sees the embeddings themselves.
+        return ((memory.shown, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": memory.shown})
 
     return hook
 

@@ -1,11 +1,13 @@
 """Attention over a memory that is longer than its queries, and the mass each key receives.
 
-Two pure functions on post-RoPE states, used by every backbone through `compressed_attention`:
+Pure functions on post-RoPE states, used by every backbone through `compressed_attention`:
 
-* `lower_right_attention`: the queries are the *last* positions of the keys. Fused kernels call this
-  "lower-right" causal; `is_causal=True` alone means upper-left as soon as there is a past, so the mask is
-  always explicit here, one tile of queries at a time, and the full matrix never exists.
-* `attention_mass`: the column sums of the attention matrix, again tile by tile (method.md §5).
+* `lower_right_attention`: the queries are the *last* positions of the keys. Fused kernels call this "lower-right"
+  causal; `is_causal=True` alone means upper-left as soon as there is a past.
+* `attention_mass`: the column sums of the attention matrix, tile by tile, so that it never exists (method.md §5).
+* `attention_with_mass`: both in one pass over q·kᵀ, with its own backward: what a chunk costs on the CPU with exact
+  mass is what fused attention costs without. On CUDA fused attention gives the output and the row log-sum-exp, and
+  a kernel of ours sums the columns (`omnimem.memory.kernels`).
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.bias import causal_lower_right
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from omnimem.selection.base import MassKind
+from omnimem.selection.base import MassKind, ProbeReach
 
 if TYPE_CHECKING:
     from omnimem.memory.layer import CompressedLayer
@@ -29,8 +33,8 @@ ATTENTION_NAME = "omnimem"
 QUERY_TILE = 256
 """Queries a fused call sees at once: the mask of a tile is [QUERY_TILE, K], whatever the chunk."""
 
-MASS_TILE = 128
-"""Queries whose weights exist at once while the mass is summed; two cores are fastest at 128."""
+WEIGHT_TILE = 128
+"""Queries whose weights exist at once, one key-value head at a time; two cores are fastest at 64 to 128."""
 
 
 def lower_right_attention(
@@ -58,7 +62,7 @@ def lower_right_attention(
     dropout : float
         Dropout on the attention weights.
     tile : int
-        Queries per fused call.
+        Queries per fused call where a mask has to be made.
 
     Returns
     -------
@@ -66,9 +70,13 @@ def lower_right_attention(
         ``[B, H, Q, D]``.
     """
     batch, heads, queries, dim = query.shape
-    groups = key.shape[1]
+    groups, keys = key.shape[1], key.shape[2]
+    if query.is_cuda and valid is None and queries > 1:
+        # No mask is made: the fused kernels know this shape of causality.
+        bias: Any = causal_lower_right(queries, keys)
+        return F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scaling, enable_gqa=True)
     outputs = []
-    for start, stop, visible, mask in _causal_tiles(range(queries), key.shape[2] - queries, valid, tile, query.device):
+    for start, stop, visible, mask in _causal_tiles(range(queries), keys - queries, valid, tile, query.device):
         # Folding the query heads of a group into the rows reads each key once and repeats nothing.
         rows = query[:, :, start:stop].reshape(batch, groups, -1, dim)
         if mask is not None:
@@ -88,7 +96,8 @@ def attention_mass(
     scaling: float | None = None,
     kind: MassKind = "heads",
     stride: int = 1,
-    tile: int = MASS_TILE,
+    window: int | None = None,
+    tile: int = WEIGHT_TILE,
 ) -> Tensor:
     """Attention mass a_k = Σ_q A[q, k] that each key receives from the queries (method.md §2).
 
@@ -96,50 +105,243 @@ def attention_mass(
     ----------
     query, key, valid, scaling
         As in `lower_right_attention`.
-    kind : {"heads", "concat"}
-        ``heads``: mean over the query heads of their softmax weights (the paper). ``concat``: one softmax
-        over head-concatenated q·k / (√D · H) (the release).
+    kind : {"heads", "groups", "concat"}
+        ``heads``: mean over the query heads of their softmax weights (the paper). ``groups``: the same for the query
+        heads of each key-value head by itself. ``concat``: one softmax over head-concatenated q·k / (√D · H) (the
+        release).
     stride : int
         1 is exact; above, only every so many-th query is asked, and counts for those left out.
+    window : int, optional
+        Ask only the last so many real queries of each sample.
     tile : int
         Queries whose weights exist at once.
 
     Returns
     -------
     Tensor
-        ``[B, K]``, float32 (float64 for float64 inputs). Padded queries give nothing, padded keys get nothing.
+        ``[B, K]`` (``[B, G, K]`` for ``groups``), float32 (float64 for float64 inputs). Padded queries give nothing,
+        padded keys get nothing.
     """
-    groups, keys = key.shape[1], key.shape[2]
-    rows = range(min(stride, query.shape[2]) - 1, query.shape[2], stride)
-    past = keys - query.shape[2]
-    query = query[:, :, rows.start :: stride]
     batch, heads, queries, dim = query.shape
+    groups, keys = key.shape[1], key.shape[2]
     scale = dim**-0.5 if scaling is None else scaling
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    mass = torch.zeros(batch, keys, dtype=dtype, device=query.device)
-    query = (query.to(dtype) * scale).view(batch, groups, heads // groups, queries, dim)
     if kind == "concat":
         # Σ_h q_h·k_g(h) = Σ_g (Σ_{h in g} q_h)·k_g: one head as wide as all key heads together.
-        query = (query.sum(2) / heads).transpose(1, 2).reshape(batch, 1, 1, queries, groups * dim)
+        query = query.to(_compute_dtype(query)).view(batch, groups, heads // groups, queries, dim).sum(2) / heads
+        query = query.transpose(1, 2).reshape(batch, 1, queries, groups * dim)
         key = key.transpose(1, 2).reshape(batch, 1, keys, groups * dim)
-    for group in range(key.shape[1]):
-        # One copy a group lets the product read keys in order: a quarter of its time.
+    weight = _row_weights(query, keys, valid, stride, window)
+    rows = _asked(weight, stride)
+    weight = weight[:, rows.start : rows.stop : rows.step]
+    mass = torch.zeros(batch, key.shape[1], keys, dtype=_compute_dtype(query), device=query.device)
+    asked = query[:, :, rows.start : rows.stop : rows.step]
+    for group, start, stop, weights in _weight_tiles(asked, key, rows, queries, valid, scale, tile):
+        mass[:, group, : weights.shape[-1]] += _weighted_columns(weights, weight[:, start:stop])
+    mass *= key.shape[1] / query.shape[1]
+    return mass if kind == "groups" else mass.mean(1)
+
+
+def attention_with_mass(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None = None,
+    scaling: float | None = None,
+    stride: int = 1,
+    window: int | None = None,
+    tile: int = WEIGHT_TILE,
+) -> tuple[Tensor, Tensor]:
+    """`lower_right_attention` and the `attention_mass` of kind ``groups`` from one pass over q·kᵀ, differentiable.
+
+    Only the inputs are kept for the backward, which computes the weights once more, tile by tile.
+
+    Parameters
+    ----------
+    query, key, value, valid, scaling, stride, window, tile
+        As in the two functions.
+
+    Returns
+    -------
+    tuple of Tensor
+        Output ``[B, H, Q, D]`` and mass ``[B, G, K]``.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.is_cuda and valid is None and query.dtype in (torch.float16, torch.bfloat16):
+        return _fused_with_mass(query, key, value, scale, stride, window)
+    weight = _row_weights(query, key.shape[2], valid, stride, window)
+    return _AttentionWithMass.apply(query, key, value, valid, weight, scale, tile)  # pyright: ignore[reportReturnType]
+
+
+def _fused_with_mass(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, stride: int, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """On CUDA: flash attention, whose log-sum-exp a second kernel turns into column sums."""
+    from omnimem.memory.kernels import column_mass
+
+    # This operator's is_causal is lower-right, unlike that of scaled_dot_product_attention.
+    output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout_p=0.0, is_causal=True, scale=scale
+    )
+    queries, past = query.shape[2], key.shape[2] - query.shape[2]
+    rows = range(queries)[-window:] if window else range(min(stride, queries) - 1, queries, stride)
+    with torch.no_grad():
+        picked = slice(rows.start, rows.stop, rows.step)
+        mass = column_mass(query[:, :, picked], key, lse[:, :, picked], past + rows.start, rows.step, scale)
+    return output, mass if window else mass * (queries / len(rows))
+
+
+@torch.no_grad()
+def probe_attention(
+    query: Tensor, key: Tensor, valid: Tensor | None, scaling: float | None, attends: ProbeReach
+) -> Tensor:
+    """Mean attention, over heads and queries, of a probe to what is stored before it.
+
+    Parameters
+    ----------
+    query : Tensor
+        Post-RoPE queries of the probe ``[B, H, P, D]``.
+    key : Tensor
+        Post-RoPE keys ``[B, G, N + P, D]``: what is stored, then the probe's own.
+    valid, scaling
+        As in `lower_right_attention`.
+    attends : {"causal", "all", "memory"}
+        Each query's softmax goes over what is stored and the probe up to itself, all of the probe, or none of it.
+
+    Returns
+    -------
+    Tensor
+        ``[B, N]``.
+    """
+    batch, heads, queries, dim = query.shape
+    groups, stored = key.shape[1], key.shape[2] - queries
+    if attends == "causal":
+        return attention_mass(query, key, valid, scaling)[:, :stored] / queries
+    reach = stored if attends == "memory" else key.shape[2]
+    scale = dim**-0.5 if scaling is None else scaling
+    dtype = _compute_dtype(query)
+    mass = torch.zeros(batch, stored, dtype=dtype, device=query.device)
+    rows = (query.to(dtype) * scale).reshape(batch, groups, -1, dim)
+    for group in range(groups):
+        logits = rows[:, group] @ key[:, group, :reach].to(dtype).transpose(-1, -2)
+        if valid is not None:
+            logits.masked_fill_(~valid[:, None, :reach], -torch.inf)
+        mass += logits.softmax(-1)[..., :stored].sum(1)
+    return mass / (heads * queries)
+
+
+class _AttentionWithMass(torch.autograd.Function):
+    """One pass over q·kᵀ for output and mass; the backward recomputes the weights instead of storing them."""
+
+    @staticmethod
+    def forward(ctx: Any, query, key, value, valid, weight, scale, tile):
+        batch, heads, queries, _ = query.shape
+        groups, keys = key.shape[1], key.shape[2]
+        output = query.new_empty(batch, heads, queries, value.shape[-1])
+        by_group = output.view(batch, groups, heads // groups, queries, -1)
+        mass = torch.zeros(batch, groups, keys, dtype=_compute_dtype(query), device=query.device)
+        for group, start, stop, weights in _weight_tiles(query, key, range(queries), queries, valid, scale, tile):
+            visible = weights.shape[-1]
+            mass[:, group, :visible] += _weighted_columns(weights, weight[:, start:stop])
+            seen = value[:, group, :visible].to(weights.dtype)
+            by_group[:, group, :, start:stop] = (weights.flatten(1, 2) @ seen).unflatten(1, (-1, stop - start))
+        mass *= groups / heads
+        ctx.save_for_backward(query, key, value, valid, weight)
+        ctx.scale, ctx.tile = scale, tile
+        return output, mass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output, grad_mass):  # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, value, valid, weight = ctx.saved_tensors
+        batch, heads, queries, dim = query.shape
+        groups, scale = key.shape[1], ctx.scale
+        dtype = _compute_dtype(query)
+        grad_query = torch.empty(query.shape, dtype=dtype, device=query.device)
+        grad_key = torch.zeros(key.shape, dtype=dtype, device=query.device)
+        grad_value = torch.zeros(value.shape, dtype=dtype, device=query.device)
+        split = (batch, groups, heads // groups, queries)
+        by_group, asked, reached = grad_query.view(*split, dim), query.view(*split, dim), grad_output.view(*split, -1)
+        for group, start, stop, weights in _weight_tiles(query, key, range(queries), queries, valid, scale, ctx.tile):
+            visible = weights.shape[-1]
+            weights = weights.flatten(1, 2)
+            behind = reached[:, group, :, start:stop].flatten(1, 2).to(dtype)
+            grad = behind @ value[:, group, :visible].to(dtype).transpose(-1, -2)
+            share = weight[:, start:stop].repeat(1, heads // groups) * (groups / heads)
+            grad += share[..., None] * grad_mass[:, group, None, :visible]
+            grad_value[:, group, :visible] += weights.transpose(-1, -2) @ behind
+            # Through the softmax: dS = P ∘ (dP − Σ_k P dP).
+            weights *= grad - torch.einsum("bqk,bqk->bq", weights, grad)[..., None]
+            by_group[:, group, :, start:stop] = (weights @ key[:, group, :visible].to(dtype) * scale).unflatten(
+                1, (-1, stop - start)
+            )
+            grad_key[:, group, :visible] += (
+                weights.transpose(-1, -2) @ asked[:, group, :, start:stop].flatten(1, 2).to(dtype) * scale
+            )
+        grads = (grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype))
+        return (*grads, None, None, None, None)
+
+
+def _compute_dtype(query: Tensor) -> torch.dtype:
+    """Weights are float32 (float64 for float64 states)."""
+    return torch.promote_types(query.dtype, torch.float32)
+
+
+def _row_weights(query: Tensor, keys: int, valid: Tensor | None, stride: int, window: int | None) -> Tensor:
+    """How much each query counts for the mass: ``[B or 1, Q]``, 0 where it is not asked."""
+    queries = query.shape[2]
+    weight = torch.zeros(1, queries, dtype=_compute_dtype(query), device=query.device)
+    rows = range(min(stride, queries) - 1, queries, stride)
+    weight[:, rows.start :: rows.step] = queries / len(rows)
+    if valid is not None:
+        real = valid[:, keys - queries :]
+        weight = weight * real
+        if window is not None:
+            weight = weight * (real.flip(1).cumsum(1).flip(1) <= window)
+    elif window is not None:
+        weight[:, : max(queries - window, 0)] = 0
+    return weight
+
+
+def _asked(weight: Tensor, stride: int) -> range:
+    """The fewest evenly spaced queries among which are all that count."""
+    queries = weight.shape[1]
+    rows = range(min(stride, queries) - 1, queries, stride)
+    if stride > 1:
+        return rows
+    counts = weight.any(0).nonzero()
+    return range(int(counts[0]), queries) if len(counts) else range(queries - 1, queries)
+
+
+def _weighted_columns(weights: Tensor, weight: Tensor) -> Tensor:
+    """Sum over heads and queries of ``[B, H, Q, K]``, each query counted `weight` ``[B or 1, Q]`` times: ``[B, K]``."""
+    batch, heads, queries, _ = weights.shape
+    rows = weight[:, None].expand(batch, heads, queries).reshape(batch, 1, -1)
+    return (rows @ weights.flatten(1, 2))[:, 0]
+
+
+def _weight_tiles(
+    query: Tensor, key: Tensor, rows: range, queries: int, valid: Tensor | None, scale: float, tile: int
+) -> Iterator[tuple[int, int, int, Tensor]]:
+    """Softmax weights of the rows `rows` of a chunk of so many queries, one key-value head and one tile at a time.
+
+    Yields (key-value head, start, stop, weights ``[B, H/G, stop - start, visible keys]``), start and stop counting
+    `rows`; the caller may overwrite the weights.
+    """
+    batch, heads, _, dim = query.shape
+    groups, past = key.shape[1], key.shape[2] - queries
+    dtype = _compute_dtype(query)
+    scaled = (query.to(dtype) * scale).view(batch, groups, heads // groups, len(rows), dim)
+    for group in range(groups):
+        # One copy a head lets the product read keys in order: a quarter of its time.
         group_key = key[:, group].to(dtype).transpose(-1, -2).contiguous()
         for start, stop, visible, mask in _causal_tiles(rows, past, valid, tile, query.device):
-            logits = query[:, group, :, start:stop].flatten(1, 2) @ group_key[..., :visible]
+            logits = scaled[:, group, :, start:stop].flatten(1, 2) @ group_key[..., :visible]
             logits = logits.view(batch, -1, stop - start, visible)
             if mask is not None:
                 # Without padding only the columns of the tile itself can be hidden; the past is a lot longer.
                 hidden = past + rows[start] if valid is None else 0
                 logits[..., hidden:].masked_fill_(~mask[..., hidden:], -torch.inf)
-            weights = logits.softmax(-1)
-            if valid is not None:
-                asked = valid[:, past:][:, rows.start :: stride][:, start:stop]
-                weights *= asked[:, None, :, None]
-            mass[:, :visible] += weights.sum((1, 2))
-    if kind == "heads":
-        mass /= heads
-    return mass if stride == 1 else mass * ((keys - past) / queries)
+            yield group, start, stop, logits.softmax(-1)
 
 
 def _causal_tiles(
@@ -183,9 +385,20 @@ def compressed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    output = lower_right_attention(query, key, value, memory.valid, scaling, dropout)
-    if memory.wants_mass is not None:
-        memory.observe_mass(
-            attention_mass(query, key, memory.valid, scaling, memory.wants_mass, memory.method.mass_stride)
+    if memory.probe is not None:
+        memory.observe_probe(probe_attention(query, key, memory.valid, scaling, memory.probe.attends))
+    wanted = memory.wants_mass
+    if wanted is not None and wanted.kind != "concat" and dropout == 0:
+        output, mass = attention_with_mass(
+            query, key, value, memory.valid, scaling, stride=wanted.stride, window=wanted.window
         )
+        memory.observe_mass(mass if wanted.kind == "groups" else mass.mean(1))
+    else:
+        output = lower_right_attention(query, key, value, memory.valid, scaling, dropout)
+        if wanted is not None:
+            memory.observe_mass(
+                attention_mass(
+                    query, key, memory.valid, scaling, wanted.kind, stride=wanted.stride, window=wanted.window
+                )
+            )
     return output.transpose(1, 2).contiguous(), None

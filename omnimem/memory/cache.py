@@ -20,10 +20,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from omnimem.budget import BudgetProfile
-from omnimem.memory.layer import CompressedLayer, Kept
+from omnimem.memory.layer import KINDS, CompressedLayer, Kept
+from omnimem.memory.numbering import Reindexing
+from omnimem.memory.rotary import Rotary
 from omnimem.memory.table import PositionTable
 from omnimem.modality import TEXT
-from omnimem.selection.base import SelectionMethod
+from omnimem.selection.base import Probe, SelectionMethod
 
 
 class MemoryState(NamedTuple):
@@ -63,7 +65,8 @@ class CompressedCache(Cache):
     layers: list[CompressedLayer]
 
     def __init__(self, profile: BudgetProfile, method: SelectionMethod) -> None:
-        super().__init__(layers=[CompressedLayer(i, budget, method) for i, budget in enumerate(profile.layers)])
+        count = len(profile.layers)
+        super().__init__(layers=[CompressedLayer(i, count, budget, method) for i, budget in enumerate(profile.layers)])
         self.profile = profile
         self.method = method
         self._start()
@@ -73,6 +76,7 @@ class CompressedCache(Cache):
         self._next_index: Tensor | None = None
         self._ragged = False
         self._in_scratch = False
+        self._numbering = Reindexing() if self.method.positions == "reindexed" else None
 
     def reset(self) -> None:
         """Forget the stream."""
@@ -81,6 +85,22 @@ class CompressedCache(Cache):
         self._start()
 
     # ---- one forward step -------------------------------------------------------------------------------
+
+    def bind(self, rotary: Rotary) -> None:
+        """Learn how the decoder rotates its keys (called by the hooks of `attach`)."""
+        for layer in self.layers:
+            layer.rotary = rotary
+
+    def place(
+        self, positions: Tensor, modality: Tensor, valid: Tensor | None, next_position: Tensor, text: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """From the rotary ids of an encoder, which count on for ever, to those of this memory.
+
+        The same under the position policy `original`; see `Reindexing.place` for the parameters.
+        """
+        if self._numbering is None:
+            return positions, next_position
+        return self._numbering.place(positions, modality, valid, next_position, text)
 
     def begin(
         self,
@@ -95,7 +115,7 @@ class CompressedCache(Cache):
         Parameters
         ----------
         position_ids : Tensor
-            ``[3, B, T]`` rotary ids.
+            ``[3, B, T]`` rotary ids, those of `place`.
         modality : Tensor, optional
             int ``[B, T]``; all text when left out, and then nothing is observed for selection.
         time : Tensor, optional
@@ -115,6 +135,7 @@ class CompressedCache(Cache):
         observe = modality is not None
         if modality is None:
             modality = torch.full((batch, length), TEXT, dtype=torch.int8, device=device)
+        counts = _count(modality, real)
         if time is None:
             time = torch.full((batch, length), torch.nan, device=device)
         table = PositionTable(
@@ -127,7 +148,7 @@ class CompressedCache(Cache):
         # Samples keep different numbers of each modality even when their chunks are equally long.
         self._ragged = self._ragged or batch > 1 or not bool(real.all())
         for layer in self.layers:
-            layer.begin(table, self._ragged, observe)
+            layer.begin(table, counts, self._ragged, observe)
         if next_position is None:
             last = position_ids.amax(0).masked_fill(~real, -1).amax(1)
             next_position = torch.maximum(self.next_position, last.ceil().long() + 1)
@@ -149,20 +170,39 @@ class CompressedCache(Cache):
         """
         if self._in_scratch:
             raise RuntimeError("a question must not change the memory: compress() inside scratch()")
-        if replay is None:
-            return [layer.compress() for layer in self.layers]
-        return [layer.replay(kept) for layer, kept in zip(self.layers, replay, strict=True)]
+        for layer in self.layers:
+            layer.accumulate()
+        kept = self._decide() if replay is None else replay
+        for layer, one in zip(self.layers, kept, strict=True):
+            layer.take(one)
+        if self._numbering is not None and self._next_index is not None:
+            tables = self._numbering.renumber([layer.table for layer in self.layers], len(self._next_index))
+            for layer, table in zip(self.layers, tables, strict=True):
+                layer.table = table
+            if self._numbering.next is not None:
+                self.next_position = self._numbering.next
+        return kept
+
+    @torch.no_grad()
+    def _decide(self) -> list[Kept | None]:
+        if not any(layer.crowded for layer in self.layers):
+            return [layer.decide() for layer in self.layers]
+        scored = self.method.scores(layer.candidates() for layer in self.layers)
+        return [layer.decide(*one) for layer, one in zip(self.layers, scored, strict=True)]
 
     def state(self) -> MemoryState:
         """Snapshot for `restore`; under in-place compaction valid until the next one."""
-        counters = (self.next_position, self._next_index, self._ragged, self._in_scratch)
+        numbers = None if self._numbering is None else self._numbering.state()
+        counters = (self.next_position, self._next_index, self._ragged, self._in_scratch, numbers)
         return MemoryState([layer.state() for layer in self.layers], counters)
 
     def restore(self, state: MemoryState) -> None:
         """Return to a snapshot."""
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
             layer.restore(layer_state)
-        self.next_position, self._next_index, self._ragged, self._in_scratch = state.counters
+        self.next_position, self._next_index, self._ragged, self._in_scratch, numbers = state.counters
+        if self._numbering is not None:
+            self._numbering.restore(numbers)
 
     @contextmanager
     def scratch(self) -> Iterator[CompressedCache]:
@@ -174,6 +214,19 @@ class CompressedCache(Cache):
         finally:
             self.restore(before)
 
+    @contextmanager
+    def probing(self, probe: Probe, embeds: Tensor) -> Iterator[None]:
+        """A `scratch` inside which every layer notes how the step, a probe of ``[B, P, C]`` embeddings, attends."""
+        with self.scratch():
+            for layer in self.layers:
+                layer.probe = probe
+                layer.shown = None if probe.propagates else embeds
+            try:
+                yield
+            finally:
+                for layer in self.layers:
+                    layer.probe = layer.shown = None
+
     # ---- reading ----------------------------------------------------------------------------------------
 
     @property
@@ -184,7 +237,10 @@ class CompressedCache(Cache):
         return (self.next_position - self.get_seq_length())[:, None]
 
     def retained(self, layer: int) -> PositionTable:
-        """Facts of the positions stored in a layer: stream index, rotary ids, seconds, modality, validity."""
+        """Facts of the positions stored in a layer: stream index, rotary ids, seconds, modality, validity.
+
+        One row a sample; one a sample and key-value head where the method keeps positions per head.
+        """
         table = self.layers[layer].table
         if table is None:
             raise RuntimeError("the memory is empty: nothing has been streamed yet")
@@ -192,7 +248,7 @@ class CompressedCache(Cache):
 
     def counts(self) -> list[dict[str, list[int]]]:
         """Stored text, visual and audio positions of each layer, one number a sample of the batch."""
-        return [{name: n.tolist() for name, n in layer.counts().items()} for layer in self.layers]
+        return [{name: [sample[name] for sample in layer.counts] or [0] for name in KINDS} for layer in self.layers]
 
     def mean_counts(self) -> dict[str, float]:
         """Mean over layers and samples of the stored text, visual and audio positions."""
@@ -212,3 +268,10 @@ class CompressedCache(Cache):
     def state_nbytes(self) -> int:
         """Bytes of the stored keys and values alone."""
         return sum(layer.state_nbytes for layer in self.layers)
+
+
+def _count(modality: Tensor, real: Tensor) -> list[dict[str, int]]:
+    """Text, visual and audio positions of each sample; one wait for the device."""
+    kinds = torch.tensor(list(KINDS.values()), device=modality.device)
+    found = ((modality[..., None] == kinds) & real[..., None]).sum(1).tolist()
+    return [dict(zip(KINDS, sample, strict=True)) for sample in found]

@@ -1,7 +1,10 @@
-"""One layer of the memory: post-RoPE keys and values of text, visual and audio positions, and what selection needs.
+"""One layer of the memory: keys and values of text, visual and audio positions, and what selection needs of them.
 
 A step announces its positions (`begin`), appends their states (`update`) and reports what it saw (`observe_…`);
-`compress` then keeps the budget's worth. How tensors are held is `omnimem.memory.columns`.
+`decide` then says what stays and `take` keeps it. How tensors are held is `omnimem.memory.columns`.
+
+Stored tensors have one row a sample; where every key-value head keeps its own positions, one row a sample and head,
+so that to everything below `update` a head is a sample of one head.
 """
 
 from __future__ import annotations
@@ -14,14 +17,18 @@ from transformers.cache_utils import CacheLayerMixin
 
 from omnimem.budget import LayerBudget
 from omnimem.memory.columns import Columns
+from omnimem.memory.rotary import Rotary
 from omnimem.memory.table import PositionTable
 from omnimem.modality import EVICTABLE, TEXT
-from omnimem.selection.base import Candidates, MassKind, SelectionMethod
-from omnimem.selection.topk import keep_mask
+from omnimem.selection.base import Candidates, MassSpec, Merged, Probe, SelectionMethod
 
 COLUMNS = ("_keys", "_values", "_features")
-STATE = ("table", "valid", "mass", "columns_seen", "is_initialized", "_new_mass", "_active")
+STATE = (
+    "table", "valid", "ragged", "mass", "counts", "columns_seen", "is_initialized", "_settled", "_new_mass", "_active",
+)  # fmt: skip
 """Attributes that, beside the stored columns, make up the state of a layer between two steps."""
+
+KINDS = {"text": TEXT, **EVICTABLE}
 
 
 class Kept(NamedTuple):
@@ -30,23 +37,26 @@ class Kept(NamedTuple):
     Attributes
     ----------
     columns : Tensor
-        int64 ``[B, M]``: columns that stayed, in stream order; 0 where a shorter sample is padded.
+        int64 ``[R, M]``: columns that stayed, in stored order; 0 where a shorter sample is padded.
     valid : Tensor
-        bool ``[B, M]``: which of them are real.
+        bool ``[R, M]``: which of them are real.
+    merged : Merged or None
+        What was made of the others and stands behind them.
     """
 
     columns: Tensor
     valid: Tensor
+    merged: Merged | None = None
 
     @classmethod
-    def of(cls, keep: Tensor) -> Kept:
-        """From a bool mask ``[B, N]``."""
+    def of(cls, keep: Tensor, merged: Merged | None = None) -> Kept:
+        """From a bool mask ``[R, N]``."""
         lengths = keep.sum(1)
         width = int(lengths.max())
-        # A stable sort of "dropped" puts the kept columns first and leaves them in stream order.
+        # A stable sort of "dropped" puts the kept columns first and leaves them in stored order.
         columns = torch.sort((~keep).to(torch.int8), dim=1, stable=True).indices[:, :width]
         valid = torch.arange(width, device=keep.device)[None] < lengths[:, None]
-        return cls(columns.masked_fill(~valid, 0), valid)
+        return cls(columns.masked_fill(~valid, 0), valid, merged)
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -54,10 +64,10 @@ class CompressedLayer(CacheLayerMixin):
 
     Parameters
     ----------
-    index : int
-        Number of the layer.
+    index, layers : int
+        Number of the layer, and how many there are.
     budget : LayerBudget
-        Visual and audio positions kept by `compress`.
+        Visual and audio positions that stay after a compression.
     method : SelectionMethod
         Scores the candidates and says what it needs to observe.
     """
@@ -65,11 +75,12 @@ class CompressedLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, index: int, budget: LayerBudget, method: SelectionMethod) -> None:
+    def __init__(self, index: int, layers: int, budget: LayerBudget, method: SelectionMethod) -> None:
         super().__init__()
-        self.index = index
+        self.index, self.layers = index, layers
         self.budget = budget
         self.method = method
+        self.rotary: Rotary | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -78,42 +89,52 @@ class CompressedLayer(CacheLayerMixin):
         # None until the first step, a PositionTable from then on.
         self.table: Any = None
         self.mass: Tensor | None = None
+        self.counts: list[dict[str, int]] = []
         self.columns_seen = 0
         self.is_initialized = False
-        self._show()
+        self.keys: Any = None
+        self.values: Any = None
+        self._settled = 0
         # Of the step under way: which columns are real, what it is to report, what it has reported.
         self.valid: Tensor | None = None
+        self.ragged = False
+        self.probe: Probe | None = None
+        self.shown: Tensor | None = None
+        self._probed: list[Tensor] = []
         self._observing = False
-        self._next_table: PositionTable | None = None
+        self._announced: PositionTable | None = None
         self._new_features: Tensor | None = None
         self._new_mass: Tensor | None = None
         self._active: Tensor | None = None
 
-    def _show(self) -> None:
-        """Publish the columns under the names transformers and selection methods know."""
-        self.keys: Any = self._keys.tensor
-        self.values: Any = self._values.tensor
-        self.features: Tensor | None = self._features.tensor
-
     # ---- one forward step -------------------------------------------------------------------------------
 
-    def begin(self, new: PositionTable, ragged: bool, observe: bool) -> None:
+    def begin(self, new: PositionTable, counts: list[dict[str, int]], ragged: bool, observe: bool) -> None:
         """Announce the positions of the coming step.
 
         Parameters
         ----------
         new : PositionTable
-            The T new positions.
+            The T new positions, one row a sample.
+        counts : list of dict
+            How many of them are text, visual and audio, for each sample.
         ragged : bool
             Whether any column, stored or new, may be padding.
         observe : bool
             Whether the step should report what selection needs to see.
         """
-        self._accumulate()
-        self._observing, self._new_features = observe, None
-        self._next_table = joined = new if self.table is None else self.table.append(new)
-        self.valid = joined.valid if ragged else None
-        self._active = new.valid.any(1, keepdim=True) if ragged else None
+        self.accumulate()
+        self._observing, self._new_features, self.ragged = observe, None, ragged
+        before = self.counts or [dict.fromkeys(KINDS, 0)] * len(counts)
+        self.counts = [{name: a[name] + b[name] for name in KINDS} for a, b in zip(before, counts, strict=True)]
+        self._announced = new
+        self.valid = self._active = None
+        if ragged:
+            self._active = new.valid.any(1, keepdim=True)
+            self.valid = new.valid
+            if self.table is not None:
+                # The heads of a sample hold equally many positions, so its padding is that of any of them.
+                self.valid = torch.cat((self.table.valid[:: self._rows(new)], new.valid), dim=1)
 
     def observe_hidden(self, hidden: Tensor) -> None:
         """Take the layer's input hidden states ``[B, T, C]`` of the new positions."""
@@ -121,13 +142,17 @@ class CompressedLayer(CacheLayerMixin):
             self._new_features = self.method.features(hidden.detach(), self.index)
 
     @property
-    def wants_mass(self) -> MassKind | None:
-        """Kind of attention mass this step should report, None for none."""
-        return self.method.mass_kind if self._observing else None
+    def wants_mass(self) -> MassSpec | None:
+        """Attention mass this step should report, None for none."""
+        return self.method.mass if self._observing else None
 
     def observe_mass(self, mass: Tensor) -> None:
-        """Take the attention mass ``[B, N + T]`` the step gave to retained and new positions."""
-        self._new_mass = mass
+        """Take the attention mass ``[B, N + T]`` (``[B, G, N + T]``) the step gave to retained and new positions."""
+        self._new_mass = mass.detach().flatten(0, -2)
+
+    def observe_probe(self, attention: Tensor) -> None:
+        """Take the attention ``[B, N]`` of a probe to what is stored."""
+        self._probed.append(attention)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note dtype and device of the first states."""
@@ -136,47 +161,42 @@ class CompressedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append the states ``[B, G, T, D]`` of the announced positions and return all ``[B, G, N + T, D]``."""
-        if self._next_table is None:
+        if self._announced is None:
             raise RuntimeError(
                 "a CompressedCache needs its hooks: call omnimem.memory.attach(language_model) before using it"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        step = key_states.shape[2]
+        heads, step = key_states.shape[1:3]
+        new, self._announced = self._announced, None
+        if self.method.per_head:
+            new = new.repeat(heads)
+            key_states, value_states = key_states.flatten(0, 1)[:, None], value_states.flatten(0, 1)[:, None]
+        if self._unrotated:
+            key_states = self._rotation.unrotate(key_states, new.position)
 
         def bound() -> int | None:
             """Columns there can ever be after a step of this length; None without a budget."""
             if self.method.keeps_everything:
                 return None
-            text = 0 if self.table is None else int((self.table.modality == TEXT).any(0).sum())
-            return self.budget.total + text + step
+            return self.budget.total + max(sample["text"] for sample in self.counts) + step
 
         self._keys.append(key_states, bound)
         self._values.append(value_states, bound)
         if self._new_features is not None:
             self._features.append(self._new_features, bound)
-        self._show()
-        self.table, self._next_table = self._next_table, None
+        self.table = new if self.table is None else self.table.append(new)
         self.columns_seen += step
-        return self.keys, self.values
+        self._show()
+        keys, values = self.rotated_keys(), self.values
+        if self.method.per_head:
+            return keys[:, 0].unflatten(0, (-1, heads)), values[:, 0].unflatten(0, (-1, heads))
+        return keys, values
 
-    # ---- compaction -------------------------------------------------------------------------------------
-
-    def compress(self) -> Kept | None:
-        """Keep the budget's worth of visual and audio positions and all text; None where everything stayed."""
-        self._accumulate()
-        kept = self._decide()
-        self._take(kept)
-        return kept
-
-    def replay(self, kept: Kept | None) -> Kept | None:
-        """Keep what an earlier `compress` of the same state kept, without deciding again."""
-        self._accumulate()
-        self._take(kept)
-        return kept
+    # ---- compression ------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _accumulate(self) -> None:
+    def accumulate(self) -> None:
         """Fold the mass observed in the last step into the mass of every position."""
         if self.mass is None:
             self.mass, self._new_mass = self._new_mass, None
@@ -190,50 +210,104 @@ class CompressedLayer(CacheLayerMixin):
         self.mass = self.method.accumulate(self.mass, self._new_mass)
         if self._active is not None:
             # A sample that had no query in this step has not had a step.
-            self.mass = torch.where(self._active, self.mass, before)
+            active = self._active.repeat_interleave(len(before) // len(self._active), dim=0)
+            self.mass = torch.where(active, self.mass, before)
         self._new_mass = None
 
-    @torch.no_grad()
-    def _decide(self) -> Kept | None:
-        counts = self.counts()
-        if self.method.keeps_everything or all(
-            int(counts[name].max()) <= getattr(self.budget, name) for name in EVICTABLE
-        ):
-            # Nothing to evict; only the padding between a shorter sample and the step is squeezed out.
-            return None if bool(self.table.valid.all()) else Kept.of(self.table.valid)
-        return Kept.of(keep_mask(self.method.score(self.candidates()), self.table, self.budget))
+    @property
+    def crowded(self) -> bool:
+        """Whether some sample holds more of a modality than its budget."""
+        return not self.method.keeps_everything and any(
+            sample[name] > getattr(self.budget, name) for sample in self.counts for name in EVICTABLE
+        )
+
+    @property
+    def features(self) -> Tensor | None:
+        """Stored features ``[B, N, F]``."""
+        return self._features.tensor
 
     def candidates(self) -> Candidates:
-        """Everything a selection method may look at, detached from autograd."""
+        """Everything the selection method may look at, detached from autograd."""
         return Candidates(
             layer=self.index,
+            layers=self.layers,
             budget=self.budget,
-            keys=self.keys.detach(),
+            old=self._settled,
             values=self.values.detach(),
+            keys=self.rotated_keys().detach() if self.method.reads_keys else None,
             table=self.table,
             mass=self.mass,
+            probes=tuple(self._probed),
             features=self.features,
         )
 
-    def _take(self, kept: Kept | None) -> None:
-        """Reduce every stored tensor to the kept columns."""
-        if kept is None:
-            return
-        for stored in (self._keys, self._values, self._features):
-            if stored.tensor is not None:
-                stored.take(kept.columns)
+    @torch.no_grad()
+    def decide(self, candidates: Candidates | None = None, score: Tensor | None = None) -> Kept | None:
+        """What stays, given scores; without them all that is real. None where nothing moves."""
+        if candidates is not None and score is not None and self.crowded:
+            return Kept.of(*self.method.choose(candidates, score))
+        # Nothing to evict; only the padding between a shorter sample and the step is squeezed out.
+        return Kept.of(self.table.valid) if self.ragged and not bool(self.table.valid.all()) else None
+
+    def take(self, kept: Kept | None) -> None:
+        """Reduce every stored tensor to what is kept."""
+        self._probed = []
+        if kept is not None:
+            merged = None if kept.merged is None else self._merge(kept.merged)
+            for stored in (self._keys, self._values, self._features):
+                if stored.tensor is not None:
+                    stored.take(kept.columns)
+            self.table = self.table.gather(kept.columns, kept.valid)
+            self.mass = None if self.mass is None else self.mass.gather(1, kept.columns)
+            if kept.merged is not None and merged is not None:
+                self._keys.append(merged[0], lambda: None)
+                self._values.append(merged[1], lambda: None)
+                self.table = self.table.append(kept.merged.table)
+            if not self.method.keeps_everything:
+                limits = {name: getattr(self.budget, name) for name in EVICTABLE}
+                self.counts = [{k: min(n, limits.get(k, n)) for k, n in sample.items()} for sample in self.counts]
+        self._settled = len(self.table)
         self._show()
-        self.table = self.table.gather(kept.columns, kept.valid)
-        self.mass = None if self.mass is None else self.mass.gather(1, kept.columns)
+
+    def _merge(self, merged: Merged) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[R, G, S, D]`` of positions made of others: weighted means, keys without rotation."""
+        keys = self._keys.tensor
+        if not self._unrotated:
+            keys = self._rotation.unrotate(keys, self.table.position)
+        # Column -1 (flows nowhere) is counted as one position more, which is then left out.
+        into = torch.nn.functional.one_hot(merged.into + 1, merged.table.index.shape[1] + 1)[..., 1:]
+        share = (into * merged.weight[..., None])[:, None].to(torch.promote_types(keys.dtype, torch.float32))
+        keys, values = ((share.transpose(-1, -2) @ x.to(share.dtype)).to(x.dtype) for x in (keys, self._values.tensor))
+        if not self._unrotated:
+            keys = self._rotation.rotate(keys, merged.table.position)
+        return keys, values
+
+    # ---- rotary positions -------------------------------------------------------------------------------
+
+    @property
+    def _unrotated(self) -> bool:
+        """Whether keys are stored without their rotation, because their ids change."""
+        return self.method.positions == "reindexed"
+
+    @property
+    def _rotation(self) -> Rotary:
+        if self.rotary is None:
+            raise RuntimeError("the memory has not been told the decoder's rotary embedding: see omnimem.memory.attach")
+        return self.rotary
+
+    def rotated_keys(self) -> Tensor:
+        """The stored keys, post-RoPE."""
+        return self._rotation.rotate(self.keys, self.table.position) if self._unrotated else self.keys
+
+    def _show(self) -> None:
+        """Publish the columns, as they are stored, under the names transformers knows."""
+        self.keys, self.values = self._keys.tensor, self._values.tensor
+
+    def _rows(self, new: PositionTable) -> int:
+        """Rows a sample of `new` has in what is stored."""
+        return len(self.table.index) // len(new.index)
 
     # ---- reading ----------------------------------------------------------------------------------------
-
-    def counts(self) -> dict[str, Tensor]:
-        """Stored positions per modality and sample: name → int64 ``[B]`` (text, visual, audio)."""
-        kinds = {"text": TEXT, **EVICTABLE}
-        if self.table is None:
-            return {name: torch.zeros(1, dtype=torch.int64) for name in kinds}
-        return {name: ((self.table.modality == kind) & self.table.valid).sum(1).cpu() for name, kind in kinds.items()}
 
     @property
     def nbytes(self) -> int:
@@ -245,10 +319,10 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def state_nbytes(self) -> int:
         """Bytes of the keys and values of stored positions alone."""
-        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+        return sum(stored.tensor.nbytes for stored in (self._keys, self._values) if stored.tensor is not None)
 
     def state(self) -> dict[str, Any]:
-        """Snapshot that `restore` takes back; valid until the next compaction in place."""
+        """Snapshot that `restore` takes back; valid until the next compression in place."""
         columns = {name: getattr(self, name).state() for name in COLUMNS}
         return columns | {name: getattr(self, name) for name in STATE}
 
@@ -259,7 +333,7 @@ class CompressedLayer(CacheLayerMixin):
         for name in STATE:
             setattr(self, name, state[name])
         self._show()
-        self._next_table = self._new_features = None
+        self._announced = self._new_features = None
 
     def get_seq_length(self) -> int:
         """Columns seen so far, evicted ones included: what generate() counts from (transformers.md, row 3)."""

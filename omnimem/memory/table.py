@@ -10,20 +10,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PositionTable:
-    """Columns of per-position facts, one row a stored position.
+    """Facts of each stored position.
+
+    R is the number of rows: one a sample; where every key-value head keeps its own positions, one a sample and head.
 
     Attributes
     ----------
     index : Tensor
-        int64 ``[B, N]``: which position of the sample's stream this is, 0 for the first.
+        int64 ``[R, N]``: which position of the sample's stream this is, 0 for the first; -1 - i for one made of
+        several, the first of which was i.
     position : Tensor
-        ``[B, N, 3]``: rotary position ids (time, height, width), dtype of the backbone's ids.
+        ``[R, N, 3]``: rotary position ids (time, height, width), dtype of the backbone's ids.
     time : Tensor
-        float32 ``[B, N]``: seconds into the media; NaN for text.
+        float32 ``[R, N]``: seconds into the media; NaN for text.
     modality : Tensor
-        int8 ``[B, N]``: see `omnimem.modality`.
+        int8 ``[R, N]``: see `omnimem.modality`.
     valid : Tensor
-        bool ``[B, N]``: False where a shorter sample of the batch is padded.
+        bool ``[R, N]``: False where a shorter sample of the batch is padded.
     """
 
     index: Tensor
@@ -39,8 +42,14 @@ class PositionTable:
         """Table of the positions of `self` followed by those of `new`."""
         return PositionTable(*(torch.cat((a, b), dim=1) for a, b in zip(self._columns, new._columns, strict=True)))
 
+    def repeat(self, rows: int) -> PositionTable:
+        """Each sample's row so many times over: one for every key-value head."""
+        if rows == 1:
+            return self
+        return PositionTable(*(column.repeat_interleave(rows, dim=0) for column in self._columns))
+
     def gather(self, keep: Tensor, valid: Tensor) -> PositionTable:
-        """Table of the columns `keep` (int64 ``[B, M]``), real where `valid` (bool ``[B, M]``)."""
+        """Table of the columns `keep` (int64 ``[R, M]``), real where `valid` (bool ``[R, M]``)."""
         rows = torch.arange(keep.shape[0], device=keep.device)[:, None]
         index, position, time, modality, _ = (column[rows, keep] for column in self._columns)
         return PositionTable(index, position, time, modality, valid)

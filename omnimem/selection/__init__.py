@@ -6,31 +6,51 @@ import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args
 
 from omnimem.errors import OmniMemError
-from omnimem.selection.base import Candidates, SelectionMethod
+from omnimem.selection.attention_only import AttentionOnly
+from omnimem.selection.base import Candidates, MassSpec, Positions, Probe, SelectionMethod
 from omnimem.selection.full import Full
+from omnimem.selection.h2o import H2O
+from omnimem.selection.hermes import Hermes, HermesReleased
+from omnimem.selection.infinipot_v import InfiniPotV, InfiniPotVReleased
 from omnimem.selection.omnimem import VARIANTS, OmniMem, OmniMemSettings
 from omnimem.selection.random import Random
+from omnimem.selection.similarity_only import SimilarityOnly
+from omnimem.selection.snapkv import SnapKV
+from omnimem.selection.streaming_llm import StreamingLLM
+from omnimem.selection.streammem import StreamMem
 from omnimem.selection.uniform import Uniform
 
 SELECTION_METHODS: dict[str, Callable[..., SelectionMethod]] = {
     "full": Full,
     "uniform": Uniform,
     "random": Random,
+    "streaming_llm": StreamingLLM,
+    "h2o": H2O,
+    "snapkv": SnapKV,
+    "infinipot_v": InfiniPotV,
+    "infinipot_v_released": InfiniPotVReleased,
+    "streammem": StreamMem,
+    "hermes": Hermes,
+    "hermes_released": HermesReleased,
+    "attention_only": AttentionOnly,
+    "similarity_only": SimilarityOnly,
     "omnimem": OmniMem,
 }
 """Selection methods by the name used in recipes, profiles and on the command line."""
 
 
-def build_selection(name: str, **options: Any) -> SelectionMethod:
+def build_selection(name: str, positions: Positions | None = None, **options: Any) -> SelectionMethod:
     """Make a selection method.
 
     Parameters
     ----------
     name : str
         Key of `SELECTION_METHODS`.
+    positions : {"original", "reindexed"}, optional
+        Rotary ids of what stays; the method's own choice when left out.
     **options
         Hyper-parameters of the method.
 
@@ -45,7 +65,12 @@ def build_selection(name: str, **options: Any) -> SelectionMethod:
             raise OmniMemError(f"selection method {name!r} has no option {key!r}{_nearest(key, known)}")
     if "variant" in known and options.get("variant", "paper") not in VARIANTS:
         raise OmniMemError(f"unknown variant {options['variant']!r}{_nearest(options['variant'], VARIANTS)}")
-    return SELECTION_METHODS[name](**options)
+    method = SELECTION_METHODS[name](**options)
+    if positions is not None:
+        if positions not in get_args(Positions):
+            raise OmniMemError(f"unknown position policy {positions!r}{_nearest(positions, get_args(Positions))}")
+        method.positions = positions
+    return method
 
 
 def options_of(name: str) -> set[str]:
@@ -61,7 +86,7 @@ def options_of(name: str) -> set[str]:
     known = set(inspect.signature(SELECTION_METHODS[name]).parameters)
     if "overrides" in known:
         known = (known - {"overrides"}) | {option.name for option in fields(OmniMemSettings)}
-    return known
+    return known | {"positions"}
 
 
 def _nearest(word: str, known: Any) -> str:
@@ -71,4 +96,13 @@ def _nearest(word: str, known: Any) -> str:
     return f" (known: {', '.join(names) or 'none'}){hint}"
 
 
-__all__ = ["SELECTION_METHODS", "Candidates", "OmniMem", "SelectionMethod", "build_selection", "options_of"]
+__all__ = [
+    "SELECTION_METHODS",
+    "Candidates",
+    "MassSpec",
+    "OmniMem",
+    "Probe",
+    "SelectionMethod",
+    "build_selection",
+    "options_of",
+]

@@ -1,6 +1,6 @@
 """The contract of a selection method: which of a layer's positions stay.
 
-A method is one small class in one file. It declares what it needs to observe (`mass_kind`, `stores_features`) and
+A method is one small class in one file. It declares what it needs (attention mass, probes, hidden states, keys) and
 computes one score per candidate; the memory keeps the best of each modality up to the layer's budget
 (`omnimem.selection.topk`). Only what is declared is computed.
 """
@@ -8,49 +8,130 @@ computes one score per candidate; the memory keeps the best of each modality up 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from omnimem.budget import LayerBudget
+from omnimem.selection.topk import keep_mask
 
 if TYPE_CHECKING:
     from omnimem.memory.table import PositionTable
 
 
-MassKind = Literal["heads", "concat"]
+MassKind = Literal["heads", "groups", "concat"]
 """Kinds of attention mass, see `omnimem.memory.attention.attention_mass`."""
+
+ProbeReach = Literal["causal", "all", "memory"]
+"""What a probe's softmax goes over, see `omnimem.memory.attention.probe_attention`."""
+
+Positions = Literal["original", "reindexed"]
+"""Rotary ids of retained positions: those they came with, or numbered densely anew after every compression."""
+
+
+@dataclass(frozen=True)
+class MassSpec:
+    """Attention mass a method wants; the fields are arguments of `omnimem.memory.attention.attention_mass`.
+
+    Attributes
+    ----------
+    kind : MassKind
+        How heads are combined.
+    stride : int
+        1: from every query of a chunk; above: from every so many-th (cheaper, approximate).
+    window : int or None
+        Only from the last so many queries of a chunk.
+    """
+
+    kind: MassKind = "heads"
+    stride: int = 1
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A text whose attention is measured after every chunk and which then is forgotten.
+
+    Attributes
+    ----------
+    text : str
+        What is asked.
+    turn : bool
+        Whether the text ends the user's turn and opens the assistant's, as a question does.
+    attends : ProbeReach
+        What its softmax goes over.
+    propagates : bool
+        Whether the probe runs through the model. If not, every layer is shown the token embeddings.
+    """
+
+    text: str
+    turn: bool = False
+    attends: ProbeReach = "causal"
+    propagates: bool = True
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a method may look at: the retained and new positions of one layer, in stream order.
+    """What a method may look at: the retained and new positions of one layer, in stored order.
+
+    R is the number of rows: one a sample, or under `SelectionMethod.per_head` one a sample and key-value head; G is
+    then 1.
 
     Attributes
     ----------
-    layer : int
-        Number of the layer.
+    layer, layers : int
+        Number of the layer, and how many there are.
     budget : LayerBudget
         Visual and audio positions that will stay.
-    keys, values : Tensor
-        ``[B, G, N, D]`` post-RoPE keys, values.
+    old : int
+        How many of the N were there at the last compression; the others are new.
+    values : Tensor
+        ``[R, G, N, D]``.
+    keys : Tensor or None
+        ``[R, G, N, D]`` post-RoPE, if the method `reads_keys`.
     table : PositionTable
         Index in the stream, rotary position, time, modality, validity of each candidate.
     mass : Tensor or None
-        ``[B, N]`` accumulated attention mass (float32) if the method declared a `mass_kind`.
+        ``[R, N]`` accumulated attention mass (float32) if the method declared `mass`.
+    probes : tuple of Tensor
+        ``[R, N]`` mean attention of each of the method's `probes`.
     features : Tensor or None
-        ``[B, N, F]`` what `SelectionMethod.features` made of the layer's input hidden states.
+        ``[R, N, F]`` what `SelectionMethod.features` made of the layer's input hidden states.
     """
 
     layer: int
+    layers: int
     budget: LayerBudget
-    keys: Tensor
+    old: int
     values: Tensor
+    keys: Tensor | None
     table: PositionTable
     mass: Tensor | None
+    probes: tuple[Tensor, ...]
     features: Tensor | None
+
+
+class Merged(NamedTuple):
+    """Positions a method makes out of others; they count towards the budget.
+
+    Keys are averaged without their rotation and rotated to the new position's id.
+
+    Attributes
+    ----------
+    into : Tensor
+        int64 ``[R, N]``: into which of the S new positions a candidate flows, -1 for none.
+    weight : Tensor
+        ``[R, N]``: its share; the shares of a new position sum to 1.
+    table : PositionTable
+        Facts of the new positions ``[R, S]``; ``index`` is -1 minus that of the first candidate inside.
+    """
+
+    into: Tensor
+    weight: Tensor
+    table: PositionTable
 
 
 class SelectionMethod(ABC):
@@ -58,30 +139,46 @@ class SelectionMethod(ABC):
 
     Attributes
     ----------
-    mass_kind : MassKind or None
+    mass : MassSpec or None
         Attention mass the method wants.
-    mass_stride : int
-        1: from every query of a chunk; above: from every so many-th (cheaper, approximate).
+    probes : tuple of Probe
+        Texts whose attention to the memory the method wants.
     stores_features : bool
         Whether `features` of every position are kept in the memory.
+    reads_keys : bool
+        Whether the post-RoPE keys are wanted.
+    per_head : bool
+        Whether every key-value head keeps its own positions; such a method stores no features.
     keeps_everything : bool
         Whether budgets are ignored.
+    positions : Positions
+        Rotary ids of what stays.
     """
 
-    mass_kind: MassKind | None = None
-    mass_stride: int = 1
+    mass: MassSpec | None = None
+    probes: tuple[Probe, ...] = ()
     stores_features: bool = False
+    reads_keys: bool = False
+    per_head: ClassVar[bool] = False
     keeps_everything: ClassVar[bool] = False
+    positions: Positions = "original"
 
     @abstractmethod
     def score(self, candidates: Candidates) -> Tensor:
-        """Score ``[B, N]`` of every candidate; larger stays, ties go to the more recent."""
+        """Score ``[R, N]`` of every candidate; larger stays, ties go to the more recent."""
 
-    def accumulate(self, old: Tensor | None, new: Tensor) -> Tensor:
-        """Combine the mass ``[B, N]`` so far with that of this chunk ``[B, N + T]``; the sum unless overridden."""
+    def scores(self, layers: Iterable[Candidates]) -> Iterator[tuple[Candidates, Tensor]]:
+        """Candidates and score of every layer, first layer first; for methods whose layers look at each other."""
+        return ((candidates, self.score(candidates)) for candidates in layers)
+
+    def choose(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, Merged | None]:
+        """Turn scores into what stays: bool ``[R, N]``, and what is made of the rest, if anything."""
+        return keep_mask(score, candidates.table, candidates.budget), None
+
+    def accumulate(self, old: Tensor, new: Tensor) -> Tensor:
+        """Combine the mass ``[R, M]`` so far with that of this chunk ``[R, N]``, N ≥ M; the sum unless overridden."""
         total = new.clone()
-        if old is not None:
-            total[:, : old.shape[1]] += old
+        total[:, : old.shape[1]] += old
         return total
 
     def features(self, hidden: Tensor, layer: int) -> Tensor:
@@ -89,8 +186,12 @@ class SelectionMethod(ABC):
         raise NotImplementedError(f"{type(self).__name__} stores no features")
 
     def settings(self) -> dict[str, Any]:
-        """Hyper-parameters, as recorded in budget profiles."""
+        """The method's own hyper-parameters."""
         return {}
+
+    def recorded(self) -> dict[str, Any]:
+        """What `build_selection` needs besides the name to make the same method: what budget profiles record."""
+        return {**self.settings(), "positions": self.positions}
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from omnimem.errors import OmniMemError
-from omnimem.selection.base import Candidates, SelectionMethod, compute_dtype
+from omnimem.selection.base import Candidates, MassSpec, SelectionMethod, compute_dtype
 from omnimem.selection.redundancy import redundancy, sketch
 
 EPSILON = 1e-12
@@ -105,18 +105,20 @@ class OmniMem(SelectionMethod):
     def __init__(self, variant: str = "paper", **overrides: Any) -> None:
         self.variant = variant
         self.options = replace(VARIANTS[variant], **overrides)
-        self.mass_kind = self.options.mass
-        self.mass_stride = self.options.mass_stride
+        # Without its exponent the mass plays no part, and is not measured.
+        self.mass = MassSpec(self.options.mass, self.options.mass_stride) if self.options.lam > 0 else None
         self.stores_features = self.options.redundancy in ("hidden", "sketch")
+        self.reads_keys = self.options.redundancy == "key"
 
     def score(self, candidates: Candidates) -> Tensor:
         """Log ψ = λ·log a + log(1 − s), half of the second term under ``sqrt``."""
         options, table = self.options, candidates.table
-        assert candidates.mass is not None
         s = redundancy(self._similarity_input(candidates), table.modality, table.valid, options.neighbours)
         novelty = torch.log((1 - s).clamp_min(0) + EPSILON)
         if options.factor == "sqrt":
             novelty = novelty / 2
+        if candidates.mass is None:
+            return novelty
         return options.lam * torch.log(candidates.mass + EPSILON) + novelty
 
     def _similarity_input(self, candidates: Candidates) -> Tensor:
@@ -131,10 +133,8 @@ class OmniMem(SelectionMethod):
             return hidden
         return sketch(hidden, self.options.sketch_dim, layer, self.options.seed)
 
-    def accumulate(self, old: Tensor | None, new: Tensor) -> Tensor:
+    def accumulate(self, old: Tensor, new: Tensor) -> Tensor:
         """Sum, mean or exponential average for retained positions; new positions take the new mass."""
-        if old is None:
-            return new
         weight_old, weight_new = {
             "sum": (1.0, 1.0),
             "mean": (0.5, 0.5),

@@ -1,0 +1,206 @@
+"""A table measured cell by cell: each finished cell is a file, so a grid that is stopped goes on where it was.
+
+    DIR/cells/compare-omnimem-1f0c….json     one cell: what determines it, and what came out
+    DIR/results.json, DIR/results.csv        the table of all cells of the last command
+
+`omnimem compare` and `omnimem bench` fill their tables through `run_cells`. A cell's file is named by a hash of
+everything that determines its numbers; other settings are other files.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from omnimem.errors import OmniMemError
+from omnimem.files import atomic_file, atomic_write_json, sweep
+from omnimem.selection import SELECTION_METHODS, SelectionMethod, build_selection
+
+log = logging.getLogger("omnimem.cells")
+
+CELLS = "cells"
+"""Folder of the cells inside the folder of a table."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table.
+
+    Attributes
+    ----------
+    name : str
+        What the progress bar and an error call it.
+    labels : dict
+        Its place in the table: columns that are known before it is computed.
+    key : dict
+        Everything that determines its numbers, as JSON.
+    compute : callable
+        Returns its numbers, as JSON.
+    """
+
+    name: str
+    labels: dict[str, Any]
+    key: dict[str, Any]
+    compute: Callable[[], dict[str, Any]]
+
+    @property
+    def file(self) -> str:
+        """Name of the cell's file."""
+        content = json.dumps(self.key, sort_keys=True).encode()
+        return f"{self.key['command']}-{self.key['method']}-{hashlib.sha256(content).hexdigest()[:16]}.json"
+
+
+def run_cells(
+    cells: Sequence[Cell], folder: Path, overwrite: bool, report: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """Compute the cells that are not there yet.
+
+    Parameters
+    ----------
+    cells : sequence of Cell
+        The grid.
+    folder : Path
+        Where the table goes; cells into ``cells`` inside it.
+    overwrite : bool
+        Compute all of them again.
+    report : callable
+        Called with the rows so far after every cell.
+
+    Returns
+    -------
+    list of dict
+        Of each cell its labels, its numbers and its ``file``; a cell that ran out of device memory is logged and
+        left out, because that is what `full` does on a long stream.
+    """
+    rows = []
+    if (folder / CELLS).is_dir():
+        sweep(folder / CELLS)
+    with Progress(*Progress.get_default_columns(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(cells))
+        for cell in cells:
+            progress.update(task, description=cell.name)
+            file = folder / CELLS / cell.file
+            result = None if overwrite else _read(file, cell)
+            if result is None:
+                try:
+                    result = cell.compute()
+                except (torch.OutOfMemoryError, MemoryError):
+                    log.warning("left out: %s: out of memory", cell.name)
+                    progress.advance(task)
+                    continue
+                atomic_write_json(file, {"key": cell.key, "result": result})
+            rows.append({**cell.labels, **result, "file": f"{CELLS}/{cell.file}"})
+            report(rows)
+            progress.advance(task)
+    if not rows:
+        raise OmniMemError("no cell could be computed: every one ran out of memory")
+    return rows
+
+
+def _read(file: Path, cell: Cell) -> dict[str, Any] | None:
+    """The numbers of a finished cell, None when it has yet to be computed."""
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["key"] == json.loads(json.dumps(cell.key)):
+            return content["result"]
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise OmniMemError(f"{file}: not a finished cell; delete it, or pass --overwrite to compute it again")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A printed column: its title, the number in a row and how it is written."""
+
+    title: str
+    value: Callable[[dict[str, Any]], Any]
+    form: str = ""
+
+
+def table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as aligned text: the first column to the left, numbers to the right, a dash where there is none."""
+    cells = [[column.title for column in columns]]
+    for row in rows:
+        values = [column.value(row) for column in columns]
+        cells.append(["-" if v is None else format(v, c.form) for v, c in zip(values, columns, strict=True)])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(f"{text:<{w}}" if i == 0 else f"{text:>{w}}" for i, (text, w) in enumerate(zip(line, widths)))
+        for line in cells
+    )
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows whose values are single numbers or texts; lists and objects are left to the JSON file."""
+    flat = [{k: v for k, v in row.items() if not isinstance(v, list | dict)} for row in rows]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def choose_methods(names: str, given: Sequence[str]) -> dict[str, tuple[SelectionMethod, dict[str, Any]]]:
+    """Methods and their options from the command line, checked before anything is loaded.
+
+    Parameters
+    ----------
+    names : str
+        Comma-separated, or ``all``.
+    given : sequence of str
+        ``method.key=value``, the value as JSON or a plain word.
+
+    Returns
+    -------
+    dict
+        Name → the method once built, and its options.
+
+    Raises
+    ------
+    OmniMemError
+        Unknown method, option or value, or an option of a method that was not chosen.
+    """
+    chosen = list(SELECTION_METHODS) if names == "all" else [name.strip() for name in names.split(",")]
+    options: dict[str, dict[str, Any]] = {name: {} for name in chosen}
+    for text in given:
+        place, equals, value = text.partition("=")
+        name, dot, key = place.partition(".")
+        if not equals or not dot:
+            raise OmniMemError(f"--option {text}: write method.key=value, such as omnimem.variant=release")
+        if name not in options:
+            raise OmniMemError(f"--option {text}: {name!r} is not among the chosen methods ({', '.join(chosen)})")
+        options[name][key] = _value(value)
+    built = {}
+    for name in chosen:
+        try:
+            built[name] = (build_selection(name, **options[name]), options[name])
+        except TypeError as error:
+            raise OmniMemError(f"selection method {name!r} does not take {options[name]}: {error}") from error
+    return built
+
+
+def device_name(device: torch.device) -> str:
+    """What times and bytes depend on: the accelerator's name, or the processor's architecture and threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -1,0 +1,190 @@
+"""What a stream costs: time of a chunk and of the first token, and the most the memory ever held.
+
+    with Meter(session) as meter:
+        for event in meter.watch("clip.mp4"):
+            answer, first_token_seconds = meter.ask("What is heard?")
+    print(meter.kv_peak, meter.step_seconds)
+
+`omnimem compare` and `omnimem bench` measure with it, so their numbers mean the same. On an accelerator every reading of
+the clock waits for the device.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from omnimem.backbones import Backbone, StreamEncoder
+from omnimem.errors import OmniMemError
+from omnimem.media import Chunk, MediaReader
+from omnimem.stream import StreamEvent, StreamingSession, StreamSettings
+
+SAMPLE_RATE = 16_000
+
+LOOPED_SECONDS = 60.0
+"""Most of a clip that is held to be repeated."""
+
+
+class Meter:
+    """Watches and asks through a session and notes what it costs.
+
+    Parameters
+    ----------
+    session : StreamingSession
+        A session for this meter alone.
+
+    Attributes
+    ----------
+    kv_peak : int
+        Most bytes of keys and values after any forward pass: retained and new positions before compression, or
+        retained positions, question and answer.
+    memory_peak : int
+        The same for all bytes of the memory: buffers, and what the selection method keeps beside keys and values.
+    device_peak : int or None
+        CUDA: most bytes allocated by PyTorch beyond those at the start (weights); None on other devices.
+    step_seconds : list of float
+        For every chunk but the first of a stream (which pays for what is prepared once): encoding, forward pass and
+        selection; reading and decoding the file is not in it.
+    """
+
+    def __init__(self, session: StreamingSession) -> None:
+        self.session = session
+        self.kv_peak = self.memory_peak = 0
+        self.device_peak: int | None = None
+        self.step_seconds: list[float] = []
+        self._handed_out = 0.0
+        own = {field.name: getattr(session.settings, field.name) for field in fields(StreamSettings)}
+        session.settings = _MeteredSettings(**own, announce=self._announce)
+
+    def __enter__(self) -> Meter:
+        device = self.session.backbone.device
+        self._hook = self.session.backbone.language_model.register_forward_hook(self._after_forward)
+        if device.type == "cuda":
+            gc.collect()
+            torch.cuda.reset_peak_memory_stats(device)
+            self._device_bytes = torch.cuda.memory_allocated(device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+        device = self.session.backbone.device
+        if device.type == "cuda":
+            self.device_peak = torch.cuda.max_memory_allocated(device) - self._device_bytes
+
+    def watch(self, media: str | Path, loop_seconds: float | None = None, **settings: Any) -> Iterator[StreamEvent]:
+        """`StreamingSession.watch`; with `loop_seconds` the clip is repeated until the stream is that long."""
+        for event in self.session.watch(media, loop_seconds=loop_seconds, **settings):
+            if event.chunk > 0:
+                self.step_seconds.append(self._now() - self._handed_out)
+            yield event
+
+    def ask(self, question: str, max_new_tokens: int) -> tuple[str, float]:
+        """Greedy answer, and seconds from the question until its first token lies on the host (before its text does)."""
+        first = _FirstToken()
+        started = self._now()
+        answer = self.session.ask(question, max_new_tokens=max_new_tokens, stopping_criteria=[first])
+        return cast(str, answer), first.arrived - started
+
+    def _announce(self) -> None:
+        self._handed_out = self._now()
+
+    def _after_forward(self, *_: object) -> None:
+        memory = self.session.memory
+        self.kv_peak = max(self.kv_peak, memory.state_nbytes)
+        self.memory_peak = max(self.memory_peak, memory.nbytes)
+
+    def _now(self) -> float:
+        if self.session.backbone.device.type == "cuda":
+            torch.cuda.synchronize(self.session.backbone.device)
+        return time.perf_counter()
+
+
+class _FirstToken(StoppingCriteria):
+    """Notes when generation first looks at a token it has chosen; never stops it."""
+
+    arrived = math.nan
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        if math.isnan(self.arrived):
+            # The streamer has copied the token to the host just before.
+            self.arrived = time.perf_counter()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@dataclass(frozen=True)
+class _MeteredSettings(StreamSettings):
+    """Settings whose reader says when it hands out a chunk, and can repeat the clip."""
+
+    announce: Callable[[], None] = lambda: None
+    loop_seconds: float | None = None
+
+    def open(self, path: str | Path, backbone: Backbone) -> tuple[MediaReader, StreamEncoder]:
+        """As `StreamSettings.open`."""
+        if self.loop_seconds is None:
+            reader, encoder = super().open(path, backbone)
+            return cast(MediaReader, _Announced(reader, reader, self.announce)), encoder
+        once = replace(self, loop_seconds=None, max_seconds=min(LOOPED_SECONDS, self.max_seconds or math.inf))
+        reader, _ = StreamSettings.open(once, path, backbone)
+        encoder = backbone.stream_encoder(
+            picture=reader.info.has_video,
+            sound=reader.info.has_audio and self.audio,
+            fps=self.fps,
+            duration=self.loop_seconds,
+            time_scale=self.time_scale,
+            max_pixels=self.max_pixels,
+        )
+        chunks = repeat(reader, self.fps, self.chunk_seconds, self.loop_seconds)
+        return cast(MediaReader, _Announced(reader, chunks, self.announce)), encoder
+
+
+class _Announced:
+    """What `watch` needs of a reader: facts about the file, and chunks."""
+
+    def __init__(self, reader: MediaReader, chunks: Iterable[Chunk], announce: Callable[[], None]) -> None:
+        self.info, self._chunks, self._announce = reader.info, chunks, announce
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for chunk in self._chunks:
+            self._announce()
+            yield chunk
+
+
+def repeat(reader: MediaReader, fps: float, chunk_seconds: float, seconds: float) -> Iterator[Chunk]:
+    """Whole chunks of a clip over and over, decoded once, their times going on, until `seconds` are reached.
+
+    Raises
+    ------
+    OmniMemError
+        The clip is shorter than a chunk.
+    """
+    frames = round(fps * chunk_seconds) if reader.info.has_video else 0
+    samples = round(SAMPLE_RATE * chunk_seconds)
+    whole: list[Chunk] = []
+    for chunk in reader:
+        if len(chunk.frames) < frames or (chunk.audio is not None and len(chunk.audio) < samples):
+            break
+        whole.append(chunk)
+    if not whole:
+        name = Path(reader.info.path).name
+        raise OmniMemError(f"{name}: shorter than a chunk of {chunk_seconds:g} s; choose a longer clip or shorter chunks")
+    count = math.ceil(seconds / chunk_seconds - 1e-6)
+    for index in range(count):
+        chunk = whole[index % len(whole)]
+        start = index * chunk_seconds
+        yield replace(
+            chunk,
+            index=index,
+            t0=start,
+            t1=start + chunk_seconds,
+            frame_times=chunk.frame_times - chunk.t0 + start,
+            last=index == count - 1,
+        )

@@ -1,0 +1,316 @@
+"""Triton kernels for the attention mass of a chunk on CUDA: the sum of every column of causal attention, in one pass.
+
+Fused attention never writes its weights down, and the mass of a key is a sum over them. It does know the log-sum-exp
+of every row, and with that any weight is one exponential away: a_k = Σ_q exp(q·k/√d − lse_q) (method.md §5).
+
+* `column_mass` sums the columns, given the log-sum-exp of the rows.
+* `row_lse` computes the log-sum-exp, for attention that did not keep it.
+
+Both take memory and chunk as one run of keys, read each key once for all query heads that share it, and never hold more
+than a tile of weights. One program writes each number, without atomics: the same inputs give the same bits.
+
+Importing this module needs Triton (ImportError without it), so the package does so on CUDA only; its tests
+run without a GPU too, in Triton's interpreter: `pytest tests/test_kernels.py`.
+"""
+
+# No `from __future__ import annotations`: Triton finds `tl.constexpr` parameters by their annotations.
+
+import math
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+"""Inside the kernels exponentials are to base 2, which is what the hardware has."""
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""Triton's interpreter multiplies the bit patterns of bfloat16 (its documentation: not supported); see `_dot`."""
+
+
+def column_mass(
+    query: Tensor, key: Tensor, lse: Tensor, first: int, stride: int = 1, scaling: float | None = None
+) -> Tensor:
+    """Attention mass each key receives from the rows that see it, averaged over the heads of its group.
+
+    mass[b, g, k] = mean over the heads h of group g of Σ_r exp(scaling · query[b, h, r]·key[b, g, k] − lse[b, h, r])
+    (method.md §5), over the rows r with first + r · stride >= k: lower-right causal, memory and chunk at once.
+
+    Parameters
+    ----------
+    query : Tensor
+        Post-RoPE queries ``[B, H, R, D]``, float16, bfloat16 or float32, any strides. Row r is the query at position
+        first + r · stride: with stride > 1 pass the sampled queries only.
+    key : Tensor
+        Post-RoPE keys ``[B, G, K, D]`` of the same dtype and device, any strides, H a multiple of G. Key k is at
+        position k. All of them are real: there is no padding mask.
+    lse : Tensor
+        Natural log-sum-exp of each row's scaled logits over the keys it sees, ``[B, H, R]``, float32, any strides.
+    first : int
+        Position of the first row, >= 0. A row beyond the last key sees all keys.
+    stride : int
+        Positions from one row to the next, >= 1.
+    scaling : float, optional
+        Factor on q·k; 1/√D by default.
+
+    Returns
+    -------
+    Tensor
+        ``[B, G, K]``, float32, no gradient. The masses of a group sum to R.
+    """
+    batch, heads, rows, dim = query.shape
+    groups, keys = key.shape[1], key.shape[2]
+    mass = torch.empty(batch, groups, keys, dtype=torch.float32, device=query.device)
+    tile = _tile(query)
+    # Triton launches on the current device, whatever device its arguments are on.
+    with torch.cuda.device_of(query):
+        _column_mass_kernel[triton.cdiv(keys, tile["KEYS"]), batch * groups](
+            query,
+            key,
+            lse,
+            mass,
+            *query.stride(),
+            *key.stride(),
+            *lse.stride(),
+            groups,
+            rows,
+            keys,
+            first,
+            stride,
+            _scale(dim, scaling),
+            SHARE=heads // groups,
+            DIM=dim,
+            **tile,
+        )
+    return mass
+
+
+def row_lse(query: Tensor, key: Tensor, first: int, stride: int = 1, scaling: float | None = None) -> Tensor:
+    """Natural log-sum-exp of every row's scaled logits over the keys it sees, as fused attention computes it.
+
+    lse[b, h, r] = log Σ_k exp(scaling · query[b, h, r]·key[b, g(h), k]) over the keys k <= first + r · stride.
+
+    Parameters
+    ----------
+    query, key, first, stride, scaling
+        As in `column_mass`.
+
+    Returns
+    -------
+    Tensor
+        ``[B, H, R]``, float32, no gradient.
+    """
+    batch, heads, rows, dim = query.shape
+    groups, keys = key.shape[1], key.shape[2]
+    share = heads // groups
+    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=query.device)
+    tile = _tile(query)
+    with torch.cuda.device_of(query):
+        _row_lse_kernel[triton.cdiv(rows * share, tile["ROWS"]), batch * groups](
+            query,
+            key,
+            lse,
+            *query.stride(),
+            *key.stride(),
+            groups,
+            rows,
+            keys,
+            first,
+            stride,
+            _scale(dim, scaling),
+            SHARE=share,
+            DIM=dim,
+            **tile,
+        )
+    return lse
+
+
+def _scale(dim: int, scaling: float | None) -> float:
+    """Factor on q·k that makes base-2 logits."""
+    return (dim**-0.5 if scaling is None else scaling) * LOG2_E.value
+
+
+def _tile(query: Tensor) -> dict[str, int]:
+    """Tile sizes and launch options of both kernels.
+
+    They fit the registers and the shared memory (99 KB) of every GPU since the A100, and are small enough that one
+    sample's memory occupies all of a big one.
+    """
+    width = max(16, triton.next_power_of_2(query.shape[-1]))  # tensor cores multiply 16 at a time
+    if query.dtype == torch.float32:
+        # Exact products run on the ordinary cores, out of registers: smaller tiles, more threads.
+        size, warps, stages = 32, 8, 2
+    else:
+        size, warps, stages = 64, 4, 3 if width <= 128 else 2
+    # Multiply-adds in one are asked for because Triton's default for them differs between versions.
+    launch = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return {"WIDTH": width, "ROWS": size, "KEYS": size, **launch}
+
+
+# The rows of all heads that share a key head are folded into one axis, position by position: folded row f is head
+# f % SHARE at row f // SHARE. Positions never fall along it, so a causal boundary is one place on it, and a tile is
+# full even for a single query. `_tile_of_queries` is the only place that unfolds it.
+#
+# Sizes and positions change with every chunk; a kernel must not be compiled anew for those divisible by 16.
+_CHANGING = ["rows", "keys", "first", "step"]
+
+
+@triton.jit
+def _tile_of_queries(
+    query, folded, rows, stride_h, stride_r, stride_d, SHARE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Queries ``[ROWS, WIDTH]`` of the folded rows; zero beyond the last row and the last dimension."""
+    dims = tl.arange(0, WIDTH)
+    # In 64 bits: a stride may be that of a whole chunk's projection.
+    offset = (folded % SHARE).to(tl.int64) * stride_h + (folded // SHARE).to(tl.int64) * stride_r
+    inside = (folded < rows * SHARE)[:, None] & (dims < DIM)[None, :]
+    return tl.load(query + offset[:, None] + dims[None, :] * stride_d, mask=inside, other=0.0)
+
+
+@triton.jit
+def _tile_of_keys(key, index, keys, stride_k, stride_d, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Keys ``[KEYS, WIDTH]``; zero beyond the last key and the last dimension."""
+    dims = tl.arange(0, WIDTH)
+    inside = (index < keys)[:, None] & (dims < DIM)[None, :]
+    return tl.load(key + index.to(tl.int64)[:, None] * stride_k + dims[None, :] * stride_d, mask=inside, other=0.0)
+
+
+@triton.jit
+def _dot(rows, columns):
+    """Products of each of the rows with each of the columns, summed in float32."""
+    if INTERPRETED:
+        rows, columns = rows.to(tl.float32), columns.to(tl.float32)
+    # "ieee" concerns float32 alone, which tensor cores would round to TF32.
+    return tl.dot(rows, tl.trans(columns), input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=_CHANGING)
+def _column_mass_kernel(
+    query,
+    key,
+    lse,
+    mass,
+    query_b,
+    query_h,
+    query_r,
+    query_d,
+    key_b,
+    key_g,
+    key_k,
+    key_d,
+    lse_b,
+    lse_h,
+    lse_r,
+    groups,
+    rows,
+    keys,
+    first,
+    step,
+    scale,
+    SHARE: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """One program: the mass of KEYS keys of one group, from all folded rows that see any of them."""
+    start = tl.program_id(0) * KEYS
+    batch = (tl.program_id(1) // groups).to(tl.int64)
+    group = (tl.program_id(1) % groups).to(tl.int64)
+    query += batch * query_b + group * SHARE * query_h
+    lse += batch * lse_b + group * SHARE * lse_h
+    index = start + tl.arange(0, KEYS)
+    tile_keys = _tile_of_keys(key + batch * key_b + group * key_g, index, keys, key_k, key_d, DIM, WIDTH)
+    total = tl.zeros([KEYS], dtype=tl.float32)
+
+    # Rows before `partial` see none of these keys, rows from `whole` on see all of them.
+    partial = tl.minimum(tl.cdiv(tl.maximum(start - first, 0), step), rows) * SHARE
+    whole = tl.minimum(tl.cdiv(tl.maximum(start + KEYS - 1 - first, 0), step), rows) * SHARE
+    whole = partial + tl.cdiv(whole - partial, ROWS) * ROWS
+    for begin in range(partial, whole, ROWS):
+        folded = begin + tl.arange(0, ROWS)
+        tile = _tile_of_queries(query, folded, rows, query_h, query_r, query_d, SHARE, DIM, WIDTH)
+        weights = _weights(tile_keys, tile, lse, folded, rows, lse_h, lse_r, scale, SHARE)
+        visible = index[:, None] <= (first + folded // SHARE * step)[None, :]
+        total += tl.sum(tl.where(visible, weights, 0.0), axis=1)
+    for begin in range(whole, rows * SHARE, ROWS):
+        folded = begin + tl.arange(0, ROWS)
+        tile = _tile_of_queries(query, folded, rows, query_h, query_r, query_d, SHARE, DIM, WIDTH)
+        total += tl.sum(_weights(tile_keys, tile, lse, folded, rows, lse_h, lse_r, scale, SHARE), axis=1)
+    mass += tl.program_id(1).to(tl.int64) * keys
+    tl.store(mass + index, total / SHARE, mask=index < keys)
+
+
+@triton.jit
+def _weights(tile_keys, tile_queries, lse, folded, rows, lse_h, lse_r, scale, SHARE: tl.constexpr):
+    """Attention weights ``[KEYS, ROWS]`` of a tile; zero beyond the last row."""
+    offset = (folded % SHARE).to(tl.int64) * lse_h + (folded // SHARE).to(tl.int64) * lse_r
+    # An infinite log-sum-exp is the row that gives nothing.
+    lse = tl.load(lse + offset, mask=folded < rows * SHARE, other=float("inf")) * LOG2_E
+    return tl.exp2(_dot(tile_keys, tile_queries) * scale - lse[None, :])
+
+
+@triton.jit(do_not_specialize=_CHANGING)
+def _row_lse_kernel(
+    query,
+    key,
+    lse,
+    query_b,
+    query_h,
+    query_r,
+    query_d,
+    key_b,
+    key_g,
+    key_k,
+    key_d,
+    groups,
+    rows,
+    keys,
+    first,
+    step,
+    scale,
+    SHARE: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """One program: the log-sum-exp of ROWS folded rows of one group, over the keys any of them sees."""
+    # The last rows see the most keys: they start first.
+    begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
+    folded = begin + tl.arange(0, ROWS)
+    batch = (tl.program_id(1) // groups).to(tl.int64)
+    group = (tl.program_id(1) % groups).to(tl.int64)
+    key += batch * key_b + group * key_g
+    query += batch * query_b + group * SHARE * query_h
+    tile = _tile_of_queries(query, folded, rows, query_h, query_r, query_d, SHARE, DIM, WIDTH)
+    position = first + folded // SHARE * step
+    top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+
+    # Keys before `whole` are seen by all of these rows, keys from `stop` on by none.
+    whole = tl.minimum(first + begin // SHARE * step + 1, keys) // KEYS * KEYS
+    last = tl.minimum(begin + ROWS, rows * SHARE) - 1
+    stop = tl.minimum(first + last // SHARE * step + 1, keys)
+    for start in range(0, whole, KEYS):
+        tile_keys = _tile_of_keys(key, start + tl.arange(0, KEYS), keys, key_k, key_d, DIM, WIDTH)
+        logits = _dot(tile, tile_keys) * scale
+        top, total = _add(top, total, logits)
+    for start in range(whole, stop, KEYS):
+        index = start + tl.arange(0, KEYS)
+        tile_keys = _tile_of_keys(key, index, keys, key_k, key_d, DIM, WIDTH)
+        logits = _dot(tile, tile_keys) * scale
+        visible = (index[None, :] <= position[:, None]) & (index < keys)[None, :]
+        # Every row sees key 0, so that none has -inf for its top after the first tile.
+        top, total = _add(top, total, tl.where(visible, logits, float("-inf")))
+    offset = (tl.program_id(1).to(tl.int64) * SHARE + folded % SHARE) * rows + folded // SHARE
+    tl.store(lse + offset, (top + tl.log2(total)) / LOG2_E, mask=folded < rows * SHARE)
+
+
+@triton.jit
+def _add(top, total, logits):
+    """Largest base-2 logit so far, and the sum of the powers of all so far relative to it."""
+    new = tl.maximum(top, tl.max(logits, axis=1))
+    return new, total * tl.exp2(top - new) + tl.sum(tl.exp2(logits - new[:, None]), axis=1)

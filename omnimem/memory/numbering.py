@@ -1,0 +1,104 @@
+"""The position policy `reindexed`: retained positions are numbered densely anew after every compression.
+
+A stream then never leaves the rotary range a model was trained on, however long it is, and what is retained stands
+close together, as in StreamingLLM. In every layer the distinct time ids of the retained media become consecutive
+numbers that end right before the next chunk; equal ids stay equal, so picture and sound stay aligned. Text before the
+media keeps its ids, and so do the height and width ids of pictures, which count from the start of the media. Keys are
+stored without rotation and rotated to their present ids in every step, so nothing accumulates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from omnimem.memory.table import PositionTable
+from omnimem.modality import VISUAL
+from omnimem.selection.topk import dense_rank
+
+BEYOND = 2**40
+"""An id that no position has."""
+
+
+class Reindexing:
+    """Ids of one stream (or batch of streams) under `reindexed`."""
+
+    def __init__(self) -> None:
+        self.start: Tensor | None = None
+        self.next: Tensor | None = None
+        self.shift: Tensor | None = None
+
+    def place(
+        self, positions: Tensor, modality: Tensor, valid: Tensor | None, next_position: Tensor, text: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Move an encoder's ids to where the memory ends.
+
+        Parameters
+        ----------
+        positions : Tensor
+            ``[3, B, T]`` ids that count on from the start of the stream.
+        modality, valid : Tensor
+            ``[B, T]``.
+        next_position : Tensor
+            ``[B]`` id of the text that follows.
+        text : bool
+            Whether this is text around the media.
+
+        Returns
+        -------
+        tuple of Tensor
+            The moved ids and the moved id of the text that follows.
+        """
+        time = positions[0]
+        if valid is not None:
+            time = time.masked_fill(~valid, BEYOND)
+        first = torch.cat((time, next_position[:, None].to(time.dtype)), dim=1).amin(1)
+        if self.start is None and not text:
+            self.start = first
+        if self.next is None:
+            return positions, next_position
+        if self.shift is None:
+            self.shift = self.next - first
+        moved = positions + self.shift[None, :, None]
+        moved[1:] = torch.where(modality == VISUAL, positions[1:], moved[1:])
+        return moved, next_position + self.shift
+
+    def renumber(self, tables: Sequence[PositionTable], batch: int) -> list[PositionTable]:
+        """Number what every layer retains densely, so that all end at the same id, `next`."""
+        if self.start is None:
+            return list(tables)
+        ranks = []
+        following = self.start
+        for table in tables:
+            start = self.start.repeat_interleave(len(table.index) // batch)[:, None]
+            media = table.valid & (table.position[..., 0] >= start)
+            rank, count = dense_rank(table.position[..., 0], media)
+            picture = table.position[..., 1:].amax(-1).masked_fill(~media | (table.modality != VISUAL), -1)
+            # Text never stands inside a picture: its ids on all axes are past those of the picture's.
+            end = torch.maximum(start[:, 0] + count, torch.nn.functional.pad(picture, (0, 1), value=-1).amax(1) + 1)
+            following = torch.maximum(following, end.view(batch, -1).amax(1))
+            ranks.append((media, rank, count))
+        self.next, self.shift = following, None
+        return [
+            self._moved(table, media, rank + (following.repeat_interleave(len(count) // batch) - count)[:, None])
+            for table, (media, rank, count) in zip(tables, ranks, strict=True)
+        ]
+
+    @staticmethod
+    def _moved(table: PositionTable, media: Tensor, time: Tensor) -> PositionTable:
+        position = time[..., None].expand_as(table.position).clone()
+        position[..., 1:] = torch.where(
+            (table.modality == VISUAL)[..., None], table.position[..., 1:], position[..., 1:]
+        )
+        position = torch.where(media[..., None], position, table.position)
+        return PositionTable(table.index, position, table.time, table.modality, table.valid)
+
+    def state(self) -> tuple[Tensor | None, ...]:
+        """Snapshot for `restore`."""
+        return self.start, self.next, self.shift
+
+    def restore(self, state: tuple[Tensor | None, ...]) -> None:
+        """Return to a snapshot."""
+        self.start, self.next, self.shift = state

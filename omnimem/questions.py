@@ -1,0 +1,191 @@
+"""What a memory still knows: stream clips, ask each question when its time has come, score the answers.
+
+    result = answer_questions(session, rows, max_new_tokens=16)
+    print(result["accuracy"], result["accuracy_95"], result["nll"])
+
+An answer counts when it equals the reference up to case, white space and final punctuation. Beside it stands the mean
+negative log-likelihood of the reference, which also tells memories apart that never say it word for word.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from omnimem.errors import OmniMemError
+from omnimem.measure import Meter
+from omnimem.media import MediaError
+from omnimem.stream import StreamEvent, StreamingSession
+
+log = logging.getLogger("omnimem.questions")
+
+
+class Question(Protocol):
+    """A question with its reference; `time` is the second at which it is asked, None for the end."""
+
+    @property
+    def question(self) -> str:
+        """What is asked."""
+        ...
+
+    @property
+    def answer(self) -> str:
+        """The reference."""
+        ...
+
+    @property
+    def time(self) -> float | None:
+        """Seconds into the clip."""
+        ...
+
+
+class Row(Protocol):
+    """A clip and its questions, as `data_prep.manifest` reads them."""
+
+    @property
+    def media(self) -> Path:
+        """The file."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What the results call it."""
+        ...
+
+    @property
+    def audio(self) -> bool:
+        """Whether its sound is heard."""
+        ...
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        """At least one."""
+        ...
+
+
+def answer_questions(
+    session: StreamingSession, rows: Sequence[Row], max_new_tokens: int, warned: set[str] | None = None
+) -> dict[str, Any]:
+    """Stream every clip into a fresh memory and ask its questions.
+
+    Parameters
+    ----------
+    session : StreamingSession
+        A session for this call alone.
+    rows : sequence of Row
+        Clips; one that cannot be read to its end (of the part to be read) is logged and left out.
+    max_new_tokens : int
+        Limit of an answer.
+    warned : set of str, optional
+        Clips that have been logged; grows.
+
+    Returns
+    -------
+    dict
+        ``questions``, ``accuracy``, ``accuracy_95`` (`cluster_interval`), ``nll`` (mean over questions of nats a token);
+        ``retained`` (most visual and audio positions a layer held on average when a question was asked),
+        ``answer_bytes`` (most bytes of keys and values then), ``peak_bytes``, ``memory_peak_bytes``,
+        ``device_peak_bytes`` (see `Meter`); ``chunk_ms`` (median, first chunks of clips left out), ``first_token_ms``
+        (median); ``answers`` (one object a question) and ``left_out`` (one object a clip).
+
+    Raises
+    ------
+    OmniMemError
+        Not one clip could be read.
+    """
+    answers: list[dict[str, Any]] = []
+    left_out: list[dict[str, str]] = []
+    warned = set() if warned is None else warned
+    with Meter(session) as meter:
+        for row in rows:
+            try:
+                answers += _ask_about(meter, row, max_new_tokens)
+            except MediaError as error:
+                left_out.append({"clip": row.name, "reason": str(error)})
+                if row.name not in warned:
+                    log.warning("clip left out: %s", error)
+                warned.add(row.name)
+    if not answers:
+        raise OmniMemError(f"no question could be asked: no clip can be read; the first: {left_out[0]['reason']}")
+    clips: dict[str, list[bool]] = {}
+    for answer in answers:
+        clips.setdefault(answer["clip"], []).append(answer["correct"])
+    return {
+        "questions": len(answers),
+        "accuracy": statistics.fmean(answer["correct"] for answer in answers),
+        "accuracy_95": cluster_interval(list(clips.values())),
+        "nll": statistics.fmean(answer["nll"] for answer in answers),
+        "retained": max(answer["retained"] for answer in answers),
+        "answer_bytes": max(answer["answer_bytes"] for answer in answers),
+        "peak_bytes": meter.kv_peak,
+        "memory_peak_bytes": meter.memory_peak,
+        "device_peak_bytes": meter.device_peak,
+        "chunk_ms": 1000 * statistics.median(meter.step_seconds) if meter.step_seconds else None,
+        "first_token_ms": statistics.median(answer["first_token_ms"] for answer in answers),
+        "answers": answers,
+        "left_out": left_out,
+    }
+
+
+def _ask_about(meter: Meter, row: Row, max_new_tokens: int) -> list[dict[str, Any]]:
+    """Answers to the questions of one clip: each after the chunk with its second, those without at the end."""
+    waiting = sorted(row.questions, key=lambda question: math.inf if question.time is None else question.time)
+    answers = []
+    settings = {} if row.audio else {"audio": False}
+    for event in meter.watch(row.media, **settings):
+        while waiting and (event.last or (waiting[0].time is not None and waiting[0].time <= event.seconds)):
+            answers.append({"clip": row.name, **_ask(meter, waiting.pop(0), event, max_new_tokens)})
+    return answers
+
+
+def _ask(meter: Meter, question: Question, event: StreamEvent, max_new_tokens: int) -> dict[str, Any]:
+    answer, first_token = meter.ask(question.question, max_new_tokens)
+    return {
+        "seconds": event.seconds,
+        "question": question.question,
+        "reference": question.answer,
+        "answer": answer,
+        "correct": normalised(answer) == normalised(question.answer),
+        "nll": meter.session.score_answer(question.question, question.answer),
+        "retained": event.retained["visual"] + event.retained["audio"],
+        "answer_bytes": event.state_bytes,
+        "first_token_ms": 1000 * first_token,
+    }
+
+
+def normalised(answer: str) -> str:
+    """An answer without case, extra white space and final punctuation."""
+    return " ".join(answer.casefold().split()).rstrip(" .!?…。")
+
+
+def cluster_interval(clips: Sequence[Sequence[bool]]) -> list[float]:
+    """95 % interval of the share of right answers when questions of a clip stand or fall together.
+
+    Wilson's interval with the effective number of questions n_e = p·(1 − p) / v, where v is the cluster-robust variance
+    of p (sums over clips of what their questions deviate from p, squared). n_e is at most the number of questions; where
+    all answers are right, or all wrong, v says nothing and n_e is the number of clips, and so it is for a single clip.
+
+    Parameters
+    ----------
+    clips : sequence of sequence of bool
+        Of each clip, which questions were answered rightly.
+
+    Returns
+    -------
+    list of float
+        Lower and upper end.
+    """
+    count, number = len(clips), sum(len(clip) for clip in clips)
+    p = sum(sum(clip) for clip in clips) / number
+    effective: float = count
+    if 0 < p < 1 and count > 1:
+        v = sum((sum(clip) - p * len(clip)) ** 2 for clip in clips) / number**2 * count / (count - 1)
+        effective = min(p * (1 - p) / v, number) if v > 0 else number
+    z2 = 1.96**2
+    centre = (p + z2 / (2 * effective)) / (1 + z2 / effective)
+    half = math.sqrt(z2 * p * (1 - p) / effective + z2**2 / (4 * effective**2)) / (1 + z2 / effective)
+    return [max(0.0, centre - half), min(1.0, centre + half)]

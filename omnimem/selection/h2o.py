@@ -1,0 +1,31 @@
+"""H2O (arXiv 2306.14048): half of every head's budget for heavy hitters, half for the most recent positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from omnimem.modality import EVICTABLE
+from omnimem.selection.base import Candidates, MassSpec, SelectionMethod
+from omnimem.selection.topk import newest
+
+
+class H2O(SelectionMethod):
+    """Accumulated attention mass Σ_q A[q, k] over all chunks, without normalisation by length, per key-value head.
+
+    The mass of a key-value head is the mean over its query heads. Of a budget of C positions of a modality the last
+    ⌈C/2⌉ stay, and the ⌊C/2⌋ heaviest of the others.
+    """
+
+    mass = MassSpec("groups")
+    per_head = True
+
+    def score(self, candidates: Candidates) -> Tensor:
+        """Accumulated mass; infinite for the recent half."""
+        assert candidates.mass is not None
+        table, score = candidates.table, candidates.mass.clone()
+        for name, kind in EVICTABLE.items():
+            competing = (table.modality == kind) & table.valid
+            places = getattr(candidates.budget, name)
+            score[newest(competing, places - places // 2)] = torch.inf
+        return score

@@ -1,0 +1,140 @@
+"""HERMES (arXiv 2601.14724): layers as a hierarchy of memories, from recency to what questions look at.
+
+Shallow layers keep what is recent, deep layers what a fixed "global" question looks at, those between a mixture that
+turns with depth; scores are smoothed from deep to shallow, and deep layers keep a mean of what they drop. `hermes`
+runs the questions through the model and smooths position by position; `hermes_released` is what the authors' code
+does: every layer is shown the questions' token embeddings, whose attention is not causal, and scores of two layers
+meet by their place in the cache. Ids are re-numbered after every compression (their "eager" mode).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omnimem.modality import EVICTABLE, VISUAL
+from omnimem.selection.base import Candidates, Merged, Probe, SelectionMethod, compute_dtype
+from omnimem.selection.merge import means
+from omnimem.selection.topk import keep_mask
+
+LOCAL = "Describe what is happening right now: the objects, the small actions, where things are, what is heard."
+GLOBAL = "Summarise the whole story so far: who appears, what happens in which order, what it is about."
+"""The two fixed questions, in our words."""
+
+SHALLOW, DEEP = 0.1, 0.7
+"""Parts of the depth at which the middle layers begin and end."""
+
+SMOOTHING = {"shallow": 0.1, "middle": 0.3, "deep": 0.4}
+"""Weight of the next deeper layer's score."""
+
+EPSILON = 1e-6
+
+
+class Hermes(SelectionMethod):
+    """S = (1 − ω)·A + ω·R with attention A of a question and recency R = e^(−kδ), each scaled to [0, 1].
+
+    δ is the age of a position as a part of all media held: 1 for the oldest, 0 for the newest. Shallow layers have
+    ω = 1, k = 20; deep ones ω = 0; between, at depth p of the band, ω = 0.75 − 0.6 p and k = 20 − 12 p.
+    """
+
+    probes = (Probe(GLOBAL), Probe(f"{LOCAL} {GLOBAL}"))
+    positions = "reindexed"
+
+    def score(self, candidates: Candidates) -> Tensor:
+        """S of one layer by itself, before smoothing; 0 for text."""
+        omega, decay, attention = self._band(candidates)
+        table = candidates.table
+        media = (table.modality > 0) & table.valid
+        count = media.sum(1, keepdim=True)
+        age = (count - media.cumsum(1)) / (count - 1).clamp_min(1)
+        score = (1 - omega) * _minmax(attention, media) if omega < 1 else torch.zeros_like(attention)
+        return (score + omega * _minmax(torch.exp(-decay * age), media)) * media
+
+    def _band(self, candidates: Candidates) -> tuple[float, float, Tensor]:
+        """ω, k and the attention of a layer."""
+        globally, mixed = (probe.to(compute_dtype(probe)) for probe in candidates.probes)
+        band = band_of(candidates.layer, candidates.layers)
+        if band == "shallow":
+            return 1.0, 20.0, mixed
+        if band == "deep":
+            return 0.0, 0.0, globally
+        first, last = int(candidates.layers * SHALLOW), int(candidates.layers * DEEP)
+        depth = (candidates.layer - first) / (last - first)
+        return 0.75 - 0.6 * depth, 20.0 - 12.0 * depth, mixed
+
+    def scores(self, layers: Iterable[Candidates]) -> Iterator[tuple[Candidates, Tensor]]:
+        """S̃(l) = (1 − λ)·S(l) + λ·S̃(l + 1), from the deepest layer up."""
+        held = list(layers)
+        smoothed = [self.score(candidates) for candidates in held]
+        for number in range(len(held) - 2, -1, -1):
+            weight = SMOOTHING[band_of(number, len(held))]
+            deeper = self.align(held[number], smoothed[number], held[number + 1], smoothed[number + 1])
+            smoothed[number] = (1 - weight) * smoothed[number] + weight * deeper
+        return zip(held, smoothed, strict=True)
+
+    def align(self, here: Candidates, score: Tensor, below: Candidates, deeper: Tensor) -> Tensor:
+        """The deeper layer's score of the same positions; a layer's own where the deeper one does not hold them."""
+        wanted, known = _names(here), _names(below)
+        ordered, order = known.sort(dim=1)
+        place = torch.searchsorted(ordered, wanted).clamp_max(ordered.shape[1] - 1)
+        return torch.where(ordered.gather(1, place) == wanted, deeper.gather(1, order.gather(1, place)), score)
+
+    def choose(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, Merged | None]:
+        """Top scores; in deep layers the mean of what is dropped takes one place of each modality."""
+        table, budget = candidates.table, candidates.budget
+        if band_of(candidates.layer, candidates.layers) != "deep":
+            return keep_mask(score, table, budget), None
+        counts = {name: ((table.modality == kind) & table.valid).sum(1) for name, kind in EVICTABLE.items()}
+        reserved = {name: (count > getattr(budget, name)).long() for name, count in counts.items()}
+        keep = keep_mask(score, table, budget, reserved)
+        into = torch.full_like(table.index, -1)
+        for slot, kind in enumerate(EVICTABLE.values()):
+            into[(table.modality == kind) & table.valid & ~keep] = slot
+        merged = means(table, into, torch.ones_like(score), len(EVICTABLE))
+        # A summary stands one id behind all that is kept.
+        time = table.position[..., 0].masked_fill(~table.valid, 0).amax(1)[:, None] + 1
+        position = time[..., None].expand(-1, len(EVICTABLE), 3).clone()
+        seen = (merged.table.modality == VISUAL)[..., None]
+        position[..., 1:] = torch.where(seen, merged.table.position[..., 1:], position[..., 1:])
+        return keep, merged._replace(table=replace(merged.table, position=position))
+
+
+class HermesReleased(Hermes):
+    """What the authors' code computes, see above."""
+
+    probes = tuple(replace(probe, attends="all", propagates=False) for probe in Hermes.probes)
+
+    def align(self, here: Candidates, score: Tensor, below: Candidates, deeper: Tensor) -> Tensor:
+        """The deeper layer's scores in stored order, stretched linearly to this layer's length."""
+        result = score.clone()
+        for row in range(len(score)):
+            mine, other = (((c.table.modality > 0) & c.table.valid)[row] for c in (here, below))
+            if mine.any() and other.any():
+                line = deeper[row][other][None, None]
+                result[row, mine] = F.interpolate(line, size=int(mine.sum()), mode="linear")[0, 0]
+        return result
+
+
+def band_of(layer: int, layers: int) -> str:
+    """``shallow``, ``middle`` or ``deep``."""
+    if layer < int(layers * SHALLOW):
+        return "shallow"
+    return "deep" if layer >= int(layers * DEEP) else "middle"
+
+
+def _minmax(values: Tensor, member: Tensor) -> Tensor:
+    """Members of each row ``[R, N]`` scaled to [0, 1]."""
+    least = values.masked_fill(~member, torch.inf).amin(1, keepdim=True)
+    most = values.masked_fill(~member, -torch.inf).amax(1, keepdim=True)
+    return ((values - least) / (most - least + EPSILON)).nan_to_num(0)
+
+
+def _names(candidates: Candidates) -> Tensor:
+    """Stream index of every position ``[R, N]``; what is padding has a name of its own."""
+    table = candidates.table
+    own = torch.iinfo(torch.int64).max - candidates.layer % 2 * 2**40 - torch.arange(table.index.shape[1])
+    return torch.where(table.valid, table.index, own.to(table.index.device))

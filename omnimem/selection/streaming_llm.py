@@ -1,0 +1,41 @@
+"""StreamingLLM (arXiv 2309.17453): a few sinks at the beginning of the stream, and the most recent positions.
+
+Retained positions are numbered densely (`positions="reindexed"`), as in the paper: keys are stored without rotation
+and rotated to their place in the cache in every step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnimem.errors import OmniMemError
+from omnimem.selection.base import Candidates, SelectionMethod
+
+
+class StreamingLLM(SelectionMethod):
+    """Sinks and a recent window in each modality.
+
+    Parameters
+    ----------
+    sinks : int
+        Positions at the beginning of the stream that always stay; those that are text stay anyway.
+    """
+
+    positions = "reindexed"
+
+    def __init__(self, sinks: int = 4) -> None:
+        if sinks < 0:
+            raise OmniMemError(f"selection streaming_llm: sinks must be at least 0, got {sinks}")
+        self.sinks = sinks
+
+    def score(self, candidates: Candidates) -> Tensor:
+        """Place in the stream; infinite for sinks."""
+        index = candidates.table.index
+        return index.double().masked_fill(index < self.sinks, torch.inf)
+
+    def settings(self) -> dict[str, Any]:
+        """The number of sinks."""
+        return {"sinks": self.sinks}

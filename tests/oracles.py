@@ -133,6 +133,33 @@ def kept(cache, layer: int, sample: int = 0) -> list[int]:
     return table.index[sample][table.valid[sample]].tolist()
 
 
+def batch_parts(*streams: list[ChunkInputs]) -> list[ChunkInputs]:
+    """Streams side by side; one that has ended waits."""
+    longest = max(len(parts) for parts in streams)
+    rows = [[*parts, *[idle_part(int(parts[-1].next_position[0]))] * (longest - len(parts))] for parts in streams]
+    return [ChunkInputs.batch(list(one)) for one in zip(*rows, strict=True)]
+
+
+def held(cache) -> list[Tensor]:
+    """Copies of everything a memory holds: states, facts, mass, features, counters of all layers."""
+    tensors = []
+    for layer in cache.layers:
+        table = layer.table
+        tensors += [layer.keys, layer.values, table.index, table.position, table.time, table.modality, table.valid]
+        if layer.mass is not None:
+            # Mass may be stored for a part of the columns; the rest has none yet.
+            tensors.append(torch.nn.functional.pad(layer.mass, (0, len(table) - layer.mass.shape[1])))
+        tensors += [] if layer.features is None else [layer.features]
+        tensors.append(torch.tensor([list(sample.values()) for sample in layer.counts]))
+    tensors += [cache.next_position, torch.tensor([cache.get_seq_length(), *cache.lengths()])]
+    return [tensor.detach().clone().nan_to_num(-1) for tensor in tensors]
+
+
+def same(before: list[Tensor], after: list[Tensor]) -> bool:
+    """Whether two memories hold the same bits."""
+    return len(before) == len(after) and all(map(torch.equal, before, after))
+
+
 def dense_weights(query: Tensor, key: Tensor, valid: Tensor | None, scaling: float | None = None) -> Tensor:
     """Whole attention matrix ``[B, H, Q, K]`` of the last Q positions; a padded query attends to nothing."""
     heads, dim = query.shape[1], query.shape[3]
@@ -200,12 +227,13 @@ def cosine(a: list[float], b: list[float]) -> float:
     return dot(a, b) / (math.sqrt(dot(a, a)) * math.sqrt(dot(b, b)))
 
 
-def observed_mass(queries: list[list[list[float]]], stored: list[Position], kind: str) -> list[float]:
-    """Mass each stored position receives from the queries ``[H][Q][D]``, which are the last Q of them."""
+def observed_mass(queries: list[list[list[float]]], stored: list[Position], kind: str, stride: int = 1) -> list[float]:
+    """Mass each stored position receives from the queries ``[H][Q][D]``, the last Q: every `stride`-th from the end."""
     heads, count, dim = len(queries), len(queries[0]), len(queries[0][0])
     groups = len(stored[0].key)
     mass = [0.0] * len(stored)
-    for q in range(count):
+    asked = range(count - 1, -1, -stride)
+    for q in asked:
         visible = len(stored) - count + q + 1
         logits = [
             [dot(queries[h][q], stored[k].key[h * groups // heads]) / math.sqrt(dim) for k in range(visible)]
@@ -218,7 +246,7 @@ def observed_mass(queries: list[list[list[float]]], stored: list[Position], kind
             weights = [math.exp(x - top) for x in row]
             total = math.fsum(weights)
             for k, weight in enumerate(weights):
-                mass[k] += weight / total / len(logits)
+                mass[k] += weight / total / len(logits) * count / len(asked)
     return mass
 
 

@@ -102,7 +102,7 @@ def test_a_run_leaves_what_is_needed_to_use_and_to_repeat_it(trained):
 
     profile = BudgetProfile.load(trained.run / "budget_profile.json")
     assert [(layer.visual, layer.audio) for layer in profile.layers] == [(VISUAL, AUDIO)] * 3
-    assert profile.selection == {"method": "omnimem", **selection_of(recipe).settings()}
+    assert profile.selection == {"method": "omnimem", **selection_of(recipe).recorded()}
     assert profile.selection["variant"] == "paper"
     assert profile.stream["chunk_seconds"] == 2.0 and profile.stream["fps"] == 1.0 and profile.stream["audio"] is True
     assert profile.model == ModelFingerprint("qwen2_5_omni_text", 3, 2, 16)

@@ -112,7 +112,7 @@ def attention_mass(
     stride : int
         1 is exact; above, only every so many-th query is asked, and counts for those left out.
     window : int, optional
-        Ask only the last so many real queries of each sample.
+        Ask only the last so many real queries of each sample, whatever `stride` says.
     tile : int
         Queries whose weights exist at once.
 
@@ -130,8 +130,8 @@ def attention_mass(
         query = query.to(_compute_dtype(query)).view(batch, groups, heads // groups, queries, dim).sum(2) / heads
         query = query.transpose(1, 2).reshape(batch, 1, queries, groups * dim)
         key = key.transpose(1, 2).reshape(batch, 1, keys, groups * dim)
+    rows = _asked(queries, stride, window, valid)
     weight = _row_weights(query, keys, valid, stride, window)
-    rows = _asked(weight, stride)
     weight = weight[:, rows.start : rows.stop : rows.step]
     mass = torch.zeros(batch, key.shape[1], keys, dtype=_compute_dtype(query), device=query.device)
     asked = query[:, :, rows.start : rows.stop : rows.step]
@@ -183,7 +183,7 @@ def _fused_with_mass(
         query, key, value, dropout_p=0.0, is_causal=True, scale=scale
     )
     queries, past = query.shape[2], key.shape[2] - query.shape[2]
-    rows = range(queries)[-window:] if window else range(min(stride, queries) - 1, queries, stride)
+    rows = _asked(queries, stride, window, None)
     with torch.no_grad():
         picked = slice(rows.start, rows.stop, rows.step)
         mass = column_mass(query[:, :, picked], key, lse[:, :, picked], past + rows.start, rows.step, scale)
@@ -286,30 +286,27 @@ def _compute_dtype(query: Tensor) -> torch.dtype:
     return torch.promote_types(query.dtype, torch.float32)
 
 
-def _row_weights(query: Tensor, keys: int, valid: Tensor | None, stride: int, window: int | None) -> Tensor:
-    """How much each query counts for the mass: ``[B or 1, Q]``, 0 where it is not asked."""
-    queries = query.shape[2]
-    weight = torch.zeros(1, queries, dtype=_compute_dtype(query), device=query.device)
-    rows = range(min(stride, queries) - 1, queries, stride)
-    weight[:, rows.start :: rows.step] = queries / len(rows)
+def _asked(queries: int, stride: int, window: int | None, valid: Tensor | None) -> range:
+    """Queries among which are all that count for the mass."""
     if valid is not None:
-        real = valid[:, keys - queries :]
-        weight = weight * real
-        if window is not None:
-            weight = weight * (real.flip(1).cumsum(1).flip(1) <= window)
-    elif window is not None:
-        weight[:, : max(queries - window, 0)] = 0
-    return weight
+        return range(queries)  # which ones they are differs between samples
+    return range(queries)[-window:] if window else range((queries - 1) % stride, queries, stride)
 
 
-def _asked(weight: Tensor, stride: int) -> range:
-    """The fewest evenly spaced queries among which are all that count."""
-    queries = weight.shape[1]
-    rows = range(min(stride, queries) - 1, queries, stride)
-    if stride > 1:
-        return rows
-    counts = weight.any(0).nonzero()
-    return range(int(counts[0]), queries) if len(counts) else range(queries - 1, queries)
+def _row_weights(query: Tensor, keys: int, valid: Tensor | None, stride: int, window: int | None) -> Tensor:
+    """How much each query counts for the mass: ``[B or 1, Q]``, 0 where it is not asked.
+
+    A sample's weights do not depend on how far the batch pads it.
+    """
+    queries = query.shape[2]
+    place = torch.arange(queries, device=query.device)[None]
+    real = torch.ones_like(place, dtype=torch.bool) if valid is None else valid[:, keys - queries :]
+    count = real.sum(1, keepdim=True)
+    if window is not None:
+        return (real & (place >= count - window)).to(_compute_dtype(query))
+    # Counted from the end: the last query sees every key, so none is left without mass.
+    asked = real & ((count - 1 - place) % stride == 0)
+    return asked * (count.to(_compute_dtype(query)) / asked.sum(1, keepdim=True).clamp_min(1))
 
 
 def _weighted_columns(weights: Tensor, weight: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from omnimem.errors import OmniMemError
 from omnimem.selection.base import Candidates, MassSpec, SelectionMethod
 
 
@@ -19,6 +20,8 @@ class AttentionOnly(SelectionMethod):
     """
 
     def __init__(self, mass_stride: int = 1) -> None:
+        if mass_stride < 1:
+            raise OmniMemError(f"selection attention_only: mass_stride must be at least 1, got {mass_stride}")
         self.mass = MassSpec("heads", mass_stride)
         self.stride = mass_stride
 

@@ -1,0 +1,183 @@
+"""How far cheaper measurements of OmniMem agree with the exact one: redundancy sources, and sampled attention mass.
+
+    python train.py recipe=quickstart
+    python tests/benchmarks/agreement.py runs/quickstart [--out results.json] [--mean-budget 96]
+
+A trained model streams clips with exact selection (hidden states, every query). At every compression of every layer
+the same candidates are scored again with each cheaper measurement: the rank agreement of ψ over visual and audio
+positions (Spearman), and the part of the kept set that both keep. Beside it, the kept sets at the end of the stream
+when the cheaper one decides all along. Bytes are those of one position in one layer beside its keys and values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from omnimem.budget import BudgetProfile
+from omnimem.memory import attention_mass
+from omnimem.memory.attention import ATTENTION_NAME, compressed_attention
+from omnimem.selection import Candidates, OmniMem, build_selection
+from omnimem.selection.redundancy import sketch
+from omnimem.selection.topk import keep_mask
+from omnimem.stream import StreamingSession
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sketch of 64": {"redundancy": "sketch", "sketch_dim": 64},
+    "sketch of 128": {"redundancy": "sketch", "sketch_dim": 128},
+    "sketch of 256": {"redundancy": "sketch", "sketch_dim": 256},
+    "sketch of 512": {"redundancy": "sketch", "sketch_dim": 512},
+    "value": {"redundancy": "value"},
+    "key": {"redundancy": "key"},
+    "every 2nd query": {"mass_stride": 2},
+    "every 4th query": {"mass_stride": 4},
+    "every 8th query": {"mass_stride": 8},
+}
+
+
+class Recorder(OmniMem):
+    """Exact selection that scores everything once more in each cheaper way."""
+
+    reads_keys = True
+
+    def __init__(self, variant: str) -> None:
+        super().__init__(variant)
+        self.reads_keys = True
+        self.others = {name: OmniMem(variant, **options) for name, options in VARIANTS.items()}
+        self.sampled: dict[tuple[int, int], Tensor] = {}
+        self.ranks: dict[str, list[float]] = {name: [] for name in VARIANTS}
+        self.kept: dict[str, list[float]] = {name: [] for name in VARIANTS}
+
+    def observe(self, module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The attention function, which also sums the columns of some queries only."""
+        memory = kwargs.get("memory")
+        if memory is not None and memory.wants_mass is not None:
+            for method in self.others.values():
+                stride = method.options.mass_stride
+                if stride > 1:
+                    # `Stream` compresses after every chunk, so what was there before has its mass in `memory.mass`.
+                    new = attention_mass(query, key, kind=self.options.mass, stride=stride)
+                    old = self.sampled.get((memory.index, stride))
+                    self.sampled[memory.index, stride] = new if old is None else self.accumulate(old, new)
+        return compressed_attention(module, query, key, *args, **kwargs)
+
+    def choose(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, None]:
+        """Keep what is exact; note what the others would have kept of the same."""
+        keep = keep_mask(score, candidates.table, candidates.budget)
+        media = candidates.table.modality[0] > 0
+        for name, method in self.others.items():
+            options, changed = method.options, candidates
+            if options.redundancy == "sketch" and candidates.features is not None:
+                small = sketch(candidates.features, options.sketch_dim, candidates.layer, options.seed)
+                changed = replace(candidates, features=small)
+            if options.mass_stride > 1:
+                changed = replace(candidates, mass=self.sampled[candidates.layer, options.mass_stride])
+            other = method.score(changed)
+            both = keep & keep_mask(other, candidates.table, candidates.budget)
+            self.ranks[name].append(spearman(score[0][media], other[0][media]))
+            self.kept[name].append((both[0] & media).sum().item() / max((keep[0] & media).sum().item(), 1))
+        for (layer, stride), mass in list(self.sampled.items()):
+            if layer == candidates.layer:
+                self.sampled[layer, stride] = mass[:, keep[0]]
+        return keep, None
+
+
+def spearman(first: Tensor, second: Tensor) -> float:
+    """Correlation of ranks."""
+    ranks = torch.stack([values.argsort().argsort().double() for values in (first, second)])
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def stream(session: StreamingSession, clip: Path, seconds: float) -> list[set[int]]:
+    """Watch a clip; the media positions every layer holds at the end."""
+    for _ in session.watch(clip, max_seconds=seconds):
+        pass
+    tables = [session.memory.retained(layer) for layer in range(len(session.memory.layers))]
+    return [set(table.index[0][table.modality[0] > 0].tolist()) for table in tables]
+
+
+def main() -> int:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a trained run, an export, or a checkpoint")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--variant", default="paper", choices=("paper", "release"))
+    parser.add_argument("--mean-budget", type=int, default=96)
+    parser.add_argument("--seconds", type=float, default=40.0, help="of each clip (default: %(default)s)")
+    parser.add_argument("--media", type=Path, default=Path(__file__).parents[1] / "media")
+    args = parser.parse_args()
+    clips = sorted(path for path in args.media.iterdir() if path.name.startswith(("speech_", "odd_", "ambient_")))
+    base = StreamingSession.from_pretrained(args.run, mean_budget=args.mean_budget)
+    profile = BudgetProfile.uniform(base.backbone.config, args.mean_budget)
+
+    def session(method: OmniMem) -> StreamingSession:
+        made = StreamingSession(base.backbone, profile, "omnimem", base.settings)
+        made.memory.method = method
+        for layer in made.memory.layers:
+            layer.method = method
+        return made
+
+    recorder = Recorder(args.variant)
+    exact = []
+    AttentionInterface.register(ATTENTION_NAME, recorder.observe)
+    for clip in clips:
+        recorder.sampled.clear()
+        exact.append(stream(session(recorder), clip, args.seconds))
+    AttentionInterface.register(ATTENTION_NAME, compressed_attention)
+
+    text = base.backbone.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    states = 2 * text.num_key_value_heads * head_dim * 4
+    extra = {"hidden": 4 * text.hidden_size, **{f"sketch of {size}": size for size in (64, 128, 256, 512)}}
+    rows = [
+        {"measurement": "exact", "bytes": extra["hidden"], "rank": 1.0, "kept": 1.0, "kept_lowest": 1.0, "end": 1.0}
+    ]
+    for name, options in VARIANTS.items():
+        alone = build_selection("omnimem", variant=args.variant, **options)
+        assert isinstance(alone, OmniMem)
+        ends = [stream(session(alone), clip, args.seconds) for clip in clips]
+        same = [
+            len(a & b) / len(a) for one, other in zip(exact, ends, strict=True) for a, b in zip(one, other, strict=True)
+        ]
+        size = extra["hidden"] if "query" in name else extra.get(name, 0)
+        rows.append(
+            {
+                "measurement": name,
+                "bytes": size,
+                "rank": statistics.fmean(recorder.ranks[name]),
+                "kept": statistics.fmean(recorder.kept[name]),
+                "kept_lowest": min(recorder.kept[name]),
+                "end": statistics.fmean(same),
+            }
+        )
+    decisions = len(recorder.kept["value"])
+    print(f"{len(clips)} clips, {decisions} compressions of a layer; keys and values: {states} bytes a position")
+    print(f"{'measurement':<18}{'bytes':>7}{'rank':>8}{'kept':>8}{'lowest':>8}{'at the end':>12}")
+    for row in rows:
+        print(
+            f"{row['measurement']:<18}{row['bytes']:>7}{row['rank']:>8.3f}{row['kept']:>8.3f}"
+            f"{row['kept_lowest']:>8.3f}{row['end']:>12.3f}"
+        )
+    if args.out:
+        report = {
+            "variant": args.variant,
+            "mean_budget": args.mean_budget,
+            "clips": [clip.name for clip in clips],
+            "decisions": decisions,
+            "state_bytes": states,
+            "rows": rows,
+        }
+        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

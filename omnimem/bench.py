@@ -3,18 +3,18 @@
     omnimem bench --model tiny --out bench --device cpu
 
 A clip is repeated to the wanted length and streamed through each method; a question is asked at its end. On CUDA the
-memory of a cell is what PyTorch allocated at most beyond the weights. On the CPU a cell is a process of its own and its
-memory is how far the peak of its resident set rose above that of a stream of one chunk, which has loaded everything
-there is to load; small models need little of it, so the exact bytes of keys and values stand beside it. Cells that are
-finished are not computed again, see `omnimem.cells`.
+peak of a cell is what PyTorch allocated at most beyond the weights. On the CPU a cell is a process of its own, and the
+table says how far the peak of its resident set rose above that of a stream of one chunk, which has loaded all there is
+to load. A small model drowns in the noise of that, so the picture then shows the exact peak of what the memory holds.
+Cells that are finished are not computed again, see `omnimem.cells`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,21 +25,20 @@ from typing import Any
 
 from omnimem import __version__
 from omnimem.backbones import Backbone, parse_device
+from omnimem.budget import BudgetProfile
 from omnimem.cells import Cell, Column, choose_methods, device_name, file_digest, run_cells, table, write_csv
 from omnimem.errors import OmniMemError
 from omnimem.figures import Line, Panel, draw, require_matplotlib
 from omnimem.files import atomic_write_json
 from omnimem.measure import Meter
-from omnimem.stream import StreamingSession
-
-log = logging.getLogger("omnimem.bench")
+from omnimem.stream import StreamingSession, StreamSettings
 
 SHIPPED = Path(__file__).resolve().parents[1] / "tests" / "media" / "speech_apollo15_hammer_feather_47s.webm"
 """Clip used when none is named; it is part of a checkout, not of an installed package."""
 
 QUESTION = "What is seen and what is heard?"
 
-KIB = 1 if sys.platform == "darwin" else 1024
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 """Unit of `ru_maxrss` in bytes."""
 
 
@@ -65,10 +64,10 @@ def bench_command(args: argparse.Namespace) -> None:
         "device": device_name(device),
         "dtype": args.dtype,
     }
-    measure = in_this_process(str(device)) if device.type == "cuda" else in_a_process_of_its_own
+    measure = _in_this_process() if device.type == "cuda" else _in_a_process_of_its_own
     cells = []
     for seconds, (name, (method, options)) in product(args.lengths, methods.items()):
-        key = {**common, "method": name, "options": {**options, **method.settings()}, "seconds": seconds}
+        key = {**common, "method": name, "options": method.recorded(), "seconds": seconds}
         task = {**common, "media": str(media), "device": str(device), "method": name, "options": options}
         task["seconds"] = seconds
         labels = {"method": name, "length": seconds}
@@ -81,7 +80,9 @@ def bench_command(args: argparse.Namespace) -> None:
     found = run_cells(cells, args.out, args.overwrite, save)
     draw_picture(found, args.out / "bench.png")
     print(bench_table(found))
-    print(f"{budget} positions a layer on {common['device']}; written to {args.out}: results.json, results.csv, bench.png")
+    print(
+        f"{budget} positions a layer on {common['device']}; written to {args.out}: results.json, results.csv, bench.png"
+    )
 
 
 # ---- one cell --------------------------------------------------------------------------------------------------------
@@ -103,16 +104,129 @@ def measure_cell(task: dict[str, Any], backbone: Backbone | None = None) -> dict
         ``seconds`` streamed; ``peak_bytes``, ``memory_peak_bytes``, ``device_peak_bytes`` (see `Meter`);
         ``resident_bytes`` (rise of the peak resident set over a stream of one chunk; meaningful in a process of its
         own); ``answer_bytes`` (keys and values when the question is asked); ``first_token_ms`` (median of the rounds);
-        ``compute_ratio`` (seconds of encoding, forward pass and selection a second of media, first chunk left out).
+        ``compute_ratio`` (seconds of encoding, forward pass and selection a second of media: median over chunks, the
+        first left out).
     """
-    first = open_session(task, backbone)
-    chunk_seconds = first.settings.chunk_seconds
+    if backbone is None:
+        backbone = load_model(task)
+    session = new_session(task, backbone)
+    chunk_seconds = session.settings.chunk_seconds
     if task["seconds"] <= chunk_seconds:
         raise OmniMemError(f"--lengths: {task['seconds']:g} s is not longer than a chunk of {chunk_seconds:g} s")
-    stream(first, task["media"], chunk_seconds, 1)
+    _stream(session, task["media"], chunk_seconds, 1)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    session = open_session(task, first.backbone)
-    del first
-    return stream(session, task["media"], task["seconds"], task["rounds"]) | {
-        "resident_bytes": KIB * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident)
+    measured = _stream(new_session(task, backbone), task["media"], task["seconds"], task["rounds"])
+    rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident
+    return {**measured, "resident_bytes": RSS_UNIT * rise}
+
+
+def load_model(task: dict[str, Any]) -> Backbone:
+    """The model of a task, with its adapter if it is a run."""
+    return StreamingSession.from_pretrained(task["model"], device=task["device"], dtype=task["dtype"]).backbone
+
+
+def new_session(task: dict[str, Any], backbone: Backbone) -> StreamingSession:
+    """An empty memory of uniform budgets."""
+    profile = BudgetProfile.uniform(backbone.config, task["mean_budget"], task["ratio"])
+    return StreamingSession(backbone, profile, task["method"], StreamSettings(**task["stream"]), **task["options"])
+
+
+def _stream(session: StreamingSession, media: str, seconds: float, rounds: int) -> dict[str, Any]:
+    """Stream `media` for `seconds`, ask at the end; the first question warms up and is not counted."""
+    with Meter(session) as meter:
+        *_, end = meter.watch(media, loop_seconds=seconds)
+        first_token = [meter.ask(QUESTION, 1)[1] for _ in range(rounds + 1)][1:]
+    steps = meter.step_seconds
+    return {
+        "seconds": end.seconds,
+        "peak_bytes": meter.kv_peak,
+        "memory_peak_bytes": meter.memory_peak,
+        "device_peak_bytes": meter.device_peak,
+        "answer_bytes": end.state_bytes,
+        "first_token_ms": 1000 * statistics.median(first_token),
+        "compute_ratio": statistics.median(steps) / session.settings.chunk_seconds if steps else None,
     }
+
+
+def _in_a_process_of_its_own(task: dict[str, Any]) -> dict[str, Any]:
+    """Measure a cell in a fresh interpreter, which an interruption of this one ends."""
+    command = [sys.executable, "-m", "omnimem.bench"]
+    done = subprocess.run(
+        command, input=json.dumps(task), stdout=subprocess.PIPE, text=True, check=False, start_new_session=True
+    )
+    if done.returncode == -signal.SIGKILL:
+        raise MemoryError("killed by the system")
+    if done.returncode != 0:
+        raise RuntimeError(f"the process of a cell ended with status {done.returncode}")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    if "error" in answer:
+        raise OmniMemError(answer["error"])
+    return answer
+
+
+def _in_this_process() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Measure cells with one model, loaded when the first is not there yet."""
+    loaded: list[Backbone] = []
+
+    def measure(task: dict[str, Any]) -> dict[str, Any]:
+        if not loaded:
+            loaded.append(load_model(task))
+        return measure_cell(task, loaded[0])
+
+    return measure
+
+
+def _child() -> None:
+    """What the process of a cell does: a task from stdin, numbers or an error to stdout, as JSON."""
+    try:
+        answer = measure_cell(json.load(sys.stdin))
+    except OmniMemError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
+
+
+# ---- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def bench_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows by length, then by peak memory."""
+    on_device = rows[0]["device_peak_bytes"] is not None
+    columns = [
+        Column("method", lambda row: row["method"]),
+        Column("stream s", lambda row: row["seconds"], "g"),
+        Column(
+            "device peak MiB" if on_device else "resident rise MiB",
+            lambda row: row["device_peak_bytes" if on_device else "resident_bytes"] / 2**20,
+            ".1f",
+        ),
+        Column("peak KV MiB", lambda row: row["peak_bytes"] / 2**20, ".3f"),
+        Column("peak memory MiB", lambda row: row["memory_peak_bytes"] / 2**20, ".3f"),
+        Column("answer KV MiB", lambda row: row["answer_bytes"] / 2**20, ".3f"),
+        Column("first token ms", lambda row: row["first_token_ms"], ".1f"),
+        Column("compute s a media s", lambda row: row["compute_ratio"], ".4f"),
+    ]
+    return table(columns, sorted(rows, key=lambda row: (row["seconds"], row["peak_bytes"])))
+
+
+def draw_picture(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """Peak memory and first-token latency against stream length, a line a method."""
+    on_device = rows[0]["device_peak_bytes"] is not None
+    peak = "device_peak_bytes" if on_device else "memory_peak_bytes"
+    memory: list[Line] = []
+    latency: list[Line] = []
+    for name in dict.fromkeys(row["method"] for row in rows):
+        members = sorted((row for row in rows if row["method"] == name), key=lambda row: row["seconds"])
+        x = [row["seconds"] for row in members]
+        memory.append(Line(name, x, [row[peak] / 2**20 for row in members]))
+        memory.append(Line(name, x, [row["peak_bytes"] / 2**20 for row in members], dotted=True))
+        latency.append(Line(name, x, [row["first_token_ms"] for row in members]))
+    measured = "allocated beyond the weights" if on_device else "held by the memory"
+    panels = [
+        Panel("stream (s)", f"peak memory (MiB): {measured}\ndotted: keys and values", memory, log=True),
+        Panel("stream (s)", "first token (ms)", latency, log=True),
+    ]
+    draw(out, panels)
+
+
+if __name__ == "__main__":
+    _child()

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from omnimem.backbones import Backbone
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_file, atomic_write_json, sweep
 from omnimem.selection import SELECTION_METHODS, SelectionMethod, build_selection
@@ -138,19 +139,21 @@ def table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> str:
         cells.append(["-" if v is None else format(v, c.form) for v, c in zip(values, columns, strict=True)])
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join(
-        "  ".join(f"{text:<{w}}" if i == 0 else f"{text:>{w}}" for i, (text, w) in enumerate(zip(line, widths)))
+        "  ".join(
+            f"{text:<{w}}" if i == 0 else f"{text:>{w}}" for i, (text, w) in enumerate(zip(line, widths, strict=True))
+        )
         for line in cells
     )
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Rows whose values are single numbers or texts; lists and objects are left to the JSON file."""
-    flat = [{k: v for k, v in row.items() if not isinstance(v, list | dict)} for row in rows]
-    names = list(dict.fromkeys(name for row in flat for name in row))
+    nested = {name for row in rows for name, value in row.items() if isinstance(value, list | dict)}
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in nested]
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names)
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(flat)
+        writer.writerows(rows)
 
 
 def choose_methods(names: str, given: Sequence[str]) -> dict[str, tuple[SelectionMethod, dict[str, Any]]]:
@@ -190,6 +193,25 @@ def choose_methods(names: str, given: Sequence[str]) -> dict[str, tuple[Selectio
         except TypeError as error:
             raise OmniMemError(f"selection method {name!r} does not take {options[name]}: {error}") from error
     return built
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file of any size, a block at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_digest(backbone: Backbone, samples: int = 1024) -> str:
+    """SHA-256 of names, shapes and evenly spaced values of all weights: cheap, and training changes every tensor."""
+    digest = hashlib.sha256()
+    for name, weight in backbone.model.named_parameters():
+        step = max(1, weight.numel() // samples)
+        values = weight.detach().flatten()[::step].to("cpu", torch.float64)
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode() + values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def device_name(device: torch.device) -> str:

@@ -121,6 +121,20 @@ def build_parser() -> argparse.ArgumentParser:
     _add_calibrate_arguments(calibrate)
     calibrate.set_defaults(command=_calibrate)
 
+    compare = commands.add_parser("compare", parents=[everywhere], help="methods and budgets on a set of questions")
+    compare.description = (
+        "Ask the same questions of every selection method at every budget: table, JSON, CSV, pictures."
+    )
+    _add_compare_arguments(compare)
+    compare.set_defaults(command=_compare)
+
+    bench = commands.add_parser("bench", parents=[everywhere], help="memory and latency against stream length")
+    bench.description = (
+        "Stream a clip, repeated, at growing lengths: peak memory and first-token latency of every method."
+    )
+    _add_bench_arguments(bench)
+    bench.set_defaults(command=_bench)
+
     profile = commands.add_parser("profile", parents=[everywhere], help="show, plot, compare, re-scale, convert")
     profile.description = "Budget profiles: how many visual and audio positions every layer keeps."
     actions = profile.add_subparsers(title="actions", metavar="ACTION", required=True)
@@ -167,6 +181,77 @@ def _add_calibrate_arguments(calibrate: argparse.ArgumentParser) -> None:
     calibrate.add_argument("--chunk-seconds", type=_above_zero, metavar="S", help="seconds read at a time")
     calibrate.add_argument("--device", default="auto", metavar="D")
     calibrate.add_argument("--dtype", choices=DTYPES, default="auto")
+
+
+def _add_compare_arguments(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument("model", metavar="MODEL", help="run, exported checkpoint, hub id, or `tiny`")
+    compare.add_argument("questions", metavar="QUESTIONS", help="manifest of clips and questions, or `quickstart`")
+    compare.add_argument(
+        "--mean-budgets", type=_list_of(_at_least(int, 2)), default=[1024, 2048, 4096, 8192], metavar="N,N,...",
+        help="positions a layer keeps, on average (default: 1024,2048,4096,8192)",
+    )  # fmt: skip
+    compare.add_argument(
+        "--ratio", type=_above_zero, metavar="R", help="visual to audio, without a profile (default: 5)"
+    )
+    compare.add_argument("--profile", type=Path, metavar="P", help="budgets in the proportions of this profile")
+    compare.add_argument(
+        "--lam", type=_list_of(_at_least(float, 0)), metavar="L,L,...", help="λ of methods that have it"
+    )
+    compare.add_argument(
+        "--temperature",
+        type=_list_of(_above_zero),
+        metavar="T,T,...",
+        help="re-allocate a calibrated profile at every T",
+    )
+    compare.add_argument("--limit", type=_at_least(int, 1), metavar="N", help="only the first N clips")
+    compare.add_argument(
+        "--max-new-tokens", type=_at_least(int, 1), default=32, metavar="N", help="default: %(default)s"
+    )
+    compare.add_argument("--max-seconds", type=_above_zero, metavar="S", help="of each clip")
+    _add_grid_arguments(compare)
+
+
+def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--model", default="tiny", metavar="MODEL", help="default: %(default)s")
+    bench.add_argument("--media", type=Path, metavar="CLIP", help="clip to repeat (default: one of a checkout's tests)")
+    bench.add_argument(
+        "--lengths", type=_list_of(_above_zero), default=[30, 60, 120, 240], metavar="S,S,...",
+        help="seconds of stream (default: 30,60,120,240)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--mean-budget", type=_at_least(int, 2), metavar="N", help="positions a layer keeps (default: 8192; tiny: 256)"
+    )
+    bench.add_argument("--ratio", type=_above_zero, default=5.0, metavar="R", help="default: %(default)s")
+    bench.add_argument(
+        "--rounds",
+        type=_at_least(int, 1),
+        default=5,
+        metavar="N",
+        help="questions a median is of (default: %(default)s)",
+    )
+    _add_grid_arguments(bench)
+
+
+def _add_grid_arguments(command: argparse.ArgumentParser) -> None:
+    """What `compare` and `bench` share."""
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder; finished cells in it are kept")
+    command.add_argument("--overwrite", action="store_true", help="compute finished cells again")
+    command.add_argument("--methods", default="all", metavar="M,M,...", help="selection methods (default: all)")
+    command.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="M.KEY=VALUE",
+        help="of a method, such as omnimem.variant=release",
+    )
+    command.add_argument("--fps", type=_above_zero, metavar="F", help="frames per second")
+    command.add_argument("--chunk-seconds", type=_above_zero, metavar="S", help="seconds read at a time")
+    command.add_argument(
+        "--device", default="auto", metavar="D", help="such as cuda, cpu (default: cuda if there is one)"
+    )
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="default: bfloat16 on an accelerator, else float32"
+    )
 
 
 def _add_answer_arguments(answer: argparse.ArgumentParser) -> None:
@@ -218,6 +303,15 @@ def _at_least(kind: type[int] | type[float], least: int) -> Callable[[str], floa
     return read
 
 
+def _list_of(kind: Callable[[str], float]) -> Callable[[str], list[float]]:
+    """Return an argparse type: numbers between commas, each once, in the order given."""
+
+    def read(text: str) -> list[float]:
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+
+    return read
+
+
 def _above_zero(text: str) -> float:
     value = _at_least(float, 0)(text)
     if value == 0:
@@ -261,6 +355,21 @@ def _calibrate(args: argparse.Namespace) -> None:
         args.dtype,
     )
     print(f"{args.out}: {profile.mean_budget:g} positions a layer from {profile.statistics['clips']} clips")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from data_prep.manifest import manifest_fingerprint, read_manifest
+    from omnimem.compare import compare_command
+
+    manifest = read_manifest(args.questions, on_bad_row="skip")
+    rows = manifest.rows[: args.limit]
+    compare_command(args, rows, manifest_fingerprint(rows), manifest.problems)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from omnimem.bench import bench_command
+
+    bench_command(args)
 
 
 def _profile_rescale(args: argparse.Namespace) -> None:

@@ -11,7 +11,6 @@ that are finished are not computed again, see `omnimem.cells`; what the numbers 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,13 +18,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from omnimem import __version__
-from omnimem.backbones import Backbone
 from omnimem.budget import BudgetProfile
 from omnimem.budget.allocation import with_mean
-from omnimem.cells import Cell, Column, choose_methods, device_name, run_cells, table, write_csv
+from omnimem.cells import Cell, Column, choose_methods, device_name, run_cells, table, weights_digest, write_csv
 from omnimem.errors import OmniMemError
 from omnimem.figures import Line, Panel, draw, require_matplotlib
 from omnimem.files import atomic_write_json
@@ -36,8 +32,9 @@ from omnimem.stream import StreamingSession
 SWEEPS = {"lam": "λ", "temperature": "T"}
 """What may be swept beside the budget, and its letter in the paper."""
 
-Budgets = dict[tuple[int, float | None], BudgetProfile]
-"""Profiles by mean budget and temperature."""
+Place = tuple[int, float | None]
+Budgets = dict[Place, BudgetProfile]
+"""Profiles by mean budget and temperature of the allocation."""
 
 
 def compare_command(args: argparse.Namespace, rows: Sequence[Row], digest: str, problems: Sequence[str]) -> None:
@@ -70,8 +67,8 @@ def compare_command(args: argparse.Namespace, rows: Sequence[Row], digest: str, 
     backbone = session.backbone
     session.settings.check(backbone)
     if profile is None:
-        ratio = args.ratio or 5.0
-        budgets = {(mean, None): BudgetProfile.uniform(backbone.config, mean, ratio) for mean in args.mean_budgets}
+        for mean in args.mean_budgets:
+            budgets[mean, None] = BudgetProfile.uniform(backbone.config, mean, args.ratio or 5.0)
     common = {
         "command": "compare",
         "version": __version__,
@@ -89,9 +86,8 @@ def compare_command(args: argparse.Namespace, rows: Sequence[Row], digest: str, 
         places = list(budgets)[:1] if method.keeps_everything else budgets
         for place, lam in product(places, lambdas[name]):
             chosen = options if lam is None else {**options, "lam": lam}
-            labels = {"method": name, "mean_budget": place[0], "temperature": place[1], "lam": lam}
-            if method.keeps_everything:
-                labels = {**labels, "mean_budget": None, "temperature": None}
+            mean, temperature = (None, None) if method.keeps_everything else place
+            labels = {"method": name, "mean_budget": mean, "temperature": temperature, "lam": lam}
             cells.append(_cell(labels, budgets[place], chosen, session, rows, common, warned))
     about = {"model": str(args.model), **common, "clips": len(rows), "unusable_rows": list(problems)}
 
@@ -102,10 +98,10 @@ def compare_command(args: argparse.Namespace, rows: Sequence[Row], digest: str, 
     found = run_cells(cells, args.out, args.overwrite, save)
     pictures = draw_pictures(found, args.out)
     print(comparison_table(found))
-    left_out = len(problems) + len(found[0]["left_out"])
-    print(f"{found[0]['questions']} questions about {len(rows) - len(found[0]['left_out'])} clips", end="")
-    print(f", {left_out} clips left out" if left_out else "", end="")
-    print(f"; written to {args.out}: results.json, results.csv, {', '.join(pictures)}")
+    unread = len(found[0]["left_out"])
+    gone = f", {len(problems) + unread} clips left out" if problems or unread else ""
+    print(f"{found[0]['questions']} questions about {len(rows) - unread} clips{gone}")
+    print(f"{args.out}: results.json, results.csv, {', '.join(pictures)}")
 
 
 def _cell(
@@ -121,8 +117,7 @@ def _cell(
     name = labels["method"]
     method = build_selection(name, **options)
     budget = None if method.keeps_everything else [[layer.visual, layer.audio] for layer in profile.layers]
-    # A method's own account of its switches, so that a default that changes is another cell.
-    key = {**common, "method": name, "options": {**options, **method.settings()}, "layers": budget}
+    key = {**common, "method": name, "options": method.recorded(), "layers": budget}
 
     def compute() -> dict[str, Any]:
         fresh = StreamingSession(session.backbone, profile, name, session.settings, **options)
@@ -147,7 +142,9 @@ def _lambdas(
         name: [*given] if given and "lam" in options_of(name) else [None] for name in methods
     }
     if given and all(values == [None] for values in found.values()):
-        raise OmniMemError(f"--lam: none of the chosen methods ({', '.join(methods)}) has a λ; add omnimem to --methods")
+        raise OmniMemError(
+            f"--lam: none of the chosen methods ({', '.join(methods)}) has a λ; add omnimem to --methods"
+        )
     return found
 
 
@@ -172,16 +169,6 @@ def _budgets(profile: BudgetProfile | None, args: argparse.Namespace) -> Budgets
     return budgets
 
 
-def weights_digest(backbone: Backbone, samples: int = 1024) -> str:
-    """SHA-256 of names, shapes and evenly spaced values of all weights: cheap, and training changes every tensor."""
-    digest = hashlib.sha256()
-    for name, weight in backbone.model.named_parameters():
-        step = max(1, weight.numel() // samples)
-        values = weight.detach().flatten()[::step].to("cpu", torch.float64)
-        digest.update(f"{name} {tuple(weight.shape)}\n".encode() + values.numpy().tobytes())
-    return digest.hexdigest()
-
-
 # ---- what is shown ---------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +183,7 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
         Column("mean budget", lambda row: row["mean_budget"]),
         Column("kept a layer", lambda row: row["retained"], ".1f"),
         Column("accuracy %", lambda row: 100 * row["accuracy"], ".1f"),
-        Column("95 % interval", lambda row: "{:.0f}–{:.0f}".format(*(100 * end for end in row["accuracy_95"]))),
+        Column("95 % interval", lambda row: f"{100 * row['accuracy_low']:.0f}–{100 * row['accuracy_high']:.0f}"),
         Column("nats a token", lambda row: row["nll"], ".3f"),
         Column("answer KV MiB", lambda row: row["answer_bytes"] / 2**20, ".3f"),
         Column("peak KV MiB", lambda row: row["peak_bytes"] / 2**20, ".3f"),
@@ -224,27 +211,30 @@ def draw_pictures(rows: Sequence[dict[str, Any]], out: Path) -> list[str]:
 
 
 def _lines(rows: Sequence[dict[str, Any]], axis: str, value: str) -> list[Line]:
-    """A line for each setting that differs in something other than `axis`; what has no such axis is level."""
+    """A line for what the settings other than `axis` have in common; level for a method that ignores budgets."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if axis != "mean_budget" and row[axis] is None and not row["mean_budget"] is None:
+        level = row["mean_budget"] is None and row["lam"] is None
+        if row[axis] is None and not level:
             continue  # a method without λ, in the picture of λ
-        others = {"lam": "λ", "temperature": "T", "mean_budget": "budget"}
-        said = [f"{others[k]} {row[k]:g}" for k in others if k != axis and row[k] is not None]
+        others = {"mean_budget": "budget", "lam": "λ", "temperature": "T"}
+        said = [f"{others[key]} {row[key]:g}" for key in others if key != axis and row[key] is not None]
         lines.setdefault(" ".join([row["method"], *said]), []).append(row)
     drawn = []
-    scale = 100 if value == "accuracy" else 1
     for label, members in lines.items():
-        members = sorted(members, key=lambda row: row[axis] or 0)
-        y = [scale * row[value] for row in members]
-        error = [
-            (y_ - 100 * row["accuracy_95"][0], 100 * row["accuracy_95"][1] - y_)
-            for y_, row in zip(y, members, strict=True)
-        ]
-        level = members[0][axis] is None
-        x = [] if level else [row[axis] for row in members]
-        drawn.append(Line(label, x, y, error if value == "accuracy" and not level else None))
+        points = sorted(members, key=lambda row: row[axis] or 0)
+        x = [row[axis] for row in points if row[axis] is not None]
+        if value == "nll":
+            drawn.append(Line(label, x, [row["nll"] for row in points]))
+            continue
+        y = [100 * row["accuracy"] for row in points]
+        drawn.append(Line(label, x, y, [_spread(row) for row in points]))
     return drawn
+
+
+def _spread(row: dict[str, Any]) -> tuple[float, float]:
+    """Percentage points from the accuracy down and up to the ends of its interval."""
+    return tuple(100 * abs(row["accuracy"] - row[end]) for end in ("accuracy_low", "accuracy_high"))
 
 
 def _swept(rows: Sequence[dict[str, Any]], key: str) -> bool:

@@ -1,6 +1,6 @@
 """Line pictures of measured tables: one line a method, a level line for what does not depend on x.
 
-    draw(out, [Panel("mean budget (positions a layer)", "accuracy", [Line("omnimem", [24, 48], [0.2, 0.4])])])
+draw(out, [Panel("mean budget (positions a layer)", "accuracy", [Line("omnimem", [24, 48], [0.2, 0.4])])])
 """
 
 from __future__ import annotations

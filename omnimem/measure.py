@@ -5,8 +5,8 @@
             answer, first_token_seconds = meter.ask("What is heard?")
     print(meter.kv_peak, meter.step_seconds)
 
-`omnimem compare` and `omnimem bench` measure with it, so their numbers mean the same. On an accelerator every reading of
-the clock waits for the device.
+`omnimem compare` and `omnimem bench` measure with it, so their numbers mean the same. On CUDA every reading of the
+clock waits for the device.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Meter:
             yield event
 
     def ask(self, question: str, max_new_tokens: int) -> tuple[str, float]:
-        """Greedy answer, and seconds from the question until its first token lies on the host (before its text does)."""
+        """Greedy answer, and seconds from the question until its first token has reached the host."""
         first = _FirstToken()
         started = self._now()
         answer = self.session.ask(question, max_new_tokens=max_new_tokens, stopping_criteria=[first])
@@ -175,7 +175,9 @@ def repeat(reader: MediaReader, fps: float, chunk_seconds: float, seconds: float
         whole.append(chunk)
     if not whole:
         name = Path(reader.info.path).name
-        raise OmniMemError(f"{name}: shorter than a chunk of {chunk_seconds:g} s; choose a longer clip or shorter chunks")
+        raise OmniMemError(
+            f"{name}: shorter than a chunk of {chunk_seconds:g} s; choose a longer clip or shorter chunks"
+        )
     count = math.ceil(seconds / chunk_seconds - 1e-6)
     for index in range(count):
         chunk = whole[index % len(whole)]

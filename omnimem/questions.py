@@ -1,7 +1,7 @@
 """What a memory still knows: stream clips, ask each question when its time has come, score the answers.
 
     result = answer_questions(session, rows, max_new_tokens=16)
-    print(result["accuracy"], result["accuracy_95"], result["nll"])
+    print(result["accuracy"], result["accuracy_low"], result["accuracy_high"], result["nll"])
 
 An answer counts when it equals the reference up to case, white space and final punctuation. Beside it stands the mean
 negative log-likelihood of the reference, which also tells memories apart that never say it word for word.
@@ -86,7 +86,8 @@ def answer_questions(
     Returns
     -------
     dict
-        ``questions``, ``accuracy``, ``accuracy_95`` (`cluster_interval`), ``nll`` (mean over questions of nats a token);
+        ``questions``, ``accuracy``, ``accuracy_low``, ``accuracy_high`` (`cluster_interval`), ``nll`` (nats a token,
+        mean over questions);
         ``retained`` (most visual and audio positions a layer held on average when a question was asked),
         ``answer_bytes`` (most bytes of keys and values then), ``peak_bytes``, ``memory_peak_bytes``,
         ``device_peak_bytes`` (see `Meter`); ``chunk_ms`` (median, first chunks of clips left out), ``first_token_ms``
@@ -114,10 +115,12 @@ def answer_questions(
     clips: dict[str, list[bool]] = {}
     for answer in answers:
         clips.setdefault(answer["clip"], []).append(answer["correct"])
+    low, high = cluster_interval(list(clips.values()))
     return {
         "questions": len(answers),
         "accuracy": statistics.fmean(answer["correct"] for answer in answers),
-        "accuracy_95": cluster_interval(list(clips.values())),
+        "accuracy_low": low,
+        "accuracy_high": high,
         "nll": statistics.fmean(answer["nll"] for answer in answers),
         "retained": max(answer["retained"] for answer in answers),
         "answer_bytes": max(answer["answer_bytes"] for answer in answers),
@@ -162,12 +165,12 @@ def normalised(answer: str) -> str:
     return " ".join(answer.casefold().split()).rstrip(" .!?…。")
 
 
-def cluster_interval(clips: Sequence[Sequence[bool]]) -> list[float]:
+def cluster_interval(clips: Sequence[Sequence[bool]]) -> tuple[float, float]:
     """95 % interval of the share of right answers when questions of a clip stand or fall together.
 
     Wilson's interval with the effective number of questions n_e = p·(1 − p) / v, where v is the cluster-robust variance
-    of p (sums over clips of what their questions deviate from p, squared). n_e is at most the number of questions; where
-    all answers are right, or all wrong, v says nothing and n_e is the number of clips, and so it is for a single clip.
+    of p (sums over clips of what their questions deviate from p, squared). n_e is at most the number of questions.
+    Where all answers are right or all are wrong, v says nothing, and n_e is the number of clips; so it is for one clip.
 
     Parameters
     ----------
@@ -176,7 +179,7 @@ def cluster_interval(clips: Sequence[Sequence[bool]]) -> list[float]:
 
     Returns
     -------
-    list of float
+    tuple of float
         Lower and upper end.
     """
     count, number = len(clips), sum(len(clip) for clip in clips)
@@ -188,4 +191,4 @@ def cluster_interval(clips: Sequence[Sequence[bool]]) -> list[float]:
     z2 = 1.96**2
     centre = (p + z2 / (2 * effective)) / (1 + z2 / effective)
     half = math.sqrt(z2 * p * (1 - p) / effective + z2**2 / (4 * effective**2)) / (1 + z2 / effective)
-    return [max(0.0, centre - half), min(1.0, centre + half)]
+    return max(0.0, centre - half), min(1.0, centre + half)

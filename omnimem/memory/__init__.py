@@ -1,7 +1,7 @@
 """The memory: a compressed key-value cache, its attention function and attention mass."""
 
 from omnimem.memory.attach import attach
-from omnimem.memory.attention import attention_mass, lower_right_attention
+from omnimem.memory.attention import attention_mass, attention_with_mass, lower_right_attention
 from omnimem.memory.cache import CompressedCache, MemoryState
 from omnimem.memory.layer import Kept
 from omnimem.memory.table import PositionTable
@@ -13,5 +13,6 @@ __all__ = [
     "PositionTable",
     "attach",
     "attention_mass",
+    "attention_with_mass",
     "lower_right_attention",
 ]

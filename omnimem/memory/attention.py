@@ -166,7 +166,8 @@ def attention_with_mass(
         Output ``[B, H, Q, D]`` and mass ``[B, G, K]``.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.is_cuda and valid is None and query.dtype in (torch.float16, torch.bfloat16):
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.is_cuda and valid is None and half and query.shape[-1] % 8 == 0:
         return _fused_with_mass(query, key, value, scale, stride, window)
     weight = _row_weights(query, key.shape[2], valid, stride, window)
     return _AttentionWithMass.apply(query, key, value, valid, weight, scale, tile)  # pyright: ignore[reportReturnType]

@@ -9,14 +9,15 @@ of every row, and with that any weight is one exponential away: a_k = Σ_q exp(q
 Both take memory and chunk as one run of keys, read each key once for all query heads that share it, and never hold more
 than a tile of weights. One program writes each number, without atomics: the same inputs give the same bits.
 
-Importing this module needs Triton (ImportError without it), so the package does so on CUDA only; its tests
-run without a GPU too, in Triton's interpreter: `pytest tests/test_kernels.py`.
+Importing this module needs Triton (ImportError without it), so the package does so on CUDA only. The tests
+need no GPU, only Triton's interpreter: `pytest tests/test_kernels.py`.
 """
 
 # No `from __future__ import annotations`: Triton finds `tl.constexpr` parameters by their annotations.
 
 import math
 import os
+from typing import Any
 
 import torch
 import triton
@@ -49,7 +50,7 @@ def column_mass(
     lse : Tensor
         Natural log-sum-exp of each row's scaled logits over the keys it sees, ``[B, H, R]``, float32, any strides.
     first : int
-        Position of the first row, >= 0. A row beyond the last key sees all keys.
+        Position of the first row, >= 0. Every row's own key is among the keys: first + (R − 1) · stride < K.
     stride : int
         Positions from one row to the next, >= 1.
     scaling : float, optional
@@ -60,29 +61,25 @@ def column_mass(
     Tensor
         ``[B, G, K]``, float32, no gradient. The masses of a group sum to R.
     """
-    batch, heads, rows, dim = query.shape
+    batch, _, rows, dim = query.shape
     groups, keys = key.shape[1], key.shape[2]
     mass = torch.empty(batch, groups, keys, dtype=torch.float32, device=query.device)
-    tile = _tile(query)
+    constants = _constants(query, key)
     # Triton launches on the current device, whatever device its arguments are on.
     with torch.cuda.device_of(query):
-        _column_mass_kernel[triton.cdiv(keys, tile["KEYS"]), batch * groups](
+        _column_mass_kernel[triton.cdiv(keys, constants["KEYS"]), batch * groups](
             query,
             key,
             lse,
             mass,
-            *query.stride(),
-            *key.stride(),
-            *lse.stride(),
             groups,
             rows,
             keys,
             first,
             stride,
             _scale(dim, scaling),
-            SHARE=heads // groups,
-            DIM=dim,
-            **tile,
+            *_strides(query, key, lse),
+            **constants,
         )
     return mass
 
@@ -104,25 +101,21 @@ def row_lse(query: Tensor, key: Tensor, first: int, stride: int = 1, scaling: fl
     """
     batch, heads, rows, dim = query.shape
     groups, keys = key.shape[1], key.shape[2]
-    share = heads // groups
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=query.device)
-    tile = _tile(query)
+    constants = _constants(query, key)
     with torch.cuda.device_of(query):
-        _row_lse_kernel[triton.cdiv(rows * share, tile["ROWS"]), batch * groups](
+        _row_lse_kernel[triton.cdiv(rows * constants["SHARE"], constants["ROWS"]), batch * groups](
             query,
             key,
             lse,
-            *query.stride(),
-            *key.stride(),
             groups,
             rows,
             keys,
             first,
             stride,
             _scale(dim, scaling),
-            SHARE=share,
-            DIM=dim,
-            **tile,
+            *_strides(query, key),
+            **constants,
         )
     return lse
 
@@ -132,13 +125,19 @@ def _scale(dim: int, scaling: float | None) -> float:
     return (dim**-0.5 if scaling is None else scaling) * LOG2_E.value
 
 
-def _tile(query: Tensor) -> dict[str, int]:
-    """Tile sizes and launch options of both kernels.
+def _strides(*tensors: Tensor) -> list[Any]:
+    """Strides of one tensor after the other. Any, because as whole numbers pyright takes them for constants too."""
+    return [stride for tensor in tensors for stride in tensor.stride()]
 
-    They fit the registers and the shared memory (99 KB) of every GPU since the A100, and are small enough that one
-    sample's memory occupies all of a big one.
+
+def _constants(query: Tensor, key: Tensor) -> dict[str, int]:
+    """What both kernels are compiled for: heads that share a key, dimensions, tile sizes, launch options.
+
+    The tiles fit the registers and the shared memory (99 KB) of every GPU since the A100, and are small enough that the
+    memory of one sample occupies all of a big one.
     """
-    width = max(16, triton.next_power_of_2(query.shape[-1]))  # tensor cores multiply 16 at a time
+    dim = query.shape[-1]
+    width = max(16, triton.next_power_of_2(dim))  # tensor cores multiply 16 at a time
     if query.dtype == torch.float32:
         # Exact products run on the ordinary cores, out of registers: smaller tiles, more threads.
         size, warps, stages = 32, 8, 2
@@ -146,12 +145,12 @@ def _tile(query: Tensor) -> dict[str, int]:
         size, warps, stages = 64, 4, 3 if width <= 128 else 2
     # Multiply-adds in one are asked for because Triton's default for them differs between versions.
     launch = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    return {"WIDTH": width, "ROWS": size, "KEYS": size, **launch}
+    return {"SHARE": query.shape[1] // key.shape[1], "DIM": dim, "WIDTH": width, "ROWS": size, "KEYS": size, **launch}
 
 
 # The rows of all heads that share a key head are folded into one axis, position by position: folded row f is head
 # f % SHARE at row f // SHARE. Positions never fall along it, so a causal boundary is one place on it, and a tile is
-# full even for a single query. `_tile_of_queries` is the only place that unfolds it.
+# fuller for a single query.
 #
 # Sizes and positions change with every chunk; a kernel must not be compiled anew for those divisible by 16.
 _CHANGING = ["rows", "keys", "first", "step"]
@@ -192,6 +191,12 @@ def _column_mass_kernel(
     key,
     lse,
     mass,
+    groups,
+    rows,
+    keys,
+    first,
+    step,
+    scale,
     query_b,
     query_h,
     query_r,
@@ -203,12 +208,6 @@ def _column_mass_kernel(
     lse_b,
     lse_h,
     lse_r,
-    groups,
-    rows,
-    keys,
-    first,
-    step,
-    scale,
     SHARE: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -257,6 +256,12 @@ def _row_lse_kernel(
     query,
     key,
     lse,
+    groups,
+    rows,
+    keys,
+    first,
+    step,
+    scale,
     query_b,
     query_h,
     query_r,
@@ -265,12 +270,6 @@ def _row_lse_kernel(
     key_g,
     key_k,
     key_d,
-    groups,
-    rows,
-    keys,
-    first,
-    step,
-    scale,
     SHARE: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -291,9 +290,8 @@ def _row_lse_kernel(
     total = tl.zeros([ROWS], dtype=tl.float32)
 
     # Keys before `whole` are seen by all of these rows, keys from `stop` on by none.
-    whole = tl.minimum(first + begin // SHARE * step + 1, keys) // KEYS * KEYS
-    last = tl.minimum(begin + ROWS, rows * SHARE) - 1
-    stop = tl.minimum(first + last // SHARE * step + 1, keys)
+    whole = (first + begin // SHARE * step + 1) // KEYS * KEYS
+    stop = first + (tl.minimum(begin + ROWS, rows * SHARE) - 1) // SHARE * step + 1
     for start in range(0, whole, KEYS):
         tile_keys = _tile_of_keys(key, start + tl.arange(0, KEYS), keys, key_k, key_d, DIM, WIDTH)
         logits = _dot(tile, tile_keys) * scale
@@ -302,7 +300,7 @@ def _row_lse_kernel(
         index = start + tl.arange(0, KEYS)
         tile_keys = _tile_of_keys(key, index, keys, key_k, key_d, DIM, WIDTH)
         logits = _dot(tile, tile_keys) * scale
-        visible = (index[None, :] <= position[:, None]) & (index < keys)[None, :]
+        visible = index[None, :] <= position[:, None]
         # Every row sees key 0, so that none has -inf for its top after the first tile.
         top, total = _add(top, total, tl.where(visible, logits, float("-inf")))
     offset = (tl.program_id(1).to(tl.int64) * SHARE + folded % SHARE) * rows + folded // SHARE

@@ -56,7 +56,20 @@ class Kept(NamedTuple):
         # A stable sort of "dropped" puts the kept columns first and leaves them in stored order.
         columns = torch.sort((~keep).to(torch.int8), dim=1, stable=True).indices[:, :width]
         valid = torch.arange(width, device=keep.device)[None] < lengths[:, None]
-        return cls(columns.masked_fill(~valid, 0), valid, merged)
+        return cls(columns.masked_fill(~valid, 0), valid, None if merged is None else _filled(merged))
+
+
+def _filled(merged: Merged) -> Merged | None:
+    """Without the new positions that no row has: a single stream is never masked, so it must hold no padding."""
+    filled = merged.table.valid.any(0)
+    if bool(filled.all()):
+        return merged
+    slots = filled.nonzero()[:, 0]
+    if len(slots) == 0:
+        return None
+    into = torch.where(merged.into < 0, -1, (filled.cumsum(0) - 1)[merged.into.clamp_min(0)])
+    table = merged.table.gather(slots.expand(len(into), -1), merged.table.valid[:, slots])
+    return Merged(into, merged.weight, table)
 
 
 class CompressedLayer(CacheLayerMixin):

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Qwen2_5OmniTextConfig, Qwen2_5OmniThinkerTextModel
 
 from omnimem.budget import BudgetProfile
-from omnimem.memory import CompressedCache, attach, attention_mass, lower_right_attention
+from omnimem.memory import CompressedCache, attach, attention_mass, attention_with_mass, lower_right_attention
 from omnimem.modality import AUDIO, VISUAL
 from omnimem.selection import Candidates, SelectionMethod, build_selection
 
@@ -37,11 +37,10 @@ class Recent(SelectionMethod):
 
 VARIANTS: dict[str, SelectionMethod] = {
     "no selection": Recent(),
-    "omnimem, exact": build_selection("omnimem"),
+    "omnimem, exact": build_selection("omnimem", mass_stride=1),
     "omnimem, every 4th query": build_selection("omnimem", mass_stride=4),
-    "omnimem, exact, sketch": build_selection("omnimem", redundancy="sketch"),
-    "omnimem, every 4th, sketch": build_selection("omnimem", redundancy="sketch", mass_stride=4),
-    "random": build_selection("random"),
+    "omnimem, every 4th, sketch": build_selection("omnimem", mass_stride=4, redundancy="sketch"),
+    **{name: build_selection(name) for name in ("random", "h2o", "snapkv", "streaming_llm", "infinipot_v")},
 }
 
 
@@ -67,13 +66,20 @@ def build_decoder(args: argparse.Namespace) -> Qwen2_5OmniThinkerTextModel:
 class Run:
     """One variant: its memory, filled, and a step that can be timed."""
 
-    def __init__(self, model: Qwen2_5OmniThinkerTextModel, method: SelectionMethod, args: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        model: Qwen2_5OmniThinkerTextModel,
+        method: SelectionMethod,
+        args: argparse.Namespace,
+        fill: int | None = None,
+    ) -> None:
         self.model, self.args = model, args
         self.cache = CompressedCache(BudgetProfile.uniform(model.config, args.memory), method)
         self.seen = 0
         kinds = [VISUAL] * 5 + [AUDIO]
         self.modality = torch.tensor([kinds * args.chunk], device=args.device)[:, : args.chunk]
-        for _ in range(-(-args.memory // args.chunk) + 2):
+        self.time = torch.arange(args.chunk, device=args.device)[None] // 64 * 1.0
+        for _ in range(-(-args.memory // args.chunk) + 2 if fill is None else fill // args.chunk):
             self.step()
 
     def step(self) -> dict[str, float]:
@@ -90,6 +96,7 @@ class Run:
                 past_key_values=self.cache,
                 use_cache=True,
                 modality=self.modality,
+                time=self.time + self.seen,
             )
             forward = clock(args.device)
             self.cache.compress()
@@ -113,6 +120,7 @@ def time_attention(args: argparse.Namespace, rounds: int) -> dict[str, float]:
     key, value = (torch.randn(1, args.kv_heads, keys, dim, device=args.device, dtype=dtype) for _ in range(2))
     jobs = {
         "attention": lambda: lower_right_attention(query, key, value),
+        "attention with mass": lambda: attention_with_mass(query, key, value),
         "mass": lambda: attention_mass(query, key),
         "mass, every 4th query": lambda: attention_mass(query, key, stride=4),
     }
@@ -127,10 +135,8 @@ def time_attention(args: argparse.Namespace, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def main() -> int:
-    """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Options of the decoder's shape and of how long it is measured."""
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -138,6 +144,13 @@ def main() -> int:
         "layers": 4, "hidden": 1024, "heads": 8, "kv-heads": 2, "ffn": 4096, "memory": 8192, "chunk": 512,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+
+
+def main() -> int:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    add_shape(parser)
     args = parser.parse_args()
     model = build_decoder(args)
     runs = {name: Run(model, method, args) for name, method in VARIANTS.items()}

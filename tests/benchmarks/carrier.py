@@ -1,0 +1,144 @@
+"""Our memory of keys and values against the release's memory of hidden states, at the same setting.
+
+    python tests/benchmarks/carrier.py [--out results.json] [--full 0]
+    python tests/benchmarks/carrier.py --device cuda --dtype bfloat16 --layers 28 --hidden 3584 --heads 28 \
+        --kv-heads 4 --ffn 18944 --memory 8192 --chunk 1024 --full 720000
+
+The release keeps, of every retained position and layer, the layer's input hidden state and its rotary cos and sin, and
+projects keys and values of all of them anew for every chunk. Here that is written down once, as fast as plain modules
+allow (retained positions ask no queries), beside `omnimem` with the release's settings; both score and keep alike.
+`--full N` adds a step over an uncompressed cache of N positions. Rounds alternate; reported are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from cost import Run, add_shape, build_decoder, clock
+from torch import Tensor
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import apply_rotary_pos_emb
+
+from omnimem.memory import attention_mass, lower_right_attention
+from omnimem.modality import AUDIO, VISUAL
+from omnimem.selection import build_selection
+from omnimem.selection.redundancy import neighbour_similarity
+from omnimem.selection.topk import best
+
+
+class Carrier:
+    """The hidden-state memory of the release."""
+
+    def __init__(self, model: Any, args: argparse.Namespace) -> None:
+        self.model, self.args = model, args
+        self.hidden: list[Tensor] = []
+        self.angles: list[tuple[Tensor, Tensor]] = []
+        self.kinds: list[Tensor] = []
+        self.mass: list[Tensor] = []
+        self.seen = 0
+        for _ in range(-(-args.memory // args.chunk) + 2):
+            self.step()
+
+    @torch.no_grad()
+    def step(self) -> float:
+        """Seconds of a chunk: forward, scores and the memory back to its budget."""
+        args, model = self.args, self.model
+        hidden = torch.randn(1, args.chunk, args.hidden, device=args.device, dtype=model.dtype)
+        positions = (self.seen + torch.arange(args.chunk, device=args.device)).expand(3, 1, -1)
+        kinds = torch.tensor([([VISUAL] * 5 + [AUDIO]) * args.chunk], device=args.device)[:, : args.chunk]
+        self.seen += args.chunk
+        started = clock(args.device)
+        new = model.rotary_emb(hidden, positions)
+        memory = []
+        for number, layer in enumerate(model.layers):
+            every, (cos, sin), kind = hidden, new, kinds
+            if self.hidden:
+                every = torch.cat((self.hidden[number], hidden), 1)
+                cos, sin = (torch.cat(pair, 1) for pair in zip(self.angles[number], new, strict=True))
+                kind = torch.cat((self.kinds[number], kinds), 1)
+            hidden, mass = self._layer(layer, every, hidden, cos, sin)
+            if self.hidden:
+                old = self.mass[number]
+                mass[:, : old.shape[1]] = (mass[:, : old.shape[1]] + old) / 2
+            kept = self._kept(every, mass, kind)
+            memory.append((every[:, kept], (cos[:, kept], sin[:, kept]), kind[:, kept], mass[:, kept]))
+        self.hidden, self.angles, self.kinds, self.mass = map(list, zip(*memory, strict=True))
+        return clock(args.device) - started
+
+    def _layer(self, layer: Any, every: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """One decoder layer: output of the chunk's positions, attention mass of all."""
+        attention, chunk = layer.self_attn, self.args.chunk
+        normed = layer.input_layernorm(every)
+
+        def heads(states: Tensor) -> Tensor:
+            return states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+        key, value = heads(attention.k_proj(normed)), heads(attention.v_proj(normed))
+        query = heads(attention.q_proj(normed[:, -chunk:]))
+        query, _ = apply_rotary_pos_emb(query, query, cos[:, -chunk:], sin[:, -chunk:])
+        key, _ = apply_rotary_pos_emb(key, key, cos, sin)
+        output = lower_right_attention(query, key, value)
+        hidden = hidden + attention.o_proj(output.transpose(1, 2).flatten(2))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return hidden, attention_mass(query, key, kind="concat")
+
+    def _kept(self, every: Tensor, mass: Tensor, kinds: Tensor) -> Tensor:
+        """Columns that stay: ψ of the release, five visual positions for each audio one."""
+        similarity = neighbour_similarity(every.float(), torch.ones_like(kinds, dtype=torch.bool))
+        score = 0.02 * torch.log(mass + 1e-12) + torch.log((1 - similarity).clamp_min(0) + 1e-12) / 2
+        visual = round(self.args.memory * 5 / 6)
+        keep = best(score, kinds == VISUAL, visual) | best(score, kinds == AUDIO, self.args.memory - visual)
+        return keep[0].nonzero()[:, 0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        pairs = [tensor for pair in self.angles for tensor in pair]
+        return sum(tensor.nbytes for tensor in (*self.hidden, *pairs, *self.kinds, *self.mass))
+
+
+def main() -> int:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--full", type=int, default=0, metavar="N", help="also over an uncompressed cache of N")
+    add_shape(parser)
+    args = parser.parse_args()
+    model = build_decoder(args)
+    makers: dict[str, Any] = {
+        "hidden-state carrier (release)": lambda: Carrier(model, args),
+        "omnimem, variant=release": lambda: Run(model, build_selection("omnimem", variant="release"), args),
+        "omnimem, default": lambda: Run(model, build_selection("omnimem"), args),
+        "omnimem, redundancy=sketch": lambda: Run(model, build_selection("omnimem", redundancy="sketch"), args),
+    }
+    if args.full:
+        makers[f"full cache of {args.full}"] = lambda: Run(model, build_selection("full"), args, args.full)
+    runs = {name: make() for name, make in makers.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(args.rounds):
+        for name, run in runs.items():
+            step = run.step()
+            times[name].append(step if isinstance(step, float) else step["step"])
+    rows = []
+    base = statistics.median(times["hidden-state carrier (release)"])
+    print(f"{'memory':<34}{'ms a chunk':>11}{'ratio':>8}{'positions/s':>13}{'MiB':>8}")
+    for name, run in runs.items():
+        seconds = statistics.median(times[name])
+        held = (run if isinstance(run, Carrier) else run.cache).nbytes / 2**20
+        rows.append({"memory": name, "seconds": seconds, "ratio": seconds / base, "mib": held})
+        print(f"{name:<34}{seconds * 1e3:>11.0f}{seconds / base:>8.2f}{args.chunk / seconds:>13.0f}{held:>8.0f}")
+    if args.out:
+        device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
+        shape = {k: v for k, v in vars(args).items() if k != "out"}
+        report = {"shape": shape, "device": device, "threads": torch.get_num_threads(), "rows": rows}
+        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

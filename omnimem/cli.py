@@ -359,7 +359,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     from data_prep.manifest import manifest_fingerprint, read_manifest
-    from omnimem.compare import compare_command
+    from omnimem.measure.compare import compare_command
 
     manifest = read_manifest(args.questions, on_bad_row="skip")
     rows = manifest.rows[: args.limit]
@@ -367,7 +367,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from omnimem.bench import bench_command
+    from omnimem.measure.bench import bench_command
 
     bench_command(args)
 

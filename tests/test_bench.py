@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from conftest import RABBIT, WEBB
-from omnimem.bench import measure_cell
 from omnimem.budget import BudgetProfile
 from omnimem.cli import main
 from omnimem.errors import OmniMemError
-from omnimem.measure import Meter, repeat
+from omnimem.measure.bench import measure_cell
+from omnimem.measure.meter import Meter, repeat
 from omnimem.media import open_media
 from omnimem.stream import StreamingSession, StreamSettings
 

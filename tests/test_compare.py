@@ -14,15 +14,15 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-import omnimem.compare
-import omnimem.figures
+import omnimem.measure.compare
+import omnimem.measure.figures
 from conftest import MEDIA, RABBIT, WEBB
 from omnimem.budget import BudgetProfile
 from omnimem.budget.allocation import Compressibility, LayerStatistics
-from omnimem.cells import Cell, run_cells
 from omnimem.cli import main
 from omnimem.errors import OmniMemError
-from omnimem.questions import cluster_interval, normalised
+from omnimem.measure.cells import Cell, run_cells
+from omnimem.measure.questions import cluster_interval, normalised
 from omnimem.selection import SELECTION_METHODS
 from omnimem.stream import StreamingSession, StreamSettings
 from small_runs import FLOWER, NO_INDEX, ROWS, start, write_manifest
@@ -162,7 +162,7 @@ def test_finished_cells_are_kept_and_others_added(compared, tiny_path, questions
 
 
 def test_an_interrupted_comparison_goes_on(tiny_path, questions, tmp_path, monkeypatch, capsys):
-    genuine, calls = omnimem.compare.answer_questions, []
+    genuine, calls = omnimem.measure.compare.answer_questions, []
 
     def interrupted(*args):
         calls.append(args)
@@ -170,7 +170,7 @@ def test_an_interrupted_comparison_goes_on(tiny_path, questions, tmp_path, monke
             raise KeyboardInterrupt
         return genuine(*args)
 
-    monkeypatch.setattr(omnimem.compare, "answer_questions", interrupted)
+    monkeypatch.setattr(omnimem.measure.compare, "answer_questions", interrupted)
     assert compare(tiny_path, questions, tmp_path, *GRID, "--limit", "1") == 1
     assert "interrupted" in capsys.readouterr().err
     before = written(tmp_path)
@@ -247,7 +247,7 @@ def test_no_clip_and_no_matplotlib_are_one_line(tiny_path, questions, tmp_path, 
     only = write_manifest(questions.parent / "only.jsonl", [{"media": NO_INDEX, "question": "What?", "answer": "No."}])
     assert compare(tiny_path, only, tmp_path, *GRID) == 2
     assert "no question could be asked" in capsys.readouterr().err
-    monkeypatch.setattr(omnimem.figures, "find_spec", lambda name: None)
+    monkeypatch.setattr(omnimem.measure.figures, "find_spec", lambda name: None)
     assert compare("no/such/model", questions, tmp_path, *GRID) == 2
     assert "omnimem[report]" in capsys.readouterr().err
 
@@ -287,4 +287,4 @@ def test_all_methods_are_the_default_and_help_needs_no_torch():
     code += "a = p.parse_args(['compare', 'm', 'q', '--out', 'o']); b = p.parse_args(['bench', '--out', 'o']); "
     code += "print(a.methods, b.methods, 'torch' in sys.modules)"
     assert start("-c", code).stdout == "all all False\n"
-    assert set(omnimem.compare.choose_methods("all", [])) == set(SELECTION_METHODS)
+    assert set(omnimem.measure.compare.choose_methods("all", [])) == set(SELECTION_METHODS)

@@ -572,19 +572,22 @@ def test_questions_leave_no_trace_and_continue_behind_the_memory(model, method, 
 
 
 @torch.no_grad()
-def test_a_question_between_a_chunk_and_its_compression_changes_nothing(model):
+def test_a_question_between_two_chunks_and_their_compression_changes_nothing(model):
+    """Chunks and text that come without a compression in between keep their distance from each other."""
     parts = stream_parts(SIZES)
     memories = []
     for interrupted in (False, True):
         cache = new_cache("omnimem", lam=1.0)
-        stream(model, cache, parts[:5])
-        positions, following = cache.place(
-            parts[5].positions, parts[5].modality, parts[5].valid, parts[5].next_position
-        )
-        run(model, cache, replace(parts[5], positions=positions, next_position=following))
-        if interrupted:
-            with cache.scratch():
-                run(model, cache, ask(cache, 1), text=True)
+        stream(model, cache, parts[:4])
+        first = None
+        for part in parts[4:6]:
+            positions, following = cache.place(part.positions, part.modality, part.valid, part.next_position)
+            run(model, cache, replace(part, positions=positions, next_position=following))
+            if interrupted:
+                with cache.scratch():
+                    run(model, cache, ask(cache, 1), text=True)
+            first = positions - part.positions if first is None else first
+            assert positions[0, 0, 0] - part.positions[0, 0, 0] == first[0, 0, 0] != 0
         cache.compress()
         memories.append(held(cache))
     assert same(*memories)
@@ -694,6 +697,27 @@ def test_what_training_streams_is_what_inference_streams(model, method, position
     assert ids[0] == ids[1]
 
 
+@TRAINED
+@pytest.mark.parametrize("samples", [1, 2])
+def test_gradients_pass_exactly_through_a_compression(model, method, positions, samples):
+    """Finite differences of everything a memory holds after one with respect to all it held before it."""
+    cache, parts = watched(model, method, positions, samples, recompute=False)
+    Stream(offline(model), cache)._observe(parts[1])
+    before = cache.state()
+    decided = cache.compress()
+    assert any(len(kept.columns[0]) < before.states[2 * n].shape[2] for n, kept in enumerate(decided))
+    if cache.method.probes:
+        assert any(kept.merged is not None for kept in decided)
+
+    def compressed(*states: Tensor) -> tuple[Tensor, ...]:
+        cache.restore(before.with_states(states))
+        cache.compress(decided)
+        return tuple(held for layer in cache.layers for held in (layer.rotated_keys(), layer.values))
+
+    leaves = [state.detach().requires_grad_() for state in before.states]
+    assert torch.autograd.gradcheck(compressed, leaves, fast_mode=True, atol=1e-7)
+
+
 @pytest.fixture(scope="module")
 def session(tiny64) -> StreamingSession:
     budgets = BudgetProfile.uniform(tiny64.config, mean=40, ratio=2.0)
@@ -747,9 +771,7 @@ def test_a_generated_answer_is_the_greedy_one(session, tiny64):
             pad_token_id=tiny64.tokenizer.pad_token_id,
         )  # fmt: skip
     assert output[0, inputs["input_ids"].shape[1] :].tolist() == tokens
-    logits, targets = None, None
+    question, answer = tiny64.question_ids("What is heard?")[0], torch.tensor(tokens)
     with torch.no_grad():
-        logits, targets = flow.answer_logits(
-            session._encoder.closing(), [tiny64.question_ids("What is heard?")[0]], [torch.tensor(tokens)]
-        )
+        logits, targets = flow.answer_logits(session._encoder.closing(), [question], [answer])
     assert targets.tolist() == tokens == logits.argmax(-1).tolist()

@@ -44,17 +44,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kvpress.utils import get_prerope_query_states  # pyright: ignore[reportMissingImports]
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import rotate_half
+
 from kvpress import (  # pyright: ignore[reportMissingImports]
     ObservedAttentionPress,
     ScorerPress,
     SnapKVPress,
     StreamingLLMPress,
 )
-from kvpress.utils import get_prerope_query_states  # pyright: ignore[reportMissingImports]
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
-from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
 SEED = 26
 """Of the first forty, the one whose kept sets are the least in doubt (`SMALLEST_MARGIN`)."""

@@ -6,7 +6,7 @@ A clip is repeated to the wanted length and streamed through each method; a ques
 peak of a cell is what PyTorch allocated at most beyond the weights. On the CPU a cell is a process of its own, and the
 table says how far the peak of its resident set rose above that of a stream of one chunk, which has loaded all there is
 to load. A small model drowns in the noise of that, so the picture then shows the exact peak of what the memory holds.
-Cells that are finished are not computed again, see `omnimem.cells`.
+Cells that are finished are not computed again, see `omnimem.measure.cells`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from typing import Any
 from omnimem import __version__
 from omnimem.backbones import Backbone, parse_device
 from omnimem.budget import BudgetProfile
-from omnimem.cells import Cell, Column, choose_methods, device_name, file_digest, run_cells, table, write_csv
 from omnimem.errors import OmniMemError
-from omnimem.figures import Line, Panel, draw, require_matplotlib
 from omnimem.files import atomic_write_json
-from omnimem.measure import Meter
+from omnimem.measure.cells import Cell, Column, choose_methods, device_name, file_digest, run_cells, table, write_csv
+from omnimem.measure.figures import Line, Panel, draw, require_matplotlib
+from omnimem.measure.meter import Meter
 from omnimem.stream import StreamingSession, StreamSettings
 
-SHIPPED = Path(__file__).resolve().parents[1] / "tests" / "media" / "speech_apollo15_hammer_feather_47s.webm"
+SHIPPED = Path(__file__).resolve().parents[2] / "tests" / "media" / "speech_apollo15_hammer_feather_47s.webm"
 """Clip used when none is named; it is part of a checkout, not of an installed package."""
 
 QUESTION = "What is seen and what is heard?"
@@ -150,7 +150,7 @@ def _stream(session: StreamingSession, media: str, seconds: float, rounds: int) 
 
 def _in_a_process_of_its_own(task: dict[str, Any]) -> dict[str, Any]:
     """Measure a cell in a fresh interpreter, which an interruption of this one ends."""
-    command = [sys.executable, "-m", "omnimem.bench"]
+    command = [sys.executable, "-m", "omnimem.measure.bench"]
     done = subprocess.run(
         command, input=json.dumps(task), stdout=subprocess.PIPE, text=True, check=False, start_new_session=True
     )

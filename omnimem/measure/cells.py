@@ -28,7 +28,7 @@ from omnimem.errors import OmniMemError
 from omnimem.files import atomic_file, atomic_write_json, sweep
 from omnimem.selection import SELECTION_METHODS, SelectionMethod, build_selection
 
-log = logging.getLogger("omnimem.cells")
+log = logging.getLogger("omnimem.measure.cells")
 
 CELLS = "cells"
 """Folder of the cells inside the folder of a table."""

@@ -5,7 +5,8 @@
 Every method is given every mean budget (with ``--lam`` and ``--temperature`` also every λ, and every T of the budget
 allocation); a cell streams all clips with a fresh memory and asks every question when its time has come. Out come a
 table, a JSON and a CSV file, and pictures of accuracy against budget (the paper's figure 6), λ and T (figure 5). Cells
-that are finished are not computed again, see `omnimem.cells`; what the numbers are, `omnimem.questions` says.
+that are finished are not computed again (`omnimem.measure.cells`); what the numbers are says
+`omnimem.measure.questions`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import Any
 from omnimem import __version__
 from omnimem.budget import BudgetProfile
 from omnimem.budget.allocation import with_mean
-from omnimem.cells import Cell, Column, choose_methods, device_name, run_cells, table, weights_digest, write_csv
 from omnimem.errors import OmniMemError
-from omnimem.figures import Line, Panel, draw, require_matplotlib
 from omnimem.files import atomic_write_json
-from omnimem.questions import Row, answer_questions
+from omnimem.measure.cells import Cell, Column, choose_methods, device_name, run_cells, table, weights_digest, write_csv
+from omnimem.measure.figures import Line, Panel, draw, require_matplotlib
+from omnimem.measure.questions import Row, answer_questions
 from omnimem.selection import SelectionMethod, build_selection, options_of
 from omnimem.stream import StreamingSession
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from omnimem.errors import OmniMemError
-from omnimem.measure import Meter
+from omnimem.measure.meter import Meter
 from omnimem.media import MediaError
 from omnimem.stream import StreamEvent, StreamingSession
 
-log = logging.getLogger("omnimem.questions")
+log = logging.getLogger("omnimem.measure.questions")
 
 
 class Question(Protocol):

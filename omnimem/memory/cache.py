@@ -217,6 +217,8 @@ class CompressedCache(Cache):
     @contextmanager
     def probing(self, probe: Probe, embeds: Tensor) -> Iterator[None]:
         """A `scratch` inside which every layer notes how the step, a probe of ``[B, P, C]`` embeddings, attends."""
+        for layer in self.layers:
+            layer.reserve(embeds.shape[1])
         with self.scratch():
             for layer in self.layers:
                 layer.probe = probe

@@ -63,6 +63,15 @@ class Columns:
             buffer.narrow(self.dim, 0, self.tensor.shape[self.dim]).copy_(self.tensor)
         return buffer
 
+    def reserve(self, columns: int) -> None:
+        """Make room for so many columns behind the stored ones, in place, so that appending them copies nothing."""
+        if self.buffer is None:
+            return
+        stop = self.tensor.shape[self.dim] + columns
+        if self.buffer.shape[self.dim] < stop:
+            self.buffer = self._grown(self.buffer, stop)
+            self.tensor = self.buffer.narrow(self.dim, 0, stop - columns)
+
     def take(self, columns: Tensor) -> Tensor:
         """Keep the columns ``[B, M]``, ascending in each row, and return them."""
         if self.buffer is None:

@@ -163,6 +163,12 @@ class CompressedLayer(CacheLayerMixin):
         """Take the attention mass ``[B, N + T]`` (``[B, G, N + T]``) the step gave to retained and new positions."""
         self._new_mass = mass.detach().flatten(0, -2)
 
+    def reserve(self, columns: int) -> None:
+        """Make room for a probe of so many positions; what a scratch appends past the buffer is copied every time."""
+        self._keys.reserve(columns)
+        self._values.reserve(columns)
+        self._show()
+
     def observe_probe(self, attention: Tensor) -> None:
         """Take the attention ``[B, N]`` of a probe to what is stored."""
         self._probed.append(attention)

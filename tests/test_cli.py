@@ -17,7 +17,10 @@ from omnimem.errors import OmniMemError
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "transformers", "rich", "numpy", "omegaconf"}
-COMMANDS = [[], ["export"], ["answer"], ["calibrate"], ["compare"], ["bench"], ["profile"], ["profile", "show"], ["profile", "convert"]]
+COMMANDS = [
+    *([], ["export"], ["answer"], ["calibrate"], ["compare"], ["bench"]),
+    *(["profile"], ["profile", "show"], ["profile", "convert"]),
+]
 
 
 def start(*command, **environment):

@@ -43,15 +43,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+EXACT = {"mass_stride": 1}
+
+
 class Recorder(OmniMem):
     """Exact selection that scores everything once more in each cheaper way."""
 
-    reads_keys = True
-
     def __init__(self, variant: str) -> None:
-        super().__init__(variant)
+        super().__init__(variant, mass_stride=1)
         self.reads_keys = True
-        self.others = {name: OmniMem(variant, **options) for name, options in VARIANTS.items()}
+        self.others = {name: OmniMem(variant, **{**EXACT, **options}) for name, options in VARIANTS.items()}
         self.sampled: dict[tuple[int, int], Tensor] = {}
         self.ranks: dict[str, list[float]] = {name: [] for name in VARIANTS}
         self.kept: dict[str, list[float]] = {name: [] for name in VARIANTS}
@@ -79,7 +80,7 @@ class Recorder(OmniMem):
                 small = sketch(candidates.features, options.sketch_dim, candidates.layer, options.seed)
                 changed = replace(candidates, features=small)
             if options.mass_stride > 1:
-                changed = replace(candidates, mass=self.sampled[candidates.layer, options.mass_stride])
+                changed = replace(changed, mass=self.sampled[candidates.layer, options.mass_stride])
             other = method.score(changed)
             both = keep & keep_mask(other, candidates.table, candidates.budget)
             self.ranks[name].append(spearman(score[0][media], other[0][media]))
@@ -141,7 +142,7 @@ def main() -> int:
         {"measurement": "exact", "bytes": extra["hidden"], "rank": 1.0, "kept": 1.0, "kept_lowest": 1.0, "end": 1.0}
     ]
     for name, options in VARIANTS.items():
-        alone = build_selection("omnimem", variant=args.variant, **options)
+        alone = build_selection("omnimem", variant=args.variant, **{**EXACT, **options})
         assert isinstance(alone, OmniMem)
         ends = [stream(session(alone), clip, args.seconds) for clip in clips]
         same = [

@@ -230,6 +230,17 @@ def probe_attention(
     return mass / (heads * queries)
 
 
+@torch.no_grad()
+def row_lse(query: Tensor, key: Tensor, valid: Tensor | None, scale: float, tile: int = WEIGHT_TILE) -> Tensor:
+    """Log-sum-exp of the logits of every query over the keys it sees, ``[B, H, Q]`` in at least float32."""
+    batch, heads, queries, _ = query.shape
+    groups = key.shape[1]
+    lse = torch.empty(batch, groups, heads // groups, queries, dtype=_compute_dtype(query), device=query.device)
+    for group, start, stop, logits in _logit_tiles(query, key, range(queries), queries, valid, scale, tile):
+        lse[:, group, :, start:stop] = logits.logsumexp(-1)
+    return lse.flatten(1, 2)
+
+
 class _AttentionWithMass(torch.autograd.Function):
     """One pass over q·kᵀ for output and mass; the backward recomputes the weights instead of storing them."""
 
@@ -317,13 +328,18 @@ def _weighted_columns(weights: Tensor, weight: Tensor) -> Tensor:
     return (rows @ weights.flatten(1, 2))[:, 0]
 
 
-def _weight_tiles(
+def _weight_tiles(*args: Any) -> Iterator[tuple[int, int, int, Tensor]]:
+    """`_logit_tiles` after their softmax."""
+    return ((group, start, stop, logits.softmax(-1)) for group, start, stop, logits in _logit_tiles(*args))
+
+
+def _logit_tiles(
     query: Tensor, key: Tensor, rows: range, queries: int, valid: Tensor | None, scale: float, tile: int
 ) -> Iterator[tuple[int, int, int, Tensor]]:
-    """Softmax weights of the rows `rows` of a chunk of so many queries, one key-value head and one tile at a time.
+    """Logits of the rows `rows` of a chunk of so many queries, one key-value head and one tile at a time.
 
-    Yields (key-value head, start, stop, weights ``[B, H/G, stop - start, visible keys]``), start and stop counting
-    `rows`; the caller may overwrite the weights.
+    Yields (key-value head, start, stop, logits ``[B, H/G, stop - start, visible keys]``), start and stop counting
+    `rows`, -inf where a query must not look; the caller may overwrite them.
     """
     batch, heads, _, dim = query.shape
     groups, past = key.shape[1], key.shape[2] - queries
@@ -339,7 +355,7 @@ def _weight_tiles(
                 # Without padding only the columns of the tile itself can be hidden; the past is a lot longer.
                 hidden = past + rows[start] if valid is None else 0
                 logits[..., hidden:].masked_fill_(~mask[..., hidden:], -torch.inf)
-            yield group, start, stop, logits.softmax(-1)
+            yield group, start, stop, logits
 
 
 def _causal_tiles(
@@ -399,4 +415,7 @@ def compressed_attention(
                     query, key, memory.valid, scaling, wanted.kind, stride=wanted.stride, window=wanted.window
                 )
             )
+    if memory.margin is not None and torch.is_grad_enabled():
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = memory.margin.reach(output, query, key, memory.valid, scale)
     return output.transpose(1, 2).contiguous(), None

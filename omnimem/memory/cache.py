@@ -20,7 +20,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from omnimem.budget import BudgetProfile
+from omnimem.errors import OmniMemError
 from omnimem.memory.layer import KINDS, CompressedLayer, Kept
+from omnimem.memory.margin import SelectionGradient
 from omnimem.memory.numbering import Reindexing
 from omnimem.memory.rotary import Rotary
 from omnimem.memory.table import PositionTable
@@ -36,14 +38,31 @@ class MemoryState(NamedTuple):
 
     @property
     def states(self) -> list[Tensor]:
-        """Keys and values of every layer, by turns: what gradients flow through."""
-        return [layer[name][0] for layer in self.layers for name in ("_keys", "_values")]
+        """What gradients flow through: keys and values of every layer, and of the selection what has a graph."""
+        return [tensor for layer in self.layers for tensor in _differentiable(layer).values()]
 
     def with_states(self, states: Sequence[Tensor]) -> MemoryState:
-        """The same moment with other tensors for its keys and values."""
-        pairs = zip(self.layers, states[::2], states[1::2], strict=True)
-        layers = [{**layer, "_keys": (keys, None), "_values": (values, None)} for layer, keys, values in pairs]
+        """The same moment with other tensors in the places of `states`."""
+        given = iter(states)
+        layers = []
+        for layer in self.layers:
+            changed = dict(layer)
+            for name in _differentiable(layer):
+                tensor = next(given)
+                if name == "margin":
+                    changed[name] = layer[name]._replace(gates=tensor)
+                else:
+                    changed[name] = tensor if name == "mass" else (tensor, None)
+            layers.append(changed)
         return MemoryState(layers, self.counters)
+
+
+def _differentiable(layer: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors of a layer's state that gradients flow through."""
+    found = {name: layer[name][0] for name in ("_keys", "_values")}
+    selection = {"_features": layer["_features"][0], "mass": layer["mass"]}
+    selection["margin"] = None if layer["margin"] is None else layer["margin"].gates
+    return found | {name: one for name, one in selection.items() if one is not None and one.requires_grad}
 
 
 class CompressedCache(Cache):
@@ -55,6 +74,8 @@ class CompressedCache(Cache):
         Visual and audio budget of each layer.
     method : SelectionMethod
         Decides which positions stay.
+    gradient : SelectionGradient, optional
+        Under autograd, how gradients reach the selection; without autograd nothing of it exists.
 
     Attributes
     ----------
@@ -64,11 +85,22 @@ class CompressedCache(Cache):
 
     layers: list[CompressedLayer]
 
-    def __init__(self, profile: BudgetProfile, method: SelectionMethod) -> None:
+    def __init__(
+        self, profile: BudgetProfile, method: SelectionMethod, gradient: SelectionGradient | None = None
+    ) -> None:
+        if gradient is not None and not (method.differentiable and method.positions == "original"):
+            raise OmniMemError(
+                f"no gradient can reach the selection of {type(method).__name__} as it is set: it takes "
+                "selection.method=omnimem or similarity_only with redundancy=hidden and positions=original, or "
+                "selection.gradient=none"
+            )
         count = len(profile.layers)
-        super().__init__(layers=[CompressedLayer(i, count, budget, method) for i, budget in enumerate(profile.layers)])
+        super().__init__(
+            layers=[CompressedLayer(i, count, budget, method, gradient) for i, budget in enumerate(profile.layers)]
+        )
         self.profile = profile
         self.method = method
+        self.gradient = gradient
         self._start()
 
     def _start(self) -> None:
@@ -172,9 +204,11 @@ class CompressedCache(Cache):
             raise RuntimeError("a question must not change the memory: compress() inside scratch()")
         for layer in self.layers:
             layer.accumulate()
-        kept = self._decide() if replay is None else replay
-        for layer, one in zip(self.layers, kept, strict=True):
-            layer.take(one)
+        learning = self.gradient is not None and torch.is_grad_enabled()
+        scored = self._scored() if replay is None or learning else [(None, None)] * len(self.layers)
+        kept = replay or [layer.decide(*one) for layer, one in zip(self.layers, scored, strict=True)]
+        for layer, one, (_, score) in zip(self.layers, kept, scored, strict=True):
+            layer.take(one, score if learning else None)
         if self._numbering is not None and self._next_index is not None:
             tables = self._numbering.renumber([layer.table for layer in self.layers], len(self._next_index))
             for layer, table in zip(self.layers, tables, strict=True):
@@ -183,12 +217,12 @@ class CompressedCache(Cache):
                 self.next_position = self._numbering.next
         return kept
 
-    @torch.no_grad()
-    def _decide(self) -> list[Kept | None]:
+    def _scored(self) -> list[Any]:
+        """Candidates and score of each layer; nothing where no layer has to evict."""
         if not any(layer.crowded for layer in self.layers):
-            return [layer.decide() for layer in self.layers]
-        scored = self.method.scores(layer.candidates() for layer in self.layers)
-        return [layer.decide(*one) for layer, one in zip(self.layers, scored, strict=True)]
+            return [(None, None)] * len(self.layers)
+        with torch.set_grad_enabled(self.gradient is not None and torch.is_grad_enabled()):
+            return list(self.method.scores(layer.candidates() for layer in self.layers))
 
     def state(self) -> MemoryState:
         """Snapshot for `restore`; under in-place compaction valid until the next one."""

@@ -17,14 +17,17 @@ from transformers.cache_utils import CacheLayerMixin
 
 from omnimem.budget import LayerBudget
 from omnimem.memory.columns import Columns
+from omnimem.memory.margin import Margin, SelectionGradient
 from omnimem.memory.rotary import Rotary
 from omnimem.memory.table import PositionTable
 from omnimem.modality import EVICTABLE, TEXT
 from omnimem.selection.base import Candidates, MassSpec, Merged, Probe, SelectionMethod
+from omnimem.selection.gates import gates
 
 COLUMNS = ("_keys", "_values", "_features")
 STATE = (
-    "table", "valid", "ragged", "mass", "counts", "columns_seen", "is_initialized", "_settled", "_new_mass", "_active",
+    "table", "valid", "ragged", "mass", "counts", "columns_seen", "is_initialized", "margin", "_settled", "_new_mass",
+    "_active",
 )  # fmt: skip
 """Attributes that, beside the stored columns, make up the state of a layer between two steps."""
 
@@ -83,16 +86,26 @@ class CompressedLayer(CacheLayerMixin):
         Visual and audio positions that stay after a compression.
     method : SelectionMethod
         Scores the candidates and says what it needs to observe.
+    gradient : SelectionGradient, optional
+        Under autograd, how gradients reach the selection.
     """
 
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, index: int, layers: int, budget: LayerBudget, method: SelectionMethod) -> None:
+    def __init__(
+        self,
+        index: int,
+        layers: int,
+        budget: LayerBudget,
+        method: SelectionMethod,
+        gradient: SelectionGradient | None = None,
+    ) -> None:
         super().__init__()
         self.index, self.layers = index, layers
         self.budget = budget
         self.method = method
+        self.gradient = gradient
         self.rotary: Rotary | None = None
         self.reset()
 
@@ -107,6 +120,7 @@ class CompressedLayer(CacheLayerMixin):
         self.is_initialized = False
         self.keys: Any = None
         self.values: Any = None
+        self.margin: Margin | None = None
         self._settled = 0
         # Of the step under way: which columns are real, what it is to report, what it has reported.
         self.valid: Tensor | None = None
@@ -152,7 +166,7 @@ class CompressedLayer(CacheLayerMixin):
     def observe_hidden(self, hidden: Tensor) -> None:
         """Take the layer's input hidden states ``[B, T, C]`` of the new positions."""
         if self.method.stores_features:
-            self._new_features = self.method.features(hidden.detach(), self.index)
+            self._new_features = self.method.features(hidden if self.learning else hidden.detach(), self.index)
 
     @property
     def wants_mass(self) -> MassSpec | None:
@@ -161,7 +175,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def observe_mass(self, mass: Tensor) -> None:
         """Take the attention mass ``[B, N + T]`` (``[B, G, N + T]``) the step gave to retained and new positions."""
-        self._new_mass = mass.detach().flatten(0, -2)
+        self._new_mass = (mass if self._learns_attention else mass.detach()).flatten(0, -2)
 
     def reserve(self, columns: int) -> None:
         """Make room for a probe of so many positions; what a scratch appends past the buffer is copied every time."""
@@ -214,9 +228,21 @@ class CompressedLayer(CacheLayerMixin):
 
     # ---- compression ------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @property
+    def learning(self) -> bool:
+        """Whether a gradient is to reach the selection."""
+        return self.gradient is not None and torch.is_grad_enabled()
+
+    @property
+    def _learns_attention(self) -> bool:
+        return self.learning and self.gradient is not None and self.gradient.attention
+
     def accumulate(self) -> None:
         """Fold the mass observed in the last step into the mass of every position."""
+        with torch.set_grad_enabled(self._learns_attention):
+            self._accumulate()
+
+    def _accumulate(self) -> None:
         if self.mass is None:
             self.mass, self._new_mass = self._new_mass, None
             return
@@ -268,9 +294,10 @@ class CompressedLayer(CacheLayerMixin):
         # Nothing to evict; only the padding between a shorter sample and the step is squeezed out.
         return Kept.of(self.table.valid) if self.ragged and not bool(self.table.valid.all()) else None
 
-    def take(self, kept: Kept | None) -> None:
-        """Reduce every stored tensor to what is kept."""
+    def take(self, kept: Kept | None, score: Tensor | None = None) -> None:
+        """Reduce every stored tensor to what is kept; given scores with their graph, hold back what goes (`margin`)."""
         self._probed = []
+        self.margin = None if kept is None or score is None else self._held_back(kept, score)
         if kept is not None:
             merged = None if kept.merged is None else self._merge(kept.merged)
             for stored in (self._keys, self._values, self._features):
@@ -287,6 +314,31 @@ class CompressedLayer(CacheLayerMixin):
                 self.counts = [{k: min(n, limits.get(k, n)) for k, n in sample.items()} for sample in self.counts]
         self._settled = len(self.table)
         self._show()
+
+    def _held_back(self, kept: Kept, score: Tensor) -> Margin | None:
+        """Evicted positions, detached, behind gates with their graph."""
+        assert self.gradient is not None
+        table, gradient = self.table, self.gradient
+        stays = torch.zeros_like(table.valid, dtype=torch.int8)
+        # A maximum, because padding points at column 0.
+        stays.scatter_reduce_(1, kept.columns, kept.valid.to(torch.int8), "amax")
+        gone = (table.modality != TEXT) & table.valid & (stays == 0)
+        count = int(gone.sum(1).max())
+        if count == 0:
+            return None
+        gate = torch.zeros_like(score)
+        for name, kind in EVICTABLE.items():
+            competing = (table.modality == kind) & table.valid
+            places = getattr(self.budget, name)
+            gate = gate + gates(score, competing, places, gradient.temperature, gradient.threshold)
+        nearest = gate.detach().masked_fill(~gone, -1)
+        columns = nearest.topk(min(count, gradient.margin or count), dim=1).indices.sort(1).values
+        gate = gate.gather(1, columns) * gone.gather(1, columns)
+        keys, values = (
+            states.detach().gather(2, columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+            for states in (self.rotated_keys(), self.values)
+        )
+        return Margin(keys, values, gate, gradient.gain)
 
     def _merge(self, merged: Merged) -> tuple[Tensor, Tensor]:
         """Keys and values ``[R, G, S, D]`` of positions made of others: weighted means, keys without rotation."""

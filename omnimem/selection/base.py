@@ -153,6 +153,8 @@ class SelectionMethod(ABC):
         Whether budgets are ignored.
     positions : Positions
         Rotary ids of what stays.
+    differentiable : bool
+        Whether scores are differentiable in what they are computed from.
     """
 
     mass: MassSpec | None = None
@@ -162,6 +164,7 @@ class SelectionMethod(ABC):
     per_head: ClassVar[bool] = False
     keeps_everything: ClassVar[bool] = False
     positions: Positions = "original"
+    differentiable: bool = False
 
     @abstractmethod
     def score(self, candidates: Candidates) -> Tensor:

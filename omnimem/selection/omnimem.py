@@ -111,6 +111,7 @@ class OmniMem(SelectionMethod):
         self.mass = MassSpec(self.options.mass, self.options.mass_stride) if self.options.lam > 0 else None
         self.stores_features = self.options.redundancy in ("hidden", "sketch")
         self.reads_keys = self.options.redundancy == "key"
+        self.differentiable = self.options.redundancy == "hidden"
 
     def score(self, candidates: Candidates) -> Tensor:
         """Log ψ = λ·log a + log(1 − s), half of the second term under ``sqrt``."""

@@ -1,0 +1,121 @@
+"""What training sees of positions that were just evicted: the gradient that teaches what to keep (training.md §2).
+
+The forward pass is the hard selection of inference, to the bit. The positions evicted after a chunk stay one chunk
+longer as the *margin*, detached, and add to every attention output of that chunk a term whose value is zero::
+
+    o_q += c · Σ_k (g_k − sg g_k) · sg[σ(s_qk − ℓ_q) · (v_k − o_q)]
+
+σ(s − ℓ)·(v − o) is the change of the output had that state been kept, so its gates g learn by how much keeping it would
+have helped. At inference nothing of this exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from omnimem.errors import OmniMemError
+from omnimem.memory.attention import row_lse
+
+TILE = 256
+"""Queries whose attention to the margin exists at once."""
+
+
+@dataclass(frozen=True)
+class SelectionGradient:
+    """How a gradient reaches the selection.
+
+    Attributes
+    ----------
+    temperature : float
+        T of the gates; low ones (0.3) teach best.
+    margin : int or None
+        Evicted positions of a layer that are looked at, those nearest to being kept; None: all.
+    gain : float
+        c, weight of the term.
+    threshold : {"boundary", "bisection"}
+        See `omnimem.selection.gates`.
+    attention : bool
+        Whether the gradient also goes through the attention mass (worth it with a large λ).
+    """
+
+    temperature: float = 0.3
+    margin: int | None = None
+    gain: float = 4.0
+    threshold: Literal["boundary", "bisection"] = "boundary"
+    attention: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0 or (self.margin is not None and self.margin < 1):
+            raise OmniMemError(
+                f"selection gradient: temperature must be above 0 and margin at least 1, got {self.temperature!r} "
+                f"and {self.margin!r}"
+            )
+
+
+class Margin(NamedTuple):
+    """Positions evicted after the last chunk.
+
+    Attributes
+    ----------
+    keys, values : Tensor
+        ``[B, G, M, D]`` post-RoPE, detached.
+    gates : Tensor
+        ``[B, M]`` with their graph; 0 where a sample has fewer.
+    gain : float
+        Weight of the term.
+    """
+
+    keys: Tensor
+    values: Tensor
+    gates: Tensor
+    gain: float
+
+    def reach(self, output: Tensor, query: Tensor, key: Tensor, valid: Tensor | None, scale: float) -> Tensor:
+        """The same attention output ``[B, H, Q, D]``, through which gradients reach the gates.
+
+        Parameters
+        ----------
+        output : Tensor
+            ``[B, H, Q, D]``.
+        query, key, valid
+            What it was computed from, as in `omnimem.memory.attention.lower_right_attention`.
+        scale : float
+            Factor on q·k.
+        """
+        margin = (self.gates, self.keys, self.values)
+        return _Reach.apply(output, *margin, query, key, valid, scale, self.gain)  # pyright: ignore[reportReturnType]
+
+
+class _Reach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output, gates, keys, values, query, key, valid, scale, gain):
+        ctx.save_for_backward(output, gates, keys, values, query, key, valid)
+        ctx.scale, ctx.gain = scale, gain
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        output, gates, keys, values, query, key, valid = ctx.saved_tensors
+        batch, _, queries, _ = query.shape
+        groups = keys.shape[1]
+        lse = row_lse(query, key, valid, ctx.scale)
+        keys, values = keys.to(lse.dtype), values.to(lse.dtype)
+        reached = torch.zeros(batch, groups, keys.shape[2], dtype=lse.dtype, device=keys.device)
+        for start in range(0, queries, TILE):
+
+            def rows(states: Tensor, start: int = start) -> Tensor:
+                """A tile of queries, the heads of a group one after the other: ``[B, G, rows, D]``."""
+                return states[:, :, start : start + TILE].to(lse.dtype).reshape(batch, groups, -1, states.shape[-1])
+
+            weight = torch.sigmoid(rows(query) @ keys.transpose(-1, -2) * ctx.scale - rows(lse[..., None]))
+            behind = rows(grad)
+            # (v_k − o_q)·do_q
+            change = behind @ values.transpose(-1, -2) - (behind * rows(output)).sum(-1, keepdim=True)
+            reached += (weight * change).sum(2)
+        return grad, (ctx.gain * reached.sum(1)).to(gates.dtype), *[None] * 7

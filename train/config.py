@@ -62,6 +62,9 @@ class MemoryConfig:
     mean_budget: int = 8192  # visual and audio positions together, mean over layers
     ratio: float = 5.0  # visual positions for each audio position
     profile: str | None = None  # a BudgetProfile file; overrides the two above
+    start_budget: int | None = None  # mean budget of the first step, falling to the one above; null: no curriculum
+    curriculum: float = 0.5  # of the steps, after which it has fallen
+    random_budget: list[int] | None = None  # [least, most]: another mean budget every step
 
 
 @dataclass
@@ -86,6 +89,20 @@ class SelectionConfig:
     kernel: int | None = None  # snapkv
     share: float | None = None  # infinipot_v
     recent: float | None = None  # infinipot_v
+    gradient: Literal["none", "straight_through"] = "none"  # whether gradients reach the selection, and how (`gate`)
+
+
+@dataclass
+class GateConfig:
+    """The gradient through the selection (`selection.gradient=straight_through`; see `omnimem.memory.margin`)."""
+
+    temperature: float = 0.3
+    temperature_end: float | None = None  # null: as at the start
+    schedule: Literal["linear", "cosine", "exponential"] = "exponential"  # from the one to the other
+    margin: int | None = None  # evicted positions a layer that are looked at; null: all of a chunk
+    gain: float = 16.0  # weight of the term
+    threshold: Literal["boundary", "bisection"] = "boundary"
+    attention: bool = False  # also through the attention mass (worth it with a large selection.lam)
 
 
 @dataclass
@@ -141,6 +158,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     finish: FinishConfig = field(default_factory=FinishConfig)
@@ -232,6 +250,11 @@ def validate(recipe: Recipe) -> None:
         check(key, lambda value: 0 <= value <= 1, "between 0 and 1")
     check("lora.dropout", lambda value: 0 <= value < 1, "at least 0 and below 1")
 
+    span = recipe.memory.random_budget
+    ordered = span is None or (len(span) == 2 and 2 <= span[0] <= span[1])
+    _require(recipe, ordered, "memory.random_budget", "two whole numbers, at least 2 and in order")
+    if span is not None and recipe.memory.start_budget is not None:
+        raise OmniMemError("memory.start_budget and memory.random_budget exclude each other; set one of them")
     targets = recipe.lora.targets
     _require(recipe, bool(targets) and all(targets), "lora.targets", "a list of at least one module name")
     betas = [0 <= beta < 1 for beta in recipe.train.betas]
@@ -251,19 +274,35 @@ def validate(recipe: Recipe) -> None:
 
 
 AT_LEAST: dict[int, tuple[str, ...]] = {
-    0: ("model.seed", "selection.lam", "selection.seed", "train.lr", "train.weight_decay", "train.seed"),
+    0: (
+        "selection.sinks",
+        "model.seed",
+        "selection.lam",
+        "selection.seed",
+        "train.lr",
+        "train.weight_decay",
+        "train.seed",
+    ),
     1: (
         *("data.short_side", "data.max_pixels", "memory.mean_budget", "selection.sketch_dim", "selection.mass_stride"),
         *("lora.r", "lora.alpha"),
         *("train.max_steps", "train.batch_size", "train.accumulation", "train.log_every", "train.save_every"),
-        *("train.keep_checkpoints", "train.threads"),
+        *("train.keep_checkpoints", "train.threads", "selection.window", "selection.kernel", "gate.margin"),
+        "memory.start_budget",
     ),
 }
 ABOVE_ZERO = (
     *("data.fps", "data.chunk_seconds", "data.max_seconds", "memory.ratio"),
-    *("train.epochs", "train.max_grad_norm"),
+    *("train.epochs", "train.max_grad_norm", "gate.temperature", "gate.temperature_end", "gate.gain"),
 )
-FRACTIONS = ("selection.ema_decay", "train.warmup_ratio", "train.min_lr_ratio")
+FRACTIONS = (
+    "memory.curriculum",
+    "selection.ema_decay",
+    "selection.share",
+    "selection.recent",
+    "train.warmup_ratio",
+    "train.min_lr_ratio",
+)
 
 
 def _require(recipe: Recipe, holds: bool, key: str, rule: str) -> None:

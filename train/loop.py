@@ -25,6 +25,7 @@ from omnimem.backbones.adapter import RECIPE_FILE
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, atomic_write_text
+from train.budgets import profile_at
 from train.checkpoint import checkpoints, load_checkpoint, save_adapter, save_checkpoint, sweep_run
 from train.config import Recipe, to_yaml
 from train.data import Schedule, load_rows, tokenise
@@ -34,7 +35,7 @@ from train.metrics import BarHandler, Metrics, Once, peak_gib
 from train.objective import StreamObjective
 from train.plan import print_plan
 from train.rundir import prepare_run_directory
-from train.setup import add_lora, build_base, check_recipe, load_base, selection_of, settings_of
+from train.setup import add_lora, build_base, check_recipe, gradient_of, load_base, selection_of, settings_of
 from train.stop import StopRequest
 
 log = logging.getLogger("omnimem.train")
@@ -121,11 +122,13 @@ def train(recipe: Recipe, rows: list[Row], profile: BudgetProfile, stop: StopReq
         learning_rate = rate_at(step, schedule.steps, recipe)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
+        gradient = gradient_of(recipe, step / max(1, schedule.steps - 1))
+        budgets = profile_at(recipe, profile, step, schedule.steps)
         totals = torch.zeros(3)
         for number, batch in enumerate(schedule.step(step, accelerator.process_index)):
             last = number == recipe.train.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(objective):
-                outcome = objective(batch)
+                outcome = objective(batch, gradient, budgets)
                 # DDP averages over ranks; the mean wanted is over all answer tokens of the step.
                 loss = outcome["loss"] * (accelerator.num_processes / schedule.targets(step))
                 accelerator.backward(loss)
@@ -152,12 +155,14 @@ def train(recipe: Recipe, rows: list[Row], profile: BudgetProfile, stop: StopReq
             "epoch": round(schedule.epoch(step + 1), 4),
             "loss": loss_value if math.isfinite(loss_value) else None,
             "lr": learning_rate,
+            "temperature": None if gradient is None else gradient.temperature,
             "grad_norm": norm if math.isfinite(norm) else None,
             "skipped": not finite,
             "targets": schedule.targets(step),
             "positions": int(positions),
             "positions_per_second": positions / elapsed,
             "seconds": elapsed,
+            "mean_budget": budgets.mean_budget,
             "retained": outcome["retained"],
             "memory_bytes": outcome["memory_bytes"],
             "peak_gib": peak_gib(),

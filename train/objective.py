@@ -21,7 +21,7 @@ from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
 from omnimem.media import Chunk, MediaError, MediaReader
-from omnimem.memory import CompressedCache
+from omnimem.memory import CompressedCache, SelectionGradient
 from omnimem.selection import SelectionMethod
 from omnimem.stream import StreamSettings
 from train.data import Asked, Sample
@@ -66,13 +66,22 @@ class StreamObjective(nn.Module):
         self._recompute, self._skip_damaged = recompute, skip_damaged
         self._loss_dtype = torch.promote_types(backbone.model.dtype, torch.float32)
 
-    def forward(self, samples: list[Sample]) -> dict[str, Any]:
+    def forward(
+        self,
+        samples: list[Sample],
+        gradient: SelectionGradient | None = None,
+        profile: BudgetProfile | None = None,
+    ) -> dict[str, Any]:
         """Run the streams of a batch side by side.
 
         Parameters
         ----------
         samples : list of Sample
             B rows; shorter streams wait, masked, for the longest.
+        gradient : SelectionGradient, optional
+            How gradients reach the selection; the loss is the same.
+        profile : BudgetProfile, optional
+            Budgets of this batch; the objective's own when left out.
 
         Returns
         -------
@@ -81,7 +90,7 @@ class StreamObjective(nn.Module):
             ``positions``: positions streamed; ``retained``: mean positions a layer holds at the end;
             ``memory_bytes``: bytes of the memory at the end.
         """
-        cache = CompressedCache(self._profile, self._method)
+        cache = CompressedCache(profile or self._profile, self._method, gradient)
         stream = Stream(self._backbone, cache, self._recompute)
         opened = [
             replace(self._settings, audio=self._settings.audio and sample.row.audio).open(

@@ -85,6 +85,8 @@ def memory_plan(
     retained = sum(layer.total for layer in profile.layers)
     longest = max(streams, key=lambda stream: stream.positions)
     layers, batch = text.num_hidden_layers, recipe.train.batch_size
+    learning = recipe.selection.gradient != "none"
+    margin = min(recipe.gate.margin or longest.largest_chunk, longest.largest_chunk) if learning else 0
     chunks, kept = (longest.chunks, longest.largest_chunk) if recipe.train.recompute else (0, longest.positions)
     # Kept for the backward of one position and layer: two normalised inputs, residuals, q, k, v, attention output,
     # and the three wide tensors of the feed-forward block.
@@ -93,7 +95,8 @@ def memory_plan(
         "weights": weights,
         "adapter, gradients, optimiser": trained * ADAM_BYTES,
         "memory (all layers at budget)": batch * retained * (kv + features),
-        "memory at chunk boundaries": batch * chunks * retained * kv,
+        "memory at chunk boundaries": batch * chunks * retained * (kv + (features if learning else 0)),
+        "margin of evicted positions": batch * max(1, chunks) * layers * margin * kv,
         "activations of a chunk" if chunks else "activations of the stream": batch * layers * kept * activation,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -14,8 +15,10 @@ from omnimem.backbones import TINY, Backbone, backbone_class, load_backbone
 from omnimem.backbones.adapter import BASE_FOLDER
 from omnimem.backbones.checkpoint import quiet_stock
 from omnimem.budget import BudgetProfile, ModelFingerprint
+from omnimem.budget.allocation import with_mean
 from omnimem.errors import OmniMemError
 from omnimem.media import MediaError, probe
+from omnimem.memory import CompressedCache, SelectionGradient
 from omnimem.selection import SelectionMethod, build_selection, options_of
 from omnimem.stream import StreamSettings
 from train.config import Recipe
@@ -56,7 +59,12 @@ def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
             probe(media_root(recipe.data.path, recipe.data.root) / recipe.finish.media)
         except MediaError as error:
             raise OmniMemError(f"finish.media: {error}") from error
-    return skeleton, profile_of(recipe, skeleton, method, settings)
+    profile = profile_of(recipe, skeleton, method, settings)
+    CompressedCache(profile, method, gradient_of(recipe, 0.0))  # refuses a selection that no gradient can reach
+    for mean in (recipe.memory.start_budget, *(recipe.memory.random_budget or ())):
+        if mean is not None:
+            with_mean(profile, mean)  # refuses what cannot hold the floors
+    return skeleton, profile
 
 
 def load_base(recipe: Recipe, output_dir: Path, device: torch.device) -> Backbone:
@@ -111,10 +119,24 @@ def selection_of(recipe: Recipe) -> SelectionMethod:
     given = {}
     for key, value in asdict(recipe.selection).items():
         # `variant` and `seed` always have a value; they only go to the methods that know them.
-        if key == "method" or value is None or (key in ("variant", "seed") and key not in known):
+        if key in ("method", "gradient") or value is None or (key in ("variant", "seed") and key not in known):
             continue
         given[key] = value
     return build_selection(recipe.selection.method, **given)
+
+
+def gradient_of(recipe: Recipe, progress: float) -> SelectionGradient | None:
+    """How gradients reach the selection when so much (0 to 1) of the training is done; None where they do not."""
+    gate = recipe.gate
+    if recipe.selection.gradient == "none":
+        return None
+    start, end = gate.temperature, gate.temperature if gate.temperature_end is None else gate.temperature_end
+    temperature = {
+        "linear": start + (end - start) * progress,
+        "cosine": end + (start - end) * (1 + math.cos(math.pi * progress)) / 2,
+        "exponential": start * (end / start) ** progress,
+    }[gate.schedule]
+    return SelectionGradient(temperature, gate.margin, gate.gain, gate.threshold, gate.attention)
 
 
 def settings_of(recipe: Recipe) -> StreamSettings:

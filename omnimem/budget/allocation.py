@@ -133,10 +133,15 @@ def rescale(layers: Sequence[LayerBudget], mean_budget: int, floor: int = DEFAUL
 
 
 def with_mean(profile: BudgetProfile, mean_budget: int) -> BudgetProfile:
-    """A profile at another mean budget: allocated anew from its statistics, or its budgets in proportion."""
+    """A profile at another mean budget: allocated anew from its statistics, or its budgets in proportion.
+
+    Budgets in proportion have the default floor, unless some of the profile's own are already below it.
+    """
     statistics = profile.statistics
     if statistics.get("method") != "avba":
-        return replace(profile, layers=rescale(profile.layers, mean_budget))
+        smallest = min(min(layer.visual, layer.audio) for layer in profile.layers)
+        floor = DEFAULT_FLOOR if smallest >= DEFAULT_FLOOR else 1
+        return replace(profile, layers=rescale(profile.layers, mean_budget, floor))
     layers = [LayerStatistics(**{k: Compressibility(**v) for k, v in layer.items()}) for layer in statistics["layers"]]
     budgets = allocate(layers, mean_budget, statistics["ratio"], statistics["temperature"], statistics["floor"])
     return replace(profile, layers=budgets)

@@ -198,7 +198,7 @@ class CompressedCache(Cache):
         Returns
         -------
         list of (Kept or None)
-            Per layer what stayed, None where nothing was evicted.
+            Per layer what stayed (and was held back), None where nothing was evicted.
         """
         if self._in_scratch:
             raise RuntimeError("a question must not change the memory: compress() inside scratch()")
@@ -207,8 +207,10 @@ class CompressedCache(Cache):
         learning = self.gradient is not None and torch.is_grad_enabled()
         scored = self._scored() if replay is None or learning else [(None, None)] * len(self.layers)
         kept = replay or [layer.decide(*one) for layer, one in zip(self.layers, scored, strict=True)]
-        for layer, one, (_, score) in zip(self.layers, kept, scored, strict=True):
+        kept = [
             layer.take(one, score if learning else None)
+            for layer, one, (_, score) in zip(self.layers, kept, scored, strict=True)
+        ]
         if self._numbering is not None and self._next_index is not None:
             tables = self._numbering.renumber([layer.table for layer in self.layers], len(self._next_index))
             for layer, table in zip(self.layers, tables, strict=True):

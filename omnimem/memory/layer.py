@@ -45,11 +45,14 @@ class Kept(NamedTuple):
         bool ``[R, M]``: which of them are real.
     merged : Merged or None
         What was made of the others and stands behind them.
+    margin : Tensor or None
+        int64 ``[R, M]``: columns that went, but that the next step still looks at (`SelectionGradient`).
     """
 
     columns: Tensor
     valid: Tensor
     merged: Merged | None = None
+    margin: Tensor | None = None
 
     @classmethod
     def of(cls, keep: Tensor, merged: Merged | None = None) -> Kept:
@@ -294,11 +297,16 @@ class CompressedLayer(CacheLayerMixin):
         # Nothing to evict; only the padding between a shorter sample and the step is squeezed out.
         return Kept.of(self.table.valid) if self.ragged and not bool(self.table.valid.all()) else None
 
-    def take(self, kept: Kept | None, score: Tensor | None = None) -> None:
-        """Reduce every stored tensor to what is kept; given scores with their graph, hold back what goes (`margin`)."""
+    def take(self, kept: Kept | None, score: Tensor | None = None) -> Kept | None:
+        """Reduce every stored tensor to what is kept; given scores with their graph, hold back what goes (`margin`).
+
+        Returns `kept` with the columns that were held back; given them, the same ones are.
+        """
         self._probed = []
-        self.margin = None if kept is None or score is None else self._held_back(kept, score)
+        self.margin = None
         if kept is not None:
+            if score is not None:
+                kept = self._hold_back(kept, score)
             merged = None if kept.merged is None else self._merge(kept.merged)
             for stored in (self._keys, self._values, self._features):
                 if stored.tensor is not None:
@@ -314,9 +322,10 @@ class CompressedLayer(CacheLayerMixin):
                 self.counts = [{k: min(n, limits.get(k, n)) for k, n in sample.items()} for sample in self.counts]
         self._settled = len(self.table)
         self._show()
+        return kept
 
-    def _held_back(self, kept: Kept, score: Tensor) -> Margin | None:
-        """Evicted positions, detached, behind gates with their graph."""
+    def _hold_back(self, kept: Kept, score: Tensor) -> Kept:
+        """Make evicted positions, detached and behind gates with their graph, the margin."""
         assert self.gradient is not None
         table, gradient = self.table, self.gradient
         stays = torch.zeros_like(table.valid, dtype=torch.int8)
@@ -325,20 +334,23 @@ class CompressedLayer(CacheLayerMixin):
         gone = (table.modality != TEXT) & table.valid & (stays == 0)
         count = int(gone.sum(1).max())
         if count == 0:
-            return None
+            return kept
         gate = torch.zeros_like(score)
         for name, kind in EVICTABLE.items():
             competing = (table.modality == kind) & table.valid
             places = getattr(self.budget, name)
             gate = gate + gates(score, competing, places, gradient.temperature, gradient.threshold)
-        nearest = gate.detach().masked_fill(~gone, -1)
-        columns = nearest.topk(min(count, gradient.margin or count), dim=1).indices.sort(1).values
+        columns = kept.margin
+        if columns is None:
+            nearest = gate.detach().masked_fill(~gone, -1)
+            columns = nearest.topk(min(count, gradient.margin or count), dim=1).indices.sort(1).values
         gate = gate.gather(1, columns) * gone.gather(1, columns)
         keys, values = (
             states.detach().gather(2, columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
             for states in (self.rotated_keys(), self.values)
         )
-        return Margin(keys, values, gate, gradient.gain)
+        self.margin = Margin(keys, values, gate, gradient.gain)
+        return kept._replace(margin=columns)
 
     def _merge(self, merged: Merged) -> tuple[Tensor, Tensor]:
         """Keys and values ``[R, G, S, D]`` of positions made of others: weighted means, keys without rotation."""

@@ -36,7 +36,7 @@ class SelectionGradient:
     margin : int or None
         Evicted positions of a layer that are looked at, those nearest to being kept; None: all.
     gain : float
-        c, weight of the term.
+        c, weight of the term: 16 teaches best in `tests/benchmarks/streaming_recall.py`.
     threshold : {"boundary", "bisection"}
         See `omnimem.selection.gates`.
     attention : bool
@@ -45,7 +45,7 @@ class SelectionGradient:
 
     temperature: float = 0.3
     margin: int | None = None
-    gain: float = 4.0
+    gain: float = 16.0
     threshold: Literal["boundary", "bisection"] = "boundary"
     attention: bool = False
 

@@ -34,7 +34,8 @@ def gates(score: Tensor, member: Tensor, count: int, temperature: float, thresho
     Returns
     -------
     Tensor
-        ``[R, N]`` in [0, 1]; 0 outside `member`. In rows with at most K members all are 1, without a gradient.
+        ``[R, N]`` in [0, 1]; 0 outside `member`. In rows with at most K members all are 1, and without places all
+        are 0, without a gradient.
     """
     x = score.to(compute_dtype(score)).masked_fill(~member, 0)
     fixed = x.detach()
@@ -45,7 +46,7 @@ def gates(score: Tensor, member: Tensor, count: int, temperature: float, thresho
     weight = (-u - 2 * torch.log1p(torch.exp(-u))).masked_fill(~member, -torch.inf).softmax(1).nan_to_num(0)
     moving = tau + (weight * (x - fixed)).sum(1, keepdim=True)
     gate = torch.sigmoid((x - moving) / temperature)
-    return torch.where(crowded, gate, torch.ones_like(gate)) * member
+    return torch.where(crowded, gate, torch.ones_like(gate)) * (member & (count > 0))
 
 
 def _boundary(x: Tensor, member: Tensor, count: int, temperature: float) -> Tensor:

@@ -49,9 +49,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hard, three times the steps": {"times": 3},
     "straight-through": {"gradient": {}},
     "straight-through, gain 1": {"gradient": {"gain": 1.0}},
+    "straight-through, gain 4": {"gradient": {"gain": 4.0}},
+    "straight-through, T 0.1": {"gradient": {"temperature": 0.1}},
     "straight-through, T 1": {"gradient": {"temperature": 1.0}},
     "straight-through, margin 8": {"gradient": {"margin": 8}},
+    "straight-through, bisection": {"gradient": {"threshold": "bisection"}},
+    "straight-through, three times the steps": {"gradient": {}, "times": 3},
     "λ 1, hard": {"options": {"lam": 1.0}},
+    "λ 1, straight-through": {"options": {"lam": 1.0}, "gradient": {}},
     "λ 1, straight-through, attention": {"options": {"lam": 1.0}, "gradient": {"attention": True}},
 }
 """Fine-tuning runs: method and its options, gradient through the selection, steps."""

@@ -1,0 +1,136 @@
+"""Runs that teach the selection, and runs whose budgets change: the same forward, the same files, the same resuming."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import pytest
+import torch
+
+from omnimem.budget import BudgetProfile, LayerBudget
+from small_runs import adapter, arguments, main, metrics, trained_run
+from train.budgets import profile_at
+from train.config import load_recipe
+from train.setup import gradient_of
+
+TAUGHT = "selection.gradient=straight_through"
+
+
+def recipe_of(tmp_path, *overrides: str):
+    return load_recipe(arguments(tmp_path, *overrides))
+
+
+def uniform(mean: int) -> BudgetProfile:
+    visual = round(mean * 5 / 6)
+    return BudgetProfile((LayerBudget(visual, mean - visual),) * 3)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_taught_run_sees_the_same_loss_first_and_then_learns_otherwise(tmp_path):
+    hard = trained_run(tmp_path, out="hard")
+    taught = trained_run(tmp_path, TAUGHT, out="taught")
+    first, second = metrics(hard), metrics(taught)
+    # The forward pass is that of hard selection, to the bit; what flows back is not.
+    assert first[0]["loss"] == second[0]["loss"]
+    assert first[0]["grad_norm"] != second[0]["grad_norm"]
+    assert not same(adapter(hard), adapter(taught))
+    assert [record["temperature"] for record in first] == [None] * 4
+    assert [record["temperature"] for record in second] == [0.3] * 4
+
+
+@pytest.mark.parametrize("margin", ["gate.margin=null", "gate.margin=3"])
+def test_recomputed_chunks_teach_the_same(tmp_path, margin):
+    """Gates and states are handed from chunk to chunk, so keeping the activations changes nothing but rounding."""
+    options = (TAUGHT, margin, "model.dtype=float64", "train.max_steps=1", "train.save_every=1")
+    norms = []
+    for recompute in ("true", "false"):
+        run = trained_run(tmp_path, *options, f"train.recompute={recompute}", out=recompute)
+        norms.append(metrics(run)[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-10)
+
+
+def test_a_taught_run_with_changing_budgets_resumes_to_the_same_bits(tmp_path):
+    options = (TAUGHT, "gate.temperature=1.0", "gate.temperature_end=0.1", "memory.random_budget=[12,48]")
+    whole = trained_run(tmp_path, *options, out="whole")
+    args = arguments(tmp_path, *options, out="parts")
+    assert main([*args, "train.max_steps=4", "train.save_every=2"]) == 0
+    # As if it had been killed after step 3: the checkpoint of step 2 is the newest.
+    for folder in sorted((tmp_path / "parts" / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(folder)
+    (tmp_path / "parts" / "adapter_model.safetensors").unlink()
+    assert main([*args, "train.max_steps=4", "train.save_every=2"]) == 0
+    assert same(adapter(whole), adapter(tmp_path / "parts"))
+    temperatures = [record["temperature"] for record in metrics(whole)]
+    assert temperatures == sorted(temperatures, reverse=True)
+    assert temperatures[0] == 1.0 and temperatures[-1] == pytest.approx(0.1)
+
+
+def test_budgets_of_a_step_hold_in_the_memory_and_the_profile_keeps_the_target(tmp_path):
+    run = trained_run(tmp_path, "memory.start_budget=48", "memory.curriculum=0.5")
+    means = [record["mean_budget"] for record in metrics(run)]
+    assert means == [48, 34, 24, 24]
+    for record in metrics(run):
+        retained = record["retained"]
+        assert retained["visual"] + retained["audio"] <= record["mean_budget"]
+    assert BudgetProfile.load(run / "budget_profile.json").mean_budget == 24
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "exponential"])
+def test_temperatures_go_from_start_to_end(tmp_path, schedule):
+    recipe = recipe_of(
+        tmp_path, TAUGHT, "gate.temperature=1.0", "gate.temperature_end=0.01", f"gate.schedule={schedule}"
+    )
+    found = []
+    for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
+        gradient = gradient_of(recipe, progress)
+        assert gradient is not None
+        found.append(gradient.temperature)
+    assert found[0] == pytest.approx(1.0) and found[-1] == pytest.approx(0.01)
+    assert found == sorted(found, reverse=True)
+    middle = {"linear": 0.505, "cosine": 0.505, "exponential": 0.1}[schedule]
+    assert found[2] == pytest.approx(middle)
+
+
+def test_random_budgets_depend_on_the_step_alone_and_spread_evenly_in_proportion(tmp_path):
+    recipe = recipe_of(tmp_path, "memory.random_budget=[64,1024]")
+    profile = uniform(256)
+    means = [profile_at(recipe, profile, step, 2000).mean_budget for step in range(2000)]
+    assert means == [profile_at(recipe, profile, step, 99).mean_budget for step in range(2000)]
+    assert 64 <= min(means) < 68 and 960 < max(means) <= 1024
+    below = sum(mean < 256 for mean in means) / len(means)
+    assert abs(below - 0.5) < 0.05, "half of the draws lie below the geometric middle"
+
+
+def test_a_curriculum_falls_geometrically(tmp_path):
+    recipe = recipe_of(tmp_path, "memory.start_budget=1024", "memory.curriculum=0.8")
+    profile = uniform(256)
+    means = [profile_at(recipe, profile, step, 100).mean_budget for step in range(100)]
+    assert means[0] == 1024 and means[40] == 512 and means[80:] == [256] * 20
+    assert all(abs(mean - 1024 * 0.25 ** (step / 80)) <= 0.5 for step, mean in enumerate(means[:80]))
+    assert math.isclose(means[79], 256, rel_tol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ((TAUGHT, "selection.method=h2o"), "no gradient can reach the selection"),
+        ((TAUGHT, "selection.redundancy=sketch"), "no gradient can reach the selection"),
+        ((TAUGHT, "selection.positions=reindexed"), "no gradient can reach the selection"),
+        ((TAUGHT, "gate.temperature=0"), "gate.temperature must be above 0"),
+        ((TAUGHT, "gate.margin=0"), "gate.margin must be at least 1"),
+        (("memory.random_budget=[48]",), "memory.random_budget must be two whole numbers"),
+        (("memory.random_budget=[48,12]",), "memory.random_budget must be two whole numbers"),
+        (("memory.random_budget=[12,48]", "memory.start_budget=48"), "exclude each other"),
+        (("selection.gradient=soft_through",), "selection.gradient takes one of none, straight_through"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_does_not_go_together_is_one_line_before_anything_is_written(tmp_path, capsys, overrides, words):
+    assert main(arguments(tmp_path, *overrides)) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -44,13 +44,13 @@ def test_merged_states_are_means_without_rotation(method, positions, samples, gr
     for layer in cache.layers:
         take = layer.take
 
-        def checking(kept: Kept | None, layer=layer, take=take) -> None:
+        def checking(kept: Kept | None, score=None, layer=layer, take=take) -> Kept | None:
             nonlocal checked
             keys, values = layer.rotated_keys().detach().clone(), layer.values.detach().clone()
             ids, stayed = layer.table.position, 0 if kept is None else kept.columns.shape[1]
-            take(kept)
+            taken = take(kept, score)
             if kept is None or kept.merged is None:
-                return
+                return taken
             merged = kept.merged
             for row in range(len(merged.into)):
                 raw = turned(keys[row], ids[row].tolist(), -1)
@@ -65,6 +65,7 @@ def test_merged_states_are_means_without_rotation(method, positions, samples, gr
                     assert (layer.rotated_keys()[row, :, stayed + slot] - key).abs().max() <= 2e-5
                     assert (layer.values[row, :, stayed + slot] - value).abs().max() <= 1e-12
                     checked += 1
+            return taken
 
         layer.take = checking
     with torch.set_grad_enabled(grad):

@@ -106,6 +106,15 @@ class GateConfig:
 
 
 @dataclass
+class DistillConfig:
+    """The same model with everything in view as a teacher of the answers; its cache grows with the stream."""
+
+    weight: float = 0.0  # of the divergence beside the cross-entropy; 0: no teacher
+    temperature: float = 1.0
+    adapter: bool = False  # whether the teacher has the adapter that is being trained
+
+
+@dataclass
 class LoraConfig:
     """Adapters."""
 
@@ -159,6 +168,7 @@ class Recipe:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     finish: FinishConfig = field(default_factory=FinishConfig)
@@ -275,13 +285,8 @@ def validate(recipe: Recipe) -> None:
 
 AT_LEAST: dict[int, tuple[str, ...]] = {
     0: (
-        "selection.sinks",
-        "model.seed",
-        "selection.lam",
-        "selection.seed",
-        "train.lr",
-        "train.weight_decay",
-        "train.seed",
+        *("model.seed", "train.seed", "selection.seed", "selection.sinks", "selection.lam"),
+        *("distill.weight", "train.lr", "train.weight_decay"),
     ),
     1: (
         *("data.short_side", "data.max_pixels", "memory.mean_budget", "selection.sketch_dim", "selection.mass_stride"),
@@ -294,6 +299,7 @@ AT_LEAST: dict[int, tuple[str, ...]] = {
 ABOVE_ZERO = (
     *("data.fps", "data.chunk_seconds", "data.max_seconds", "memory.ratio"),
     *("train.epochs", "train.max_grad_norm", "gate.temperature", "gate.temperature_end", "gate.gain"),
+    "distill.temperature",
 )
 FRACTIONS = (
     "memory.curriculum",

@@ -109,6 +109,7 @@ def train(recipe: Recipe, rows: list[Row], profile: BudgetProfile, stop: StopReq
             selection_of(recipe),
             settings_of(recipe),
             recipe.train.recompute,
+            recipe.distill,
             skip_damaged=recipe.data.on_bad_row == "skip",
         )
     )
@@ -124,7 +125,7 @@ def train(recipe: Recipe, rows: list[Row], profile: BudgetProfile, stop: StopReq
             group["lr"] = learning_rate
         gradient = gradient_of(recipe, step / max(1, schedule.steps - 1))
         budgets = profile_at(recipe, profile, step, schedule.steps)
-        totals = torch.zeros(3)
+        totals = torch.zeros(4)
         for number, batch in enumerate(schedule.step(step, accelerator.process_index)):
             last = number == recipe.train.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(objective):
@@ -132,11 +133,12 @@ def train(recipe: Recipe, rows: list[Row], profile: BudgetProfile, stop: StopReq
                 # DDP averages over ranks; the mean wanted is over all answer tokens of the step.
                 loss = outcome["loss"] * (accelerator.num_processes / schedule.targets(step))
                 accelerator.backward(loss)
-            totals[:2] += torch.tensor([loss.item() / accelerator.num_processes, outcome["positions"]])
+            part = outcome["distilled"].item() / schedule.targets(step)
+            totals[:3] += torch.tensor([loss.item() / accelerator.num_processes, outcome["positions"], part])
         norm = nn.utils.clip_grad_norm_(parameters, recipe.train.max_grad_norm).item()
-        totals[2] = stop.requested
+        totals[3] = stop.requested
         summed: Any = accelerator.reduce(totals.to(accelerator.device), "sum")
-        loss_value, positions, stopping = summed.tolist()
+        loss_value, positions, distilled, stopping = summed.tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm)
         if finite:
             optimizer.step()
@@ -154,6 +156,7 @@ def train(recipe: Recipe, rows: list[Row], profile: BudgetProfile, stop: StopReq
             "step": step + 1,
             "epoch": round(schedule.epoch(step + 1), 4),
             "loss": loss_value if math.isfinite(loss_value) else None,
+            "distilled": distilled if recipe.distill.weight > 0 else None,
             "lr": learning_rate,
             "temperature": None if gradient is None else gradient.temperature,
             "grad_norm": norm if math.isfinite(norm) else None,

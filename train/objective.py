@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -23,7 +24,9 @@ from omnimem.forward import Stream
 from omnimem.media import Chunk, MediaError, MediaReader
 from omnimem.memory import CompressedCache, SelectionGradient
 from omnimem.selection import SelectionMethod
+from omnimem.selection.full import Full
 from omnimem.stream import StreamSettings
+from train.config import DistillConfig
 from train.data import Asked, Sample
 
 log = logging.getLogger("omnimem.train")
@@ -46,6 +49,8 @@ class StreamObjective(nn.Module):
         How media are read.
     recompute : bool
         Compute each chunk again in the backward instead of keeping its activations.
+    distill : DistillConfig, optional
+        The same model with everything in view, whose answers the loss also asks for.
     skip_damaged : bool
         Leave a clip that turns out to be damaged half-way out of the loss instead of raising.
     """
@@ -58,12 +63,14 @@ class StreamObjective(nn.Module):
         method: SelectionMethod,
         settings: StreamSettings,
         recompute: bool = True,
+        distill: DistillConfig | None = None,
         skip_damaged: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self._backbone, self._profile, self._method, self._settings = backbone, profile, method, settings
         self._recompute, self._skip_damaged = recompute, skip_damaged
+        self._distill = distill if distill is not None and distill.weight > 0 else None
         self._loss_dtype = torch.promote_types(backbone.model.dtype, torch.float32)
 
     def forward(
@@ -86,12 +93,14 @@ class StreamObjective(nn.Module):
         Returns
         -------
         dict
-            ``loss``: summed cross-entropy (at least float32, one number) with its graph; ``targets``: answer tokens;
+            ``loss``: summed cross-entropy (at least float32, one number) with its graph, and the teacher's part of it;
+            ``distilled``: that part by itself, without its weight; ``targets``: answer tokens;
             ``positions``: positions streamed; ``retained``: mean positions a layer holds at the end;
             ``memory_bytes``: bytes of the memory at the end.
         """
         cache = CompressedCache(profile or self._profile, self._method, gradient)
         stream = Stream(self._backbone, cache, self._recompute)
+        teacher = None if self._distill is None else Stream(self._backbone, CompressedCache(self._profile, Full()))
         opened = [
             replace(self._settings, audio=self._settings.audio and sample.row.audio).open(
                 sample.row.media, self._backbone
@@ -101,24 +110,36 @@ class StreamObjective(nn.Module):
         encoders = [encoder for _, encoder in opened]
         waiting = [list(sample.asked) for sample in samples]
         loss = torch.zeros((), dtype=self._loss_dtype, device=self._backbone.device)
+        distilled = torch.zeros_like(loss)
         targets = positions = 0
-        stream.forward(ChunkInputs.batch([encoder.prefix() for encoder in encoders]), text=True)
+        prefix = ChunkInputs.batch([encoder.prefix() for encoder in encoders])
+        stream.forward(prefix, text=True)
+        if teacher is not None:
+            with self._teaching():
+                teacher.forward(prefix, text=True)
         readers = [self._chunks(reader, queue) for (reader, _), queue in zip(opened, waiting, strict=True)]
         for chunks in zip_longest(*readers):
             inputs = [e.idle() if c is None else e.encode(c) for e, c in zip(encoders, chunks, strict=True)]
             positions += sum(len(one) for one in inputs)
-            stream.step(ChunkInputs.batch(inputs))
+            chunk = ChunkInputs.batch(inputs)
+            stream.step(chunk)
+            if teacher is not None:
+                with self._teaching():
+                    teacher.step(chunk)
             for due in _rounds(waiting, chunks):
-                part, count = self._ask(stream, encoders, due)
-                loss, targets = loss + part, targets + count
+                part, taught, count = self._ask(stream, teacher, encoders, due)
+                loss, distilled, targets = loss + part, distilled + taught, targets + count
         for due in _rounds(waiting, None):
-            part, count = self._ask(stream, encoders, due)
-            loss, targets = loss + part, targets + count
+            part, taught, count = self._ask(stream, teacher, encoders, due)
+            loss, distilled, targets = loss + part, distilled + taught, targets + count
+        if self._distill is not None:
+            loss = loss + self._distill.weight * distilled
         if not loss.requires_grad:
             # Every clip of the batch was left out; the backward of all ranks still needs every parameter.
             loss = loss + sum(parameter.sum() * 0 for parameter in self.parameters() if parameter.requires_grad)
         return {
             "loss": loss,
+            "distilled": distilled.detach(),
             "targets": targets,
             "positions": positions,
             "retained": cache.mean_counts(),
@@ -135,15 +156,36 @@ class StreamObjective(nn.Module):
             log.warning("left out of this step: %s", error)
             queue.clear()
 
-    def _ask(self, stream: Stream, encoders: list[Any], due: list[Asked | None]) -> tuple[Tensor, int]:
-        """Summed loss and number of target tokens of at most one question a sample, asked now."""
+    @contextmanager
+    def _teaching(self) -> Iterator[None]:
+        """The teacher's model: no gradient, and the base model's weights unless it has the adapter too."""
+        assert self._distill is not None
+        model: Any = self.model
+        with torch.no_grad(), nullcontext() if self._distill.adapter else model.disable_adapter():
+            yield
+
+    def _ask(
+        self, stream: Stream, teacher: Stream | None, encoders: list[Any], due: list[Asked | None]
+    ) -> tuple[Tensor, Tensor, int]:
+        """At most one question a sample, asked now: summed cross-entropy, divergence from the teacher, target tokens.
+
+        The divergence is KL(teacher ‖ student) of the answer tokens at temperature T, times T² (Hinton et al., 2015).
+        """
         nothing = torch.zeros(0, dtype=torch.int64)
-        logits, targets = stream.answer_logits(
-            ChunkInputs.batch([encoder.closing() for encoder in encoders]),
-            [nothing if asked is None else asked.question for asked in due],
-            [nothing if asked is None else asked.answer for asked in due],
-        )
-        return F.cross_entropy(logits.to(self._loss_dtype), targets, reduction="sum"), len(targets)
+        closing = ChunkInputs.batch([encoder.closing() for encoder in encoders])
+        question = [nothing if asked is None else asked.question for asked in due]
+        answer = [nothing if asked is None else asked.answer for asked in due]
+        logits, targets = stream.answer_logits(closing, question, answer)
+        logits = logits.to(self._loss_dtype)
+        entropy = F.cross_entropy(logits, targets, reduction="sum")
+        if teacher is None or self._distill is None:
+            return entropy, torch.zeros_like(entropy), len(targets)
+        with self._teaching():
+            wanted, _ = teacher.answer_logits(closing, question, answer)
+        t = self._distill.temperature
+        wanted = (wanted.to(self._loss_dtype) / t).log_softmax(-1)
+        divergence = F.kl_div((logits / t).log_softmax(-1), wanted, reduction="sum", log_target=True) * t**2
+        return entropy, divergence, len(targets)
 
 
 def _rounds(waiting: list[list[Asked]], chunks: tuple[Chunk | None, ...] | None) -> Iterator[list[Asked | None]]:

@@ -96,6 +96,7 @@ def memory_plan(
         "adapter, gradients, optimiser": trained * ADAM_BYTES,
         "memory (all layers at budget)": batch * retained * (kv + features),
         "memory at chunk boundaries": batch * chunks * retained * (kv + (features if learning else 0)),
+        "the teacher's cache": batch * layers * longest.positions * kv if recipe.distill.weight > 0 else 0,
         "margin of evicted positions": batch * max(1, chunks) * layers * margin * kv,
         "activations of a chunk" if chunks else "activations of the stream": batch * layers * kept * activation,
     }

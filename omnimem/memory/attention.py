@@ -150,6 +150,7 @@ def attention_with_mass(
     stride: int = 1,
     window: int | None = None,
     tile: int = WEIGHT_TILE,
+    fused: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`lower_right_attention` and the `attention_mass` of kind ``groups`` from one pass over q·kᵀ, differentiable.
 
@@ -159,6 +160,8 @@ def attention_with_mass(
     ----------
     query, key, value, valid, scaling, stride, window, tile
         As in the two functions.
+    fused : bool
+        Whether a fused kernel may be used where there is one; its mass has no gradient.
 
     Returns
     -------
@@ -167,7 +170,7 @@ def attention_with_mass(
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and valid is None and half and query.shape[-1] % 8 == 0:
+    if fused and query.is_cuda and valid is None and half and query.shape[-1] % 8 == 0:
         return _fused_with_mass(query, key, value, scale, stride, window)
     weight = _row_weights(query, key.shape[2], valid, stride, window)
     return _AttentionWithMass.apply(query, key, value, valid, weight, scale, tile)  # pyright: ignore[reportReturnType]
@@ -404,7 +407,7 @@ def compressed_attention(
     wanted = memory.wants_mass
     if wanted is not None and wanted.kind != "concat" and dropout == 0:
         output, mass = attention_with_mass(
-            query, key, value, memory.valid, scaling, stride=wanted.stride, window=wanted.window
+            query, key, value, memory.valid, scaling, wanted.stride, wanted.window, fused=not memory.learns_attention
         )
         memory.observe_mass(mass if wanted.kind == "groups" else mass.mean(1))
     else:

@@ -94,6 +94,11 @@ class CompressedCache(Cache):
                 "selection.method=omnimem or similarity_only with redundancy=hidden and positions=original, or "
                 "selection.gradient=none"
             )
+        if gradient is not None and gradient.attention and (method.mass is None or method.mass.kind == "concat"):
+            raise OmniMemError(
+                "gate.attention: the gradient goes through the attention mass, which takes selection.lam above 0 and "
+                "selection.mass=heads"
+            )
         count = len(profile.layers)
         super().__init__(
             layers=[CompressedLayer(i, count, budget, method, gradient) for i, budget in enumerate(profile.layers)]

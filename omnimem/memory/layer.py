@@ -178,7 +178,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def observe_mass(self, mass: Tensor) -> None:
         """Take the attention mass ``[B, N + T]`` (``[B, G, N + T]``) the step gave to retained and new positions."""
-        self._new_mass = (mass if self._learns_attention else mass.detach()).flatten(0, -2)
+        self._new_mass = (mass if self.learns_attention else mass.detach()).flatten(0, -2)
 
     def reserve(self, columns: int) -> None:
         """Make room for a probe of so many positions; what a scratch appends past the buffer is copied every time."""
@@ -237,12 +237,13 @@ class CompressedLayer(CacheLayerMixin):
         return self.gradient is not None and torch.is_grad_enabled()
 
     @property
-    def _learns_attention(self) -> bool:
+    def learns_attention(self) -> bool:
+        """Whether it is to go through the attention mass as well."""
         return self.learning and self.gradient is not None and self.gradient.attention
 
     def accumulate(self) -> None:
         """Fold the mass observed in the last step into the mass of every position."""
-        with torch.set_grad_enabled(self._learns_attention):
+        with torch.set_grad_enabled(self.learns_attention):
             self._accumulate()
 
     def _accumulate(self) -> None:

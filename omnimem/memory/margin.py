@@ -50,11 +50,14 @@ class SelectionGradient:
     attention: bool = False
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0 or (self.margin is not None and self.margin < 1):
-            raise OmniMemError(
-                f"selection gradient: temperature must be above 0 and margin at least 1, got {self.temperature!r} "
-                f"and {self.margin!r}"
-            )
+        for name, holds, rule in (
+            ("temperature", self.temperature > 0, "above 0"),
+            ("margin", self.margin is None or self.margin >= 1, "at least 1"),
+            ("gain", self.gain >= 0, "at least 0"),
+            ("threshold", self.threshold in ("boundary", "bisection"), "boundary or bisection"),
+        ):
+            if not holds:
+                raise OmniMemError(f"selection gradient: {name} must be {rule}, got {getattr(self, name)!r}")
 
 
 class Margin(NamedTuple):

@@ -30,6 +30,9 @@ from omnimem.selection.redundancy import redundancy, sketch
 EPSILON = 1e-12
 """Added inside the logarithms, so that a position nobody attends to still has a finite score."""
 
+STEEPEST = 1e-3
+"""1 − s below which the gradient of its logarithm stays the same (training.md §2)."""
+
 
 @dataclass(frozen=True)
 class OmniMemSettings:
@@ -117,7 +120,7 @@ class OmniMem(SelectionMethod):
         """Log ψ = λ·log a + log(1 − s), half of the second term under ``sqrt``."""
         options, table = self.options, candidates.table
         s = redundancy(self._similarity_input(candidates), table.modality, table.valid, options.neighbours)
-        novelty = torch.log((1 - s).clamp_min(0) + EPSILON)
+        novelty = _log_novelty(1 - s)
         if options.factor == "sqrt":
             novelty = novelty / 2
         if candidates.mass is None:
@@ -150,3 +153,12 @@ class OmniMem(SelectionMethod):
     def settings(self) -> dict[str, Any]:
         """Variant and every switch."""
         return {"variant": self.variant, **asdict(self.options)}
+
+
+def _log_novelty(novelty: Tensor) -> Tensor:
+    """log(1 − s), whose gradient does not grow past that at `STEEPEST`: equal neighbours would have an infinite one."""
+    value = torch.log(novelty.clamp_min(0) + EPSILON)
+    if not novelty.requires_grad:
+        return value
+    slope = novelty / novelty.detach().clamp_min(STEEPEST)
+    return value.detach() + (slope - slope.detach())

@@ -756,3 +756,14 @@ def test_a_clip_that_breaks_off_ends_the_run_or_is_left_out_of_the_loss(tmp_path
     run = trained_run(tmp_path, "data.on_bad_row=skip", "data.shuffle=false", "train.max_steps=2", rows=rows)
     first, second = metrics(run)
     assert first["loss"] == 0 and first["grad_norm"] == 0 and second["loss"] > 0
+
+
+def test_out_of_memory_names_the_three_settings_to_lower(tmp_path, capsys, monkeypatch):
+    def exhausted(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("train.objective.StreamObjective.forward", exhausted)
+    assert main(arguments(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert all(key in error for key in ("data.chunk_seconds", "memory.mean_budget", "train.batch_size"))
+    assert "Traceback" not in error

@@ -147,6 +147,16 @@ class TrainConfig:
 
 
 @dataclass
+class EvalConfig:
+    """Held-out questions during training."""
+
+    path: str | None = None  # manifest; null: none
+    root: str | None = None  # its media, if not beside it
+    every: int = 100  # steps
+    patience: int | None = None  # evaluations without a better one before the run ends; null: it does not
+
+
+@dataclass
 class FinishConfig:
     """What is done after the last step."""
 
@@ -171,6 +181,7 @@ class Recipe:
     distill: DistillConfig = field(default_factory=DistillConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     finish: FinishConfig = field(default_factory=FinishConfig)
 
 
@@ -293,7 +304,7 @@ AT_LEAST: dict[int, tuple[str, ...]] = {
         *("lora.r", "lora.alpha"),
         *("train.max_steps", "train.batch_size", "train.accumulation", "train.log_every", "train.save_every"),
         *("train.keep_checkpoints", "train.threads", "selection.window", "selection.kernel", "gate.margin"),
-        "memory.start_budget",
+        *("memory.start_budget", "eval.every", "eval.patience"),
     ),
 }
 ABOVE_ZERO = (

@@ -30,6 +30,7 @@ from train.checkpoint import checkpoints, load_checkpoint, save_adapter, save_ch
 from train.config import Recipe, to_yaml
 from train.data import Schedule, load_rows, tokenise
 from train.environment import environment
+from train.evaluation import Evaluation, held_out_rows
 from train.finish import finish
 from train.metrics import BarHandler, Metrics, Once, peak_gib
 from train.objective import StreamObjective
@@ -58,16 +59,24 @@ def run(recipe: Recipe) -> None:
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     manifest = load_rows(recipe.data)
+    held_out = held_out_rows(recipe)
     skeleton, profile = check_recipe(recipe)
     if recipe.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:
             print_plan(recipe, manifest.rows, skeleton, profile, processes=int(os.environ.get("WORLD_SIZE", 1)))
         return
     with StopRequest() as stop:
-        train(recipe, manifest.rows, profile, stop)
+        try:
+            train(recipe, manifest.rows, held_out, profile, stop)
+        except torch.OutOfMemoryError as error:
+            raise OmniMemError(
+                f"out of memory on the accelerator ({peak_gib():.1f} GiB were in use): lower data.chunk_seconds, "
+                "memory.mean_budget or train.batch_size and begin in another output_dir; dry_run=true shows what takes "
+                "how much"
+            ) from error
 
 
-def train(recipe: Recipe, rows: list[Row], profile: BudgetProfile, stop: StopRequest) -> None:
+def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetProfile, stop: StopRequest) -> None:
     """Train on rows that have been checked, until the schedule or somebody ends it."""
     # ---- set up -----------------------------------------------------------------------------------------
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
@@ -113,18 +122,23 @@ def train(recipe: Recipe, rows: list[Row], profile: BudgetProfile, stop: StopReq
             skip_damaged=recipe.data.on_bad_row == "skip",
         )
     )
+    evaluation = Evaluation(recipe, output_dir, [tokenise(row, backbone) for row in held_out])
     metrics = Metrics(output_dir, done, schedule.steps, accelerator.is_main_process)
 
     # ---- step -------------------------------------------------------------------------------------------
     peft_model.train()
     skipped = 0
-    for step in range(done, schedule.steps):
+    steps = schedule.steps
+    for step in range(done, steps):
+        if reason := evaluation.exhausted(step):
+            log.info("ended after step %d: %s", step, reason)
+            break
         started = time.perf_counter()
-        learning_rate = rate_at(step, schedule.steps, recipe)
+        learning_rate = rate_at(step, steps, recipe)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        gradient = gradient_of(recipe, step / max(1, schedule.steps - 1))
-        budgets = profile_at(recipe, profile, step, schedule.steps)
+        gradient = gradient_of(recipe, step / max(1, steps - 1))
+        budgets = profile_at(recipe, profile, step, steps)
         totals = torch.zeros(4)
         for number, batch in enumerate(schedule.step(step, accelerator.process_index)):
             last = number == recipe.train.accumulation - 1
@@ -170,15 +184,21 @@ def train(recipe: Recipe, rows: list[Row], profile: BudgetProfile, stop: StopReq
             "memory_bytes": outcome["memory_bytes"],
             "peak_gib": peak_gib(),
         }
-        if (step + 1) % recipe.train.log_every == 0 or step + 1 == schedule.steps:
+        if evaluation.due(step + 1, steps):
+            record["eval_loss"] = evaluation.measure(accelerator.unwrap_model(objective), accelerator)
+            if accelerator.is_main_process:
+                evaluation.keep_best(step + 1, record["eval_loss"], peft_model, profile)
+            accelerator.wait_for_everyone()
+            log.info("step %d: held-out answers %.4f nats a token", step + 1, record["eval_loss"])
+        if (step + 1) % recipe.train.log_every == 0 or "eval_loss" in record or step + 1 == steps:
             metrics.log(record)
         metrics.progress(record)
         # ---- save ---------------------------------------------------------------------------------------
-        if (step + 1) % recipe.train.save_every == 0 or step + 1 == schedule.steps or stopping:
+        if (step + 1) % recipe.train.save_every == 0 or step + 1 == steps or stopping:
             save_checkpoint(
                 output_dir, step + 1, accelerator, peft_model, optimizer, profile, recipe.train.keep_checkpoints
             )
-        if stopping and step + 1 < schedule.steps:
+        if stopping and step + 1 < steps:
             metrics.close()
             log.info("stopped after step %d, which is saved: the same command goes on from there", step + 1)
             raise KeyboardInterrupt

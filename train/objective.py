@@ -71,6 +71,7 @@ class StreamObjective(nn.Module):
         self._backbone, self._profile, self._method, self._settings = backbone, profile, method, settings
         self._recompute, self._skip_damaged = recompute, skip_damaged
         self._distill = distill if distill is not None and distill.weight > 0 else None
+        self.distill_weight = 0.0 if distill is None else distill.weight
         self._loss_dtype = torch.promote_types(backbone.model.dtype, torch.float32)
 
     def forward(

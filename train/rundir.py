@@ -17,7 +17,7 @@ DATA_FILE = "data.json"
 
 MAY_CHANGE = (
     "recipe", "resume", "dry_run", "output_dir", "finish", "train.max_steps", "train.epochs", "train.log_every",
-    "train.save_every", "train.keep_checkpoints", "data.path", "data.root",
+    "eval", "train.save_every", "train.keep_checkpoints", "data.path", "data.root",
 )  # fmt: skip
 """Keys that do not change what an earlier step did; the data itself is compared by its fingerprint."""
 

@@ -52,6 +52,7 @@ STEPS = 18
 FIELDS = {
     "step", "epoch", "loss", "lr", "grad_norm", "skipped", "targets", "positions", "positions_per_second", "seconds",
     "retained", "memory_bytes", "peak_gib",
+    "mean_budget", "temperature", "distilled",
 }  # fmt: skip
 
 
@@ -509,10 +510,10 @@ class Poisoned:
         self.weights: list[list[torch.Tensor]] = []
         genuine = StreamObjective.forward
 
-        def forward(module, samples):
+        def forward(module, *args):
             number = len(self.weights)
             self.weights.append([p.detach().clone() for p in module.parameters() if p.requires_grad])
-            outcome = genuine(module, samples)
+            outcome = genuine(module, *args)
             return {**outcome, "loss": outcome["loss"] * value} if number in calls else outcome
 
         monkeypatch.setattr(StreamObjective, "forward", forward)

@@ -276,7 +276,7 @@ class CompressedLayer(CacheLayerMixin):
         return self._features.tensor
 
     def candidates(self) -> Candidates:
-        """Everything the selection method may look at, detached from autograd."""
+        """Everything the selection method may look at; only what the selection learns from keeps its graph."""
         return Candidates(
             layer=self.index,
             layers=self.layers,

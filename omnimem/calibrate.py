@@ -27,7 +27,7 @@ from omnimem.backbones import Backbone
 from omnimem.budget import BudgetProfile, ModelFingerprint
 from omnimem.budget.allocation import DEFAULT_FLOOR, Compressibility, LayerStatistics, allocate
 from omnimem.errors import OmniMemError
-from omnimem.files import atomic_write_json
+from omnimem.files import atomic_write_json, file_digest
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache
 from omnimem.memory.layer import CompressedLayer
@@ -128,7 +128,7 @@ def calibrate(
     key = {"model": model, "model_id": backbone.model_id, "stream": asdict(settings)}
     known = _read_partial(partial, key)
     for clip in clips:
-        digest = _digest(clip)
+        digest = file_digest(clip)
         if digest not in known:
             try:
                 known[digest] = measure_clip(backbone, clip, settings)
@@ -138,15 +138,6 @@ def calibrate(
                 continue
             atomic_write_json(partial, {**key, "clips": known})
         yield ClipStatistics(clip.name, digest, known[digest])
-
-
-def _digest(clip: Path) -> str:
-    """SHA-256 of a file of any size, a block at a time."""
-    digest = hashlib.sha256()
-    with clip.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_partial(partial: Path, key: dict[str, Any]) -> dict[str, Any]:

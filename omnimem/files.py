@@ -10,6 +10,7 @@ reader then takes for a whole one. Everything this project writes for later use 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -218,3 +219,12 @@ def _no_space(path: str | os.PathLike[str]) -> str:
         f"cannot write {path}: no space left on the disk ({free / 2**20:.0f} MiB free); "
         "nothing was left behind, free some space or choose another folder"
     )
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file of any size, a block at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

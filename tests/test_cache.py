@@ -16,7 +16,7 @@ from omnimem.modality import AUDIO, TEXT, VISUAL
 from omnimem.selection import SELECTION_METHODS, build_selection
 from oracles import (
     WIDTH,
-    idle_part,
+    batch_parts,
     kept,
     media_part,
     profile,
@@ -55,13 +55,6 @@ def model():
 
 def new_cache(budgets: BudgetProfile = BUDGETS, method: str = "omnimem", **options) -> CompressedCache:
     return CompressedCache(budgets, build_selection(method, **options))
-
-
-def batch_parts(*streams: list[ChunkInputs]) -> list[ChunkInputs]:
-    """Streams side by side; one that has ended waits."""
-    longest = max(len(parts) for parts in streams)
-    rows = [[*parts, *[idle_part(int(parts[-1].next_position[0]))] * (longest - len(parts))] for parts in streams]
-    return [ChunkInputs.batch(list(step)) for step in zip(*rows, strict=True)]
 
 
 def snapshot(cache: CompressedCache) -> list[torch.Tensor]:

@@ -65,8 +65,7 @@ class Evaluation:
         totals = torch.zeros(2, dtype=torch.float64)
         for sample in self.samples[accelerator.process_index :: accelerator.num_processes]:
             outcome = objective([sample])
-            entropy = outcome["loss"] - objective.distill_weight * outcome["distilled"]
-            totals += torch.tensor([entropy.item(), outcome["targets"]], dtype=torch.float64)
+            totals += torch.tensor([outcome["loss"].item(), outcome["targets"]], dtype=torch.float64)
         objective.train(training)
         summed: Any = accelerator.reduce(totals.float().to(accelerator.device), "sum")
         loss, targets = summed.tolist()

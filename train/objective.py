@@ -71,7 +71,6 @@ class StreamObjective(nn.Module):
         self._backbone, self._profile, self._method, self._settings = backbone, profile, method, settings
         self._recompute, self._skip_damaged = recompute, skip_damaged
         self._distill = distill if distill is not None and distill.weight > 0 else None
-        self.distill_weight = 0.0 if distill is None else distill.weight
         self._loss_dtype = torch.promote_types(backbone.model.dtype, torch.float32)
 
     def forward(
@@ -101,7 +100,9 @@ class StreamObjective(nn.Module):
         """
         cache = CompressedCache(profile or self._profile, self._method, gradient)
         stream = Stream(self._backbone, cache, self._recompute)
-        teacher = None if self._distill is None else Stream(self._backbone, CompressedCache(self._profile, Full()))
+        # What is measured in evaluation are the answers alone.
+        distill = self._distill if self.training else None
+        teacher = None if distill is None else Stream(self._backbone, CompressedCache(self._profile, Full()))
         opened = [
             replace(self._settings, audio=self._settings.audio and sample.row.audio).open(
                 sample.row.media, self._backbone
@@ -133,8 +134,8 @@ class StreamObjective(nn.Module):
         for due in _rounds(waiting, None):
             part, taught, count = self._ask(stream, teacher, encoders, due)
             loss, distilled, targets = loss + part, distilled + taught, targets + count
-        if self._distill is not None:
-            loss = loss + self._distill.weight * distilled
+        if distill is not None:
+            loss = loss + distill.weight * distilled
         if not loss.requires_grad:
             # Every clip of the batch was left out; the backward of all ranks still needs every parameter.
             loss = loss + sum(parameter.sum() * 0 for parameter in self.parameters() if parameter.requires_grad)

@@ -27,8 +27,8 @@ from omnimem import __version__
 from omnimem.backbones import Backbone, parse_device
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
-from omnimem.files import atomic_write_json
-from omnimem.measure.cells import Cell, Column, choose_methods, device_name, file_digest, run_cells, table, write_csv
+from omnimem.files import atomic_write_json, file_digest
+from omnimem.measure.cells import Cell, Column, choose_methods, device_name, run_cells, table, write_csv
 from omnimem.measure.figures import Line, Panel, draw, require_matplotlib
 from omnimem.measure.meter import Meter
 from omnimem.stream import StreamingSession, StreamSettings

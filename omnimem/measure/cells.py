@@ -195,15 +195,6 @@ def choose_methods(names: str, given: Sequence[str]) -> dict[str, tuple[Selectio
     return built
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file of any size, a block at a time."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def weights_digest(backbone: Backbone, samples: int = 1024) -> str:
     """SHA-256 of names, shapes and evenly spaced values of all weights: cheap, and training changes every tensor."""
     digest = hashlib.sha256()

@@ -183,7 +183,7 @@ class CompressedCache(Cache):
             valid=real,
         )
         # Samples keep different numbers of each modality even when their chunks are equally long.
-        self._ragged = self._ragged or batch > 1 or not bool(real.all())
+        self._ragged = self._ragged or batch > 1 or sum(counts[0].values()) < length
         for layer in self.layers:
             layer.begin(table, counts, self._ragged, observe)
         if next_position is None:
@@ -209,7 +209,7 @@ class CompressedCache(Cache):
             raise RuntimeError("a question must not change the memory: compress() inside scratch()")
         for layer in self.layers:
             layer.accumulate()
-        learning = self.gradient is not None and torch.is_grad_enabled()
+        learning = self._learning
         scored = self._scored() if replay is None or learning else [(None, None)] * len(self.layers)
         kept = replay or [layer.decide(*one) for layer, one in zip(self.layers, scored, strict=True)]
         kept = [
@@ -224,11 +224,16 @@ class CompressedCache(Cache):
                 self.next_position = self._numbering.next
         return kept
 
+    @property
+    def _learning(self) -> bool:
+        """Whether a gradient is to reach the selection."""
+        return self.gradient is not None and torch.is_grad_enabled()
+
     def _scored(self) -> list[Any]:
         """Candidates and score of each layer; nothing where no layer has to evict."""
         if not any(layer.crowded for layer in self.layers):
             return [(None, None)] * len(self.layers)
-        with torch.set_grad_enabled(self.gradient is not None and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self._learning):
             return list(self.method.scores(layer.candidates() for layer in self.layers))
 
     def state(self) -> MemoryState:

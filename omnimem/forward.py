@@ -5,7 +5,7 @@
     for chunk in reader:
         stream.step(encoder.encode(chunk))
 
-Training (`train.objective`) and inference (`omnimem.stream`) call nothing else.
+Training (`omnimem.tape`) and inference (`omnimem.stream`) call nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from omnimem.backbones import Backbone, ChunkInputs
 from omnimem.memory import CompressedCache, Kept
@@ -24,8 +23,9 @@ from omnimem.selection import Probe
 class Stream:
     """A batch of streams in one compressed memory.
 
-    Under autograd the memory is functional and gradients reach every retained state back to the first chunk;
-    without it the memory is compacted in place.
+    Under autograd the memory is functional and gradients reach every retained state back to the first chunk (what they
+    need grows with the stream; `omnimem.tape` gives the same ones in bounded memory); without it the memory is
+    compacted in place.
 
     Parameters
     ----------
@@ -33,31 +33,20 @@ class Stream:
         The model.
     cache : CompressedCache
         An empty memory.
-    recompute : bool
-        Under autograd keep only the memory at each chunk's boundary and compute the chunk again in the backward,
-        with the same gradients: activations of one chunk instead of all.
     """
 
-    def __init__(self, backbone: Backbone, cache: CompressedCache, recompute: bool = False) -> None:
+    def __init__(self, backbone: Backbone, cache: CompressedCache) -> None:
         self.backbone = backbone
         self.cache = cache
-        self.recompute = recompute
 
-    def step(self, inputs: ChunkInputs) -> None:
-        """Take a chunk in and bring every layer back to its budget."""
+    def step(self, inputs: ChunkInputs, rewindable: bool = False) -> list[Kept | None]:
+        """Take a chunk in and bring every layer back to its budget; returns what `CompressedCache.compress` does."""
         if len(inputs) == 0:
-            return
-        if self.recompute and torch.is_grad_enabled():
-            self._step_recomputed(inputs)
-        else:
-            self._observe(inputs)
-            self.cache.compress()
-
-    def _observe(self, inputs: ChunkInputs) -> None:
-        """Append a chunk and ask the method's probes about what is now in memory."""
+            return [None] * len(self.cache.layers)
         self.forward(inputs)
         for probe in self.cache.method.probes:
             self._ask(probe, len(inputs.embeds))
+        return self.cache.compress(rewindable=rewindable)
 
     @torch.no_grad()
     def _ask(self, probe: Probe, batch: int) -> None:
@@ -66,33 +55,6 @@ class Stream:
         assert self.cache.next_position is not None
         with self.cache.probing(probe, embeds):
             self._run(ChunkInputs.text(embeds, self.cache.next_position), text=True)
-
-    def _step_recomputed(self, inputs: ChunkInputs) -> None:
-        """`step` under a non-reentrant checkpoint (the reentrant one loses gradients across chunks).
-
-        The recomputation replays the recorded decisions: in bf16 a tie could fall the other way the second time.
-        """
-        before = self.cache.state()
-        decided: list[Kept | None] | None = None
-
-        def chunk_step(*states: Tensor) -> tuple[Tensor, ...]:
-            nonlocal decided
-            replaying = decided is not None
-            present = self.cache.state()
-            self.cache.restore(before.with_states(states))
-            try:
-                if replaying:
-                    self.forward(inputs)
-                else:
-                    self._observe(inputs)
-                decided = self.cache.compress(decided)
-                return tuple(self.cache.state().states)
-            finally:
-                # In the backward the stream has long moved on, and checkpoint stops us once it has what it needs.
-                if replaying:
-                    self.cache.restore(present)
-
-        checkpoint(chunk_step, *before.states, use_reentrant=False)
 
     def forward(self, inputs: ChunkInputs, text: bool = False) -> Tensor:
         """Append positions to the memory without compressing it.

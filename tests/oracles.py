@@ -6,6 +6,8 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,6 +140,21 @@ def batch_parts(*streams: list[ChunkInputs]) -> list[ChunkInputs]:
     longest = max(len(parts) for parts in streams)
     rows = [[*parts, *[idle_part(int(parts[-1].next_position[0]))] * (longest - len(parts))] for parts in streams]
     return [ChunkInputs.batch(list(one)) for one in zip(*rows, strict=True)]
+
+
+def offline(model) -> Any:
+    """As much of a backbone as a stream needs: tokens are the letters of a text, a turn ends with token 63."""
+
+    def text_ids(text: str) -> Tensor:
+        return torch.tensor([[ord(letter) % 60 for letter in text]])
+
+    return SimpleNamespace(
+        language_model=model,
+        device=torch.device("cpu"),
+        text_ids=text_ids,
+        question_ids=lambda text: torch.cat((text_ids(text), torch.tensor([[63]])), 1).long(),
+        embed=model.get_input_embeddings(),
+    )
 
 
 def held(cache) -> list[Tensor]:

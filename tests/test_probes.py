@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from omnimem.selection import Candidates, Probe, SelectionMethod, build_selectio
 from oracles import (
     batch_parts,
     held,
+    offline,
     probe_embeds,
     profile,
     run,
@@ -252,20 +252,6 @@ def test_probed_attention_is_of_use_once(model, method):
 
 
 # ---- the stream asks -------------------------------------------------------------------------------------------------
-
-
-def offline(model) -> Any:
-    """As much of a backbone as a stream needs: tokens are the letters of a text, a turn ends with token 63."""
-
-    def text_ids(text: str) -> Tensor:
-        return torch.tensor([[ord(letter) % 60 for letter in text]])
-
-    return SimpleNamespace(
-        language_model=model,
-        text_ids=text_ids,
-        question_ids=lambda text: torch.cat((text_ids(text), torch.tensor([[63]])), 1).long(),
-        embed=model.get_input_embeddings(),
-    )
 
 
 class Calls:

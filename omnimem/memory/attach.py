@@ -99,11 +99,16 @@ def _show_hidden(index: int) -> Any:
         if not isinstance(cache, CompressedCache):
             return None
         memory = cache.layers[index]
-        memory.observe_hidden(args[0] if args else kwargs["hidden_states"])
-        if memory.shown is None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        memory.observe_hidden(hidden)
+        if memory.shown is not None:
+            # A probe that does not propagate: every layer sees the embeddings themselves.
+            hidden = memory.shown
+        elif index > 0 and index == cache.cut:
+            hidden = hidden.detach()
+        else:
             return None
-        # A probe that does not propagate: every layer sees the embeddings themselves.
-        return ((memory.shown, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": memory.shown})
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     return hook
 

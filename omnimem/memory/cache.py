@@ -11,8 +11,8 @@ every layer back to its budget (method.md §1). Questions run inside `scratch()`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
-from omnimem.memory.layer import KINDS, CompressedLayer, Kept
+from omnimem.memory.layer import COLUMNS, KINDS, CompressedLayer, Kept
 from omnimem.memory.margin import SelectionGradient
 from omnimem.memory.numbering import Reindexing
 from omnimem.memory.rotary import Rotary
@@ -37,32 +37,10 @@ class MemoryState(NamedTuple):
     counters: tuple
 
     @property
-    def states(self) -> list[Tensor]:
-        """What gradients flow through: keys and values of every layer, and of the selection what has a graph."""
-        return [tensor for layer in self.layers for tensor in _differentiable(layer).values()]
-
-    def with_states(self, states: Sequence[Tensor]) -> MemoryState:
-        """The same moment with other tensors in the places of `states`."""
-        given = iter(states)
-        layers = []
-        for layer in self.layers:
-            changed = dict(layer)
-            for name in _differentiable(layer):
-                tensor = next(given)
-                if name == "margin":
-                    changed[name] = layer[name]._replace(gates=tensor)
-                else:
-                    changed[name] = tensor if name == "mass" else (tensor, None)
-            layers.append(changed)
-        return MemoryState(layers, self.counters)
-
-
-def _differentiable(layer: dict[str, Any]) -> dict[str, Tensor]:
-    """Tensors of a layer's state that gradients flow through."""
-    found = {name: layer[name][0] for name in ("_keys", "_values")}
-    selection = {"_features": layer["_features"][0], "mass": layer["mass"]}
-    selection["margin"] = None if layer["margin"] is None else layer["margin"].gates
-    return found | {name: one for name, one in selection.items() if one is not None and one.requires_grad}
+    def facts(self) -> MemoryState:
+        """The same moment without the stored columns, which `CompressedCache.rewind` finds again."""
+        bare = {name: (None, None) for name in COLUMNS}
+        return MemoryState([{**layer, **bare} for layer in self.layers], self.counters)
 
 
 class CompressedCache(Cache):
@@ -81,6 +59,8 @@ class CompressedCache(Cache):
     ----------
     next_position : Tensor or None
         int64 ``[B]``: the rotary position the next text token takes.
+    cut : int
+        Layer whose input carries no gradient to the layers below; 0: all do.
     """
 
     layers: list[CompressedLayer]
@@ -113,6 +93,7 @@ class CompressedCache(Cache):
         self._next_index: Tensor | None = None
         self._ragged = False
         self._in_scratch = False
+        self.cut = 0
         self._numbering = Reindexing() if self.method.positions == "reindexed" else None
 
     def reset(self) -> None:
@@ -192,13 +173,15 @@ class CompressedCache(Cache):
         self.next_position = next_position.to(device)
         self._next_index = self._next_index + real.sum(1)
 
-    def compress(self, replay: list[Kept | None] | None = None) -> list[Kept | None]:
+    def compress(self, replay: list[Kept | None] | None = None, rewindable: bool = False) -> list[Kept | None]:
         """Bring every layer back to its budget.
 
         Parameters
         ----------
         replay : list, optional
             What an earlier call on the same state returned: repeat those decisions.
+        rewindable : bool
+            Whether to return what goes as well, so that `rewind` can undo the step.
 
         Returns
         -------
@@ -209,11 +192,11 @@ class CompressedCache(Cache):
             raise RuntimeError("a question must not change the memory: compress() inside scratch()")
         for layer in self.layers:
             layer.accumulate()
-        learning = self._learning
+        learning = self.gradient is not None
         scored = self._scored() if replay is None or learning else [(None, None)] * len(self.layers)
         kept = replay or [layer.decide(*one) for layer, one in zip(self.layers, scored, strict=True)]
         kept = [
-            layer.take(one, score if learning else None)
+            layer.take(one, score if learning else None, rewindable)
             for layer, one, (_, score) in zip(self.layers, kept, scored, strict=True)
         ]
         if self._numbering is not None and self._next_index is not None:
@@ -224,16 +207,11 @@ class CompressedCache(Cache):
                 self.next_position = self._numbering.next
         return kept
 
-    @property
-    def _learning(self) -> bool:
-        """Whether a gradient is to reach the selection."""
-        return self.gradient is not None and torch.is_grad_enabled()
-
     def _scored(self) -> list[Any]:
         """Candidates and score of each layer; nothing where no layer has to evict."""
         if not any(layer.crowded for layer in self.layers):
             return [(None, None)] * len(self.layers)
-        with torch.set_grad_enabled(self._learning):
+        with torch.no_grad() if self.gradient is None else nullcontext():
             return list(self.method.scores(layer.candidates() for layer in self.layers))
 
     def state(self) -> MemoryState:
@@ -249,6 +227,34 @@ class CompressedCache(Cache):
         self.next_position, self._next_index, self._ragged, self._in_scratch, numbers = state.counters
         if self._numbering is not None:
             self._numbering.restore(numbers)
+
+    def rewind(self, before: MemoryState, decided: list[Kept | None]) -> None:
+        """Undo the last step.
+
+        Parameters
+        ----------
+        before : MemoryState
+            The moment before the step; of it only the `facts` are used.
+        decided : list
+            What the step's `compress`, made `rewindable`, returned; Nones if it was not compressed.
+        """
+        for layer, kept, facts in zip(self.layers, decided, before.layers, strict=True):
+            layer.rewind(kept, 0 if facts["table"] is None else len(facts["table"]))
+        columns = [{name: getattr(layer, name).state() for name in COLUMNS} for layer in self.layers]
+        states = [{**facts, **own} for facts, own in zip(before.layers, columns, strict=True)]
+        self.restore(MemoryState(states, before.counters))
+
+    @property
+    def flowing(self) -> dict[tuple[int, str], Tensor]:
+        """What gradients flow through from step to step, by layer and name: keys and values, and of the selection what
+        it learns from.
+        """
+        return {(i, name): one for i, layer in enumerate(self.layers) for name, one in layer.flowing.items()}
+
+    @flowing.setter
+    def flowing(self, tensors: dict[tuple[int, str], Tensor]) -> None:
+        for i, layer in enumerate(self.layers):
+            layer.flowing = {name: tensor for (index, name), tensor in tensors.items() if index == i}
 
     @contextmanager
     def scratch(self) -> Iterator[CompressedCache]:

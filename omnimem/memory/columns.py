@@ -84,6 +84,20 @@ class Columns:
         self.tensor = self.buffer.narrow(self.dim, 0, columns.shape[1])
         return self.tensor
 
+    def read(self, columns: Tensor) -> Tensor | None:
+        """A copy of the columns ``[B, M]``; None where nothing is stored."""
+        return None if self.tensor is None else self._gather(self.tensor, columns)
+
+    def rewind(self, order: Tensor | None, gone: Tensor | None, before: int) -> None:
+        """Put back what was taken: the stored columns and those `gone`, in `order` ``[B, N]``, are the N `before`."""
+        if self.tensor is None:
+            return
+        if gone is None or order is None:
+            self.tensor, self.buffer = self.tensor.narrow(self.dim, 0, before), None
+            return
+        stayed = self.tensor.narrow(self.dim, 0, before - gone.shape[self.dim])
+        self.tensor, self.buffer = self._gather(torch.cat((stayed, gone), self.dim), order), None
+
     def _gather(self, source: Tensor, columns: Tensor) -> Tensor:
         if columns.shape[0] == 1:
             return source.index_select(self.dim, columns[0])

@@ -9,6 +9,7 @@ so that to everything below `update` a head is a sample of one head.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +27,27 @@ from omnimem.selection.gates import gates
 
 COLUMNS = ("_keys", "_values", "_features")
 STATE = (
-    "table", "valid", "ragged", "mass", "counts", "columns_seen", "is_initialized", "margin", "_settled", "_new_mass",
-    "_active",
+    "table", "valid", "ragged", "mass", "counts", "columns_seen", "is_initialized", "margin", "_settled", "_before",
+    "_new_mass", "_active",
 )  # fmt: skip
 """Attributes that, beside the stored columns, make up the state of a layer between two steps."""
 
 KINDS = {"text": TEXT, **EVICTABLE}
+
+
+class Evicted(NamedTuple):
+    """What a step took out of a layer: beside what stayed, all that is needed to return to the layer before it.
+
+    Attributes
+    ----------
+    order : Tensor
+        int32 ``[R, N]``: the columns before the step, those that stayed first.
+    columns : tuple of (Tensor or None)
+        Keys, values and features of the last columns in that order; None where none are stored.
+    """
+
+    order: Tensor
+    columns: tuple[Tensor | None, ...]
 
 
 class Kept(NamedTuple):
@@ -47,12 +63,15 @@ class Kept(NamedTuple):
         What was made of the others and stands behind them.
     margin : Tensor or None
         int64 ``[R, M]``: columns that went, but that the next step still looks at (`SelectionGradient`).
+    evicted : Evicted or None
+        What of the layer before the step went, where that was asked for.
     """
 
     columns: Tensor
     valid: Tensor
     merged: Merged | None = None
     margin: Tensor | None = None
+    evicted: Evicted | None = None
 
     @classmethod
     def of(cls, keep: Tensor, merged: Merged | None = None) -> Kept:
@@ -124,7 +143,7 @@ class CompressedLayer(CacheLayerMixin):
         self.keys: Any = None
         self.values: Any = None
         self.margin: Margin | None = None
-        self._settled = 0
+        self._settled = self._before = 0
         # Of the step under way: which columns are real, what it is to report, what it has reported.
         self.valid: Tensor | None = None
         self.ragged = False
@@ -155,6 +174,7 @@ class CompressedLayer(CacheLayerMixin):
         """
         self.accumulate()
         self._observing, self._new_features, self.ragged = observe, None, ragged
+        self._before = 0 if self.table is None else len(self.table)
         before = self.counts or [dict.fromkeys(KINDS, 0)] * len(counts)
         self.counts = [{name: a[name] + b[name] for name in KINDS} for a, b in zip(before, counts, strict=True)]
         self._announced = new
@@ -234,16 +254,16 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def learning(self) -> bool:
         """Whether a gradient is to reach the selection."""
-        return self.gradient is not None and torch.is_grad_enabled()
+        return self.gradient is not None
 
     @property
     def learns_attention(self) -> bool:
         """Whether it is to go through the attention mass as well."""
-        return self.learning and self.gradient is not None and self.gradient.attention
+        return self.gradient is not None and self.gradient.attention
 
     def accumulate(self) -> None:
         """Fold the mass observed in the last step into the mass of every position."""
-        with torch.set_grad_enabled(self.learns_attention):
+        with nullcontext() if self.learns_attention else torch.no_grad():
             self._accumulate()
 
     def _accumulate(self) -> None:
@@ -298,16 +318,19 @@ class CompressedLayer(CacheLayerMixin):
         # Nothing to evict; only the padding between a shorter sample and the step is squeezed out.
         return Kept.of(self.table.valid) if self.ragged and not bool(self.table.valid.all()) else None
 
-    def take(self, kept: Kept | None, score: Tensor | None = None) -> Kept | None:
-        """Reduce every stored tensor to what is kept; given scores with their graph, hold back what goes (`margin`).
+    def take(self, kept: Kept | None, score: Tensor | None = None, rewindable: bool = False) -> Kept | None:
+        """Reduce every stored tensor to what is kept; given scores, hold back some of what goes (`margin`).
 
-        Returns `kept` with the columns that were held back; given them, the same ones are.
+        Returns `kept` with the columns that were held back (given them, the same ones are), and with what went, if
+        the step is to be `rewindable`.
         """
         self._probed = []
         self.margin = None
         if kept is not None:
             if score is not None:
                 kept = self._hold_back(kept, score)
+            if rewindable:
+                kept = kept._replace(evicted=self._evicted(kept))
             merged = None if kept.merged is None else self._merge(kept.merged)
             for stored in (self._keys, self._values, self._features):
                 if stored.tensor is not None:
@@ -329,10 +352,7 @@ class CompressedLayer(CacheLayerMixin):
         """Make evicted positions, detached and behind gates with their graph, the margin."""
         assert self.gradient is not None
         table, gradient = self.table, self.gradient
-        stays = torch.zeros_like(table.valid, dtype=torch.int8)
-        # A maximum, because padding points at column 0.
-        stays.scatter_reduce_(1, kept.columns, kept.valid.to(torch.int8), "amax")
-        gone = (table.modality != TEXT) & table.valid & (stays == 0)
+        gone = (table.modality != TEXT) & table.valid & ~self._stays(kept)
         count = int(gone.sum(1).max())
         if count == 0:
             return kept
@@ -353,6 +373,29 @@ class CompressedLayer(CacheLayerMixin):
         self.margin = Margin(keys, values, gate, gradient.gain)
         return kept._replace(margin=columns)
 
+    def _stays(self, kept: Kept) -> Tensor:
+        """Bool ``[R, N]``: which columns stay."""
+        stays = torch.zeros_like(self.table.valid, dtype=torch.int8)
+        # A maximum, because padding points at column 0.
+        return stays.scatter_reduce_(1, kept.columns, kept.valid.to(torch.int8), "amax").bool()
+
+    # ---- back to where a step began ---------------------------------------------------------------------
+
+    def _evicted(self, kept: Kept) -> Evicted:
+        """What goes of the columns that were there before the step."""
+        stays = self._stays(kept)[:, : self._before]
+        order = torch.sort((~stays).to(torch.int8), dim=1, stable=True).indices
+        going = order[:, int(stays.sum(1).min()) :]
+        return Evicted(order.int(), tuple(getattr(self, name).read(going) for name in COLUMNS))
+
+    def rewind(self, kept: Kept | None, before: int) -> None:
+        """Bring the stored columns back to the `before` columns from which the step began that kept these."""
+        evicted = None if kept is None else kept.evicted
+        order = None if evicted is None else evicted.order.long().argsort(1)
+        for name, gone in zip(COLUMNS, (None,) * 3 if evicted is None else evicted.columns, strict=True):
+            getattr(self, name).rewind(order, gone, before)
+        self._show()
+
     def _merge(self, merged: Merged) -> tuple[Tensor, Tensor]:
         """Keys and values ``[R, G, S, D]`` of positions made of others: weighted means, keys without rotation."""
         keys = self._keys.tensor
@@ -365,6 +408,29 @@ class CompressedLayer(CacheLayerMixin):
         if not self._unrotated:
             keys = self._rotation.rotate(keys, merged.table.position)
         return keys, values
+
+    @property
+    def flowing(self) -> dict[str, Tensor]:
+        """What gradients flow through from step to step."""
+        found = {"keys": self._keys.tensor, "values": self._values.tensor}
+        if self.learning:
+            found["features"] = self._features.tensor
+            found["gates"] = None if self.margin is None else self.margin.gates
+        if self.learns_attention:
+            found["mass"] = self.mass
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @flowing.setter
+    def flowing(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name == "gates":
+                assert self.margin is not None
+                self.margin = self.margin._replace(gates=tensor)
+            elif name == "mass":
+                self.mass = tensor
+            else:
+                getattr(self, f"_{name}").restore((tensor, None))
+        self._show()
 
     # ---- rotary positions -------------------------------------------------------------------------------
 

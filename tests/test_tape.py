@@ -1,0 +1,415 @@
+"""The way back through a stream, step after step undone, gives the gradient of plain autograd."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import omnimem.memory.layer
+from omnimem.backbones import ChunkInputs
+from omnimem.forward import Stream
+from omnimem.memory import CompressedCache, SelectionGradient
+from omnimem.memory.store import DiskStore, HostStore, Store
+from omnimem.selection import build_selection
+from omnimem.tape import Tape, Truncation
+from oracles import held, offline, same
+from test_selection_gradient import BUDGETS, answer, answer_loss, lora_weights, model, streams  # noqa: F401
+
+ASKED = (1, 3, 3, 4)
+"""Steps (the first one is text) after which a question is asked."""
+
+SETTINGS = [
+    ("omnimem", {}, None),
+    ("omnimem", {}, SelectionGradient()),
+    ("similarity_only", {}, SelectionGradient(margin=2, threshold="bisection")),
+    ("omnimem", {"lam": 1.0}, SelectionGradient(margin=1, attention=True)),
+    ("omnimem", {"lam": 1.0, "mass_stride": 1, "accumulation": "mean"}, SelectionGradient(attention=True)),
+    ("omnimem", {"variant": "release"}, SelectionGradient(temperature=1.0)),
+    ("omnimem", {"positions": "reindexed"}, None),
+    ("full", {}, None),
+    ("random", {}, None),
+    ("h2o", {"positions": "reindexed"}, None),
+    ("streaming_llm", {}, None),
+    ("snapkv", {}, None),
+    ("streammem", {}, None),
+    ("streammem", {"positions": "reindexed"}, None),
+    ("infinipot_v", {}, None),
+    ("hermes", {}, None),
+    ("hermes", {"positions": "original"}, None),
+]
+
+
+def cache_of(method: str, options: dict[str, Any], gradient: SelectionGradient | None = None) -> CompressedCache:
+    return CompressedCache(BUDGETS, build_selection(method, **options), gradient)
+
+
+def parts_of(samples: int) -> list[ChunkInputs]:
+    """Inputs whose gradient is looked at as well."""
+    return [replace(part, embeds=part.embeds.clone().requires_grad_()) for part in streams(samples)]
+
+
+def plain(model, cache, parts, asked=ASKED, cut=()) -> tuple[Tensor, list[Tensor | None]]:  # noqa: F811
+    """Loss and gradients by autograd through everything; the memory before the steps `cut` is a constant."""
+    flow = Stream(offline(model), cache)
+    losses = []
+    for number, part in enumerate(parts):
+        if number in cut:
+            cache.flowing = {key: tensor.detach() for key, tensor in cache.flowing.items()}
+        if number == 0:
+            flow.forward(part, text=True)
+        else:
+            flow.step(part)
+        losses += [answer_loss(answer(model, cache, seed=50 + number)) for _ in range(asked.count(number))]
+    loss = torch.stack(losses).sum()
+    return loss.detach(), gradients_of(model, parts, lambda: loss.backward())
+
+
+def taped(model, tape: Tape, parts, asked=ASKED, weight: float = 1.0) -> tuple[Tensor, list[Tensor | None]]:  # noqa: F811
+    values = []
+    for number, part in enumerate(parts):
+        if number == 0:
+            tape.forward(part)
+        else:
+            tape.step(part)
+        for _ in range(asked.count(number)):
+            values += tape.ask(lambda n=number: (answer_loss(answer(model, tape.cache, seed=50 + n)),))
+    return torch.stack(values).sum(), gradients_of(model, parts, lambda: tape.backward(weight))
+
+
+def gradients_of(model, parts, backward) -> list[Tensor | None]:  # noqa: F811
+    leaves = [*lora_weights(model), *(part.embeds for part in parts)]
+    for leaf in leaves:
+        leaf.grad = None
+    backward()
+    return [None if leaf.grad is None else leaf.grad.clone() for leaf in leaves]
+
+
+def assert_equal(ours: list[Tensor | None], theirs: list[Tensor | None], limit: float = 1e-10) -> None:
+    scale = max(1.0, *(float(one.abs().max()) for one in theirs if one is not None))
+    for one, other in zip(ours, theirs, strict=True):
+        one, other = (torch.zeros(()) if x is None else x for x in (one, other))
+        assert (one - other).abs().max() <= limit * scale
+
+
+def new_tape(model, cache, **options: Any) -> Tape:  # noqa: F811
+    return Tape(Stream(offline(model), cache), **options)
+
+
+# ---- the same gradient -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize(("method", "options", "gradient"), SETTINGS)
+def test_the_way_back_gives_the_gradient_of_plain_autograd(model, samples, method, options, gradient):  # noqa: F811
+    """With respect to every weight and every input, through evictions, merges, margins and re-numbered ids."""
+    parts = parts_of(samples)
+    loss, expected = plain(model, cache_of(method, options, gradient), parts)
+    value, found = taped(model, new_tape(model, cache_of(method, options, gradient)), parts)
+    assert abs(value - loss) <= 1e-12 * abs(loss)
+    assert all(one is not None and one.abs().max() > 0 for one in expected)
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("method", ["omnimem", "streammem"])
+def test_losses_on_the_way_there_are_those_of_inference(model, method):  # noqa: F811
+    parts = parts_of(2)
+    tape, cache = new_tape(model, cache_of(method, {}, None)), cache_of(method, {})
+    flow = Stream(offline(model), cache)
+    with torch.no_grad():
+        tape.forward(parts[0])
+        flow.forward(parts[0], text=True)
+        for part in parts[1:]:
+            tape.step(part)
+            flow.step(part)
+            assert same(held(tape.cache), held(cache))
+            (value,) = tape.ask(lambda: (answer_loss(answer(model, tape.cache)),))
+            assert torch.equal(value, answer_loss(answer(model, cache)))
+            assert same(held(tape.cache), held(cache))
+
+
+def test_the_weight_scales_the_gradient_and_gradients_add_up(model):  # noqa: F811
+    parts = parts_of(1)
+    _, once = taped(model, new_tape(model, cache_of("omnimem", {}, SelectionGradient())), parts)
+    _, scaled = taped(model, new_tape(model, cache_of("omnimem", {}, SelectionGradient())), parts, weight=0.25)
+    assert_equal([4 * one for one in scaled if one is not None], [one for one in once if one is not None], 1e-12)
+
+
+def test_a_stream_nobody_asks_about_has_no_gradient(model):  # noqa: F811
+    parts = parts_of(1)
+    tape = new_tape(model, cache_of("omnimem", {}))
+    tape.forward(parts[0])
+    tape.step(parts[1])
+    assert gradients_of(model, parts, tape.backward) == [None] * (len(lora_weights(model)) + len(parts))
+
+
+def test_dropout_falls_the_same_way_on_the_way_back(model):  # noqa: F811
+    layers = [module for module in model.modules() if hasattr(module, "lora_dropout")]
+    for layer in layers:
+        layer.lora_dropout["default"] = torch.nn.Dropout(0.3)
+    model.train()
+    try:
+        parts = parts_of(1)
+        torch.manual_seed(5)
+        loss, expected = plain(model, cache_of("omnimem", {}), parts)
+        torch.manual_seed(5)
+        tape = new_tape(model, cache_of("omnimem", {}))
+        value, found = taped(model, tape, parts)
+        assert torch.equal(value, loss) or abs(value - loss) <= 1e-12 * loss
+        assert_equal(found, expected)
+        after = torch.rand(1)
+        torch.manual_seed(5)
+        plain(model, cache_of("omnimem", {}), parts)
+        assert torch.equal(torch.rand(1), after), "the way back draws nothing of its own"
+        assert abs(taped(model, new_tape(model, cache_of("omnimem", {})), parts)[0] - value) > 1e-6
+    finally:
+        for layer in layers:
+            layer.lora_dropout["default"] = torch.nn.Identity()
+        model.eval()
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_decisions_are_replayed_and_never_taken_again(model, monkeypatch, samples):  # noqa: F811
+    """Scores and gates may come out differently the second time (rounding); who stays and who is watched may not."""
+    gradient, parts = SelectionGradient(margin=2), parts_of(samples)
+    _, expected = plain(model, cache_of("omnimem", {}, gradient), parts)
+    tape, exact, called = new_tape(model, cache_of("omnimem", {}, gradient)), omnimem.memory.layer.gates, []
+
+    def shaken(*args: Any) -> Tensor:
+        """Other values in another order, with the gradient of the right ones."""
+        called.append(exact(*args))
+        return called[-1] + (1 - 2 * called[-1].detach()) * (called[-1].detach() > 0)
+
+    def never(*_: Any) -> None:
+        raise AssertionError("decided again")
+
+    back = tape.backward
+
+    def backward(weight: float) -> None:
+        monkeypatch.setattr(omnimem.memory.layer, "gates", shaken)
+        monkeypatch.setattr(omnimem.memory.layer.CompressedLayer, "decide", never)
+        back(weight)
+
+    monkeypatch.setattr(tape, "backward", backward)
+    _, found = taped(model, tape, parts)
+    assert_equal(found, expected)
+    assert len(called) > 12, "gates were computed again"
+
+
+# ---- undoing ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize(("method", "options", "gradient"), SETTINGS)
+def test_a_step_is_undone_to_the_bit(model, samples, method, options, gradient):  # noqa: F811
+    cache, parts = cache_of(method, options, gradient), streams(samples)
+    flow = Stream(offline(model), cache)
+    flow.forward(parts[0], text=True)
+    seen = []
+    for part in parts[1:]:
+        seen.append((cache.state().facts, real_states(cache), flow.step(part, rewindable=True)))
+    for before, states, decided in reversed(seen):
+        cache.rewind(before, decided)
+        assert same(real_states(cache), states)
+    # And the stream goes on from there as if nothing had been.
+    flow.step(parts[1])
+    other = cache_of(method, options, gradient)
+    fresh = Stream(offline(model), other)
+    fresh.forward(parts[0], text=True)
+    fresh.step(parts[1])
+    assert same(held(cache), held(other))
+
+
+def real_states(cache: CompressedCache) -> list[Tensor]:
+    """Copies of what is stored of real positions."""
+    found = []
+    for layer in cache.layers:
+        valid = layer.table.valid
+        found += [layer.keys.transpose(1, 2)[valid], layer.values.transpose(1, 2)[valid]]
+        found += [] if layer.features is None else [layer.features[valid]]
+        found += [] if layer.margin is None else [*layer.margin[:3]]
+    return [one.clone() for one in found]
+
+
+# ---- where records wait ----------------------------------------------------------------------------------------------
+
+
+class Moved(Store):
+    """Stands in for another device: what comes back is a copy, and comes back once."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+
+    def _away(self, tensors):
+        self.waiting += 1
+        return [tensor.clone() for tensor in tensors]
+
+    def _back(self, kept):
+        self.waiting -= 1
+        return [tensor.clone() for tensor in kept]
+
+
+def test_records_on_disk_give_the_same_bits_and_are_gone_afterwards(model, tmp_path):  # noqa: F811
+    gradient = SelectionGradient(margin=2)
+    parts = streams(2)
+    results, written = [], 0
+    for store in (None, Moved(), DiskStore(tmp_path)):
+        tape = new_tape(model, cache_of("omnimem", {}, gradient), store=store)
+        weights = lora_weights(model)
+        for weight in weights:
+            weight.grad = None
+        tape.forward(parts[0])
+        for part in parts[1:]:
+            tape.step(part)
+        tape.ask(lambda tape=tape: (answer_loss(answer(model, tape.cache)),))
+        written = max(written, len(list(tmp_path.iterdir())))
+        tape.backward()
+        results.append([weight.grad.clone() for weight in weights])
+        assert not isinstance(store, Moved) or store.waiting == 0
+    assert all(map(torch.equal, results[0], results[1])) and all(map(torch.equal, results[0], results[2]))
+    assert written == len(parts) and not list(tmp_path.iterdir())
+
+
+def test_what_waits_for_a_step_does_not_grow_with_the_stream(model):  # noqa: F811
+    """Each state is stored once: a record holds what left the memory, not the memory."""
+    sizes = []
+
+    class Weighed(Store):
+        def _away(self, tensors):
+            sizes.append(sum(tensor.nbytes for tensor in tensors if tensor.ndim == 4))
+            return tensors
+
+    cache = cache_of("omnimem", {})
+    tape = new_tape(model, cache, store=Weighed())
+    parts = streams(1)
+    tape.forward(parts[0])
+    for part in parts[1:] * 3:
+        tape.step(part)
+    held_at_once = cache.state_nbytes
+    # Steps of at most ten positions: what goes of the memory is never more than came.
+    assert len(sizes) == 13 and max(sizes[2:]) < held_at_once
+    streamed = sum(len(part) for part in parts[1:] * 3) + len(parts[0])
+    assert sum(sizes) + held_at_once <= streamed * 3 * 2 * 2 * 8 * 8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_pinned_host_memory_gives_the_same_gradient(model):  # noqa: F811
+    device = torch.device("cuda")
+    store = HostStore(device)
+    records = [{"a": torch.randn(1000, 100, device=device), "b": (torch.arange(5), i)} for i in range(20)]
+    copies = [record["a"].clone() for record in records]
+    handles = [store.put(record) for record in records]
+    del records
+    junk = [torch.full((1000, 100), 7.0, device=device) for _ in range(40)]
+    for number in reversed(range(20)):
+        if number:
+            store.prefetch(handles[number - 1])
+        found = store.get(handles[number])
+        assert torch.equal(found["a"], copies[number]) and found["b"][1] == number
+    assert len(junk) == 40
+
+
+# ---- where gradients end ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("gradient", [None, SelectionGradient()])
+@pytest.mark.parametrize(
+    ("window", "asked", "cut"),
+    [
+        (1, (4,), (4,)),
+        (2, (4,), (3,)),
+        (4, (4,), (1,)),
+        (5, (4,), ()),
+        (1, (1, 4), (1, 4)),
+        (2, (2, 4), (1,)),
+        (1, (1, 2, 3, 4), (1,)),
+    ],
+)
+def test_a_window_ends_the_gradient_so_many_chunks_before_a_question(
+    model, samples, gradient, window, asked, cut  # noqa: F811
+):  # fmt: skip
+    """The boundaries that nothing crosses are those that no question is asked behind within the window."""
+    parts = parts_of(samples)
+    _, expected = plain(model, cache_of("omnimem", {}, gradient), parts, asked, cut)
+    tape = new_tape(model, cache_of("omnimem", {}, gradient), truncation=Truncation(window=window))
+    _, found = taped(model, tape, parts, asked)
+    assert_equal(found, expected)
+
+
+def test_chunks_out_of_reach_are_not_run_again(model):  # noqa: F811
+    calls: list[Any] = []
+    truncation = Truncation(window=2)
+    tape = new_tape(model, cache_of("omnimem", {}), truncation=truncation, call=lambda f: calls.append(f) or f())
+    taped(model, tape, parts_of(1), asked=(4,))
+    assert len(calls) == 5 + 1 + (1 + 2), "five steps and a question there, the question and two steps back"
+
+
+@pytest.mark.parametrize(("from_layer", "to_layer"), [(1, None), (2, None), (0, 1), (0, 2), (1, 2)])
+def test_layers_outside_the_cut_learn_from_the_last_chunk_alone(model, from_layer, to_layer):  # noqa: F811
+    parts = parts_of(1)
+    truncation = Truncation(from_layer=from_layer, to_layer=to_layer)
+    tape = new_tape(model, cache_of("omnimem", {}), truncation=truncation)
+    _, found = taped(model, tape, parts, asked=(4,))
+    # The oracle: earlier chunks by themselves, their memory handed on by those layers alone.
+    expected = cut_by_hand(model, parts, from_layer, 3 if to_layer is None else to_layer)
+    assert_equal(found, expected)
+
+
+def cut_by_hand(model, parts, start: int, stop: int) -> list[Tensor | None]:  # noqa: F811
+    """As the paper: below `start` nothing but the last chunk has a gradient, and none flows down into it from above."""
+    cache = cache_of("omnimem", {})
+    flow = Stream(offline(model), cache)
+
+    def detached(_module, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return ((hidden.detach(), *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden.detach()})
+
+    def run_all() -> None:
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            handles = []
+            if start > 0 and not last:
+                handles.append(model.layers[start].register_forward_pre_hook(detached, with_kwargs=True))
+            if number == 0:
+                flow.forward(part, text=True)
+            else:
+                flow.step(part)
+            for handle in handles:
+                handle.remove()
+            if not last:
+                cache.flowing = {k: t if start <= k[0] < stop else t.detach() for k, t in cache.flowing.items()}
+        answer_loss(answer(model, cache, seed=50 + len(parts) - 1)).backward()
+
+    return gradients_of(model, parts, run_all)
+
+
+# ---- in step with other processes ------------------------------------------------------------------------------------
+
+
+def test_in_lockstep_everything_is_run_and_idle_steps_add_nothing(model):  # noqa: F811
+    parts, calls, backs = parts_of(1), [], []
+    _, expected = plain(model, cache_of("omnimem", {}), parts, asked=(4,))
+
+    def backward(total: Tensor) -> None:
+        backs.append(total.detach())
+        total.backward()
+
+    tape = new_tape(
+        model, cache_of("omnimem", {}), call=lambda f: calls.append(f) or f(), backward=backward, lockstep=True
+    )
+    tape.forward(parts[0])
+    for part in parts[1:]:
+        tape.step(part)
+        tape.idle(part, probes=True)
+    tape.ask(lambda: (answer_loss(answer(model, tape.cache, seed=54)),))
+    tape.idle(parts[0], probes=False)
+    before = held(tape.cache)
+    assert len(calls) == 11 and same(before, held(tape.cache))
+    found = gradients_of(model, parts, tape.backward)
+    assert len(calls) == 22 and len(backs) == 11
+    assert_equal(found, expected)

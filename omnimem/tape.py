@@ -75,6 +75,8 @@ class Tape:
         Runs a function that runs the model (DeepSpeed's engine).
     backward : callable, optional
         Differentiates one number.
+    record : bool
+        Whether there is a way back; without it the stream is just run.
     lockstep : bool
         Whether processes share weights, so that each has to run, and to differentiate whole, what any other does
         (see `idle`).
@@ -87,11 +89,13 @@ class Tape:
         truncation: Truncation | None = None,
         call: Callable[[Callable[[], Any]], Any] = lambda function: function(),
         backward: Callable[[Tensor], Any] = Tensor.backward,
+        record: bool = True,
         lockstep: bool = False,
     ) -> None:
         self.stream, self.cache = stream, stream.cache
         self.store, self.truncation = store or Store(), truncation or Truncation()
-        self._call, self._backward, self._lockstep = call, backward, lockstep
+        self._call, self._backward = call, backward
+        self._record, self._lockstep = record, lockstep
         self._steps: list[_Step] = []
 
     # ---- forwards ---------------------------------------------------------------------------------------
@@ -111,17 +115,19 @@ class Tape:
 
         def run() -> list[Kept | None]:
             if not text:
-                return self.stream.step(inputs, rewindable=True)
+                return self.stream.step(inputs, rewindable=self._record)
             self.stream.forward(inputs, text=True)
             return [None] * len(self.cache.layers)
 
         decided = self._call(run)
-        self._steps.append(_Step(text, random, self.store.put((inputs, before, decided))))
+        if self._record:
+            self._steps.append(_Step(text, random, self.store.put((inputs, before, decided))))
 
     @torch.no_grad()
     def ask(self, loss: Loss) -> tuple[Tensor, ...]:
         """Values of a loss taken now; on the way back it is taken again, with its graph."""
-        self._steps[-1].asked.append((loss, _random_state(self.stream.backbone.device)))
+        if self._record:
+            self._steps[-1].asked.append((loss, _random_state(self.stream.backbone.device)))
         return self._call(loss)
 
     @torch.no_grad()

@@ -43,14 +43,22 @@ def test_a_taught_run_sees_the_same_loss_first_and_then_learns_otherwise(tmp_pat
 
 
 @pytest.mark.parametrize("margin", ["gate.margin=null", "gate.margin=3"])
-def test_recomputed_chunks_teach_the_same(tmp_path, margin):
-    """Gates and states are handed from chunk to chunk, so keeping the activations changes nothing but rounding."""
-    options = (TAUGHT, margin, "model.dtype=float64", "train.max_steps=1", "train.save_every=1")
-    norms = []
-    for recompute in ("true", "false"):
-        run = trained_run(tmp_path, *options, f"train.recompute={recompute}", out=recompute)
-        norms.append(metrics(run)[0]["grad_norm"])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-10)
+def test_records_on_disk_teach_the_same_and_leave_nothing_behind(tmp_path, margin):
+    options = (TAUGHT, margin, "train.max_steps=2", "train.save_every=2")
+    runs = [trained_run(tmp_path, *options, f"train.offload={place}", out=place) for place in ("none", "disk", "host")]
+    assert all(same(adapter(runs[0]), adapter(run)) for run in runs[1:])
+    assert not list(runs[1].glob(".records/*/*"))
+
+
+def test_gradients_end_where_they_are_told_to(tmp_path):
+    """The loss is the same, the gradient another one; a window as long as the stream is none."""
+    options = ("train.max_steps=1", "model.dtype=float64")
+    cuts = {"none": (), "window": ("train.window=1",), "long": ("train.window=99",), "release": ("train.from_layer=2",)}
+    first = {name: metrics(trained_run(tmp_path, *options, *cut, out=name))[0] for name, cut in cuts.items()}
+    assert len({record["loss"] for record in first.values()}) == 1
+    norms = {name: record["grad_norm"] for name, record in first.items()}
+    assert norms["long"] == norms["none"]
+    assert len({norms["none"], norms["window"], norms["release"]}) == 3
 
 
 def test_a_taught_run_with_changing_budgets_resumes_to_the_same_bits(tmp_path):

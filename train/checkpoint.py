@@ -28,6 +28,7 @@ from omnimem.files import atomic_directory, atomic_write_json, remove_directory,
 
 FOLDER = "checkpoints"
 ADAPTER = ".adapter"
+RECORDS = ".records"
 
 
 def save_adapter(folder: Path, model: PeftModel, profile: BudgetProfile) -> None:
@@ -71,8 +72,9 @@ def sweep_run(output_dir: Path) -> None:
     """Delete what a killed run left of unfinished writes."""
     for folder in (output_dir, output_dir / FOLDER):
         sweep(folder)
-    if (output_dir / ADAPTER).is_dir():
-        shutil.rmtree(output_dir / ADAPTER)
+    for name in (ADAPTER, RECORDS):
+        if (output_dir / name).is_dir():
+            shutil.rmtree(output_dir / name)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

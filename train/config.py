@@ -138,7 +138,10 @@ class TrainConfig:
     warmup_ratio: float = 0.03
     min_lr_ratio: float = 0.0  # of lr, where the cosine ends
     max_grad_norm: float = 1.0
-    recompute: bool = True  # compute each chunk again in the backward instead of keeping its activations
+    offload: Literal["none", "host", "disk"] = "host"  # where what left the memory waits for the way back
+    window: int | None = None  # chunks before a question that its gradient reaches; null: all
+    from_layer: int = 0  # first layer that learns from chunks which no question follows (the paper's cut: 18)
+    to_layer: int | None = None  # layer from which on such chunks teach nothing; null: all do
     seed: int = 0
     log_every: int = 1  # steps
     save_every: int = 100  # steps
@@ -297,14 +300,14 @@ def validate(recipe: Recipe) -> None:
 AT_LEAST: dict[int, tuple[str, ...]] = {
     0: (
         *("model.seed", "train.seed", "selection.seed", "selection.sinks", "selection.lam"),
-        *("distill.weight", "train.lr", "train.weight_decay"),
+        *("distill.weight", "train.lr", "train.weight_decay", "train.from_layer"),
     ),
     1: (
         *("data.short_side", "data.max_pixels", "memory.mean_budget", "selection.sketch_dim", "selection.mass_stride"),
         *("lora.r", "lora.alpha"),
         *("train.max_steps", "train.batch_size", "train.accumulation", "train.log_every", "train.save_every"),
         *("train.keep_checkpoints", "train.threads", "selection.window", "selection.kernel", "gate.margin"),
-        *("memory.start_budget", "eval.every", "eval.patience"),
+        *("memory.start_budget", "eval.every", "eval.patience", "train.window", "train.to_layer"),
     ),
 }
 ABOVE_ZERO = (

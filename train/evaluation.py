@@ -60,13 +60,13 @@ class Evaluation:
     @torch.no_grad()
     def measure(self, objective: StreamObjective, accelerator: Accelerator) -> float:
         """Nats an answer token of the held-out questions; every process takes its share and gets the same number."""
-        training = objective.training
-        objective.eval()
+        training = objective.model.training
+        objective.model.eval()
         totals = torch.zeros(2, dtype=torch.float64)
         for sample in self.samples[accelerator.process_index :: accelerator.num_processes]:
             outcome = objective([sample])
-            totals += torch.tensor([outcome["loss"].item(), outcome["targets"]], dtype=torch.float64)
-        objective.train(training)
+            totals += torch.tensor([outcome.loss.item(), outcome.targets], dtype=torch.float64)
+        objective.model.train(training)
         summed: Any = accelerator.reduce(totals.float().to(accelerator.device), "sum")
         loss, targets = summed.tolist()
         return loss / targets

@@ -2,8 +2,8 @@
 
     accelerate launch train.py recipe=quickstart
 
-One optimiser step runs `accumulation` batches of streams. Each batch is one forward through `StreamObjective` (chunked,
-memory active, gradients through every retained state) and one backward.
+One optimiser step runs `accumulation` batches of streams. Each batch is one way there through `StreamObjective`
+(chunked, memory active) and one way back (gradients through every retained state; see `omnimem.tape`).
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import logging
 import math
 import os
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from torch import nn
 
 from data_prep.manifest import Row
 from omnimem.backbones.adapter import RECIPE_FILE
@@ -35,8 +33,19 @@ from train.finish import finish
 from train.metrics import BarHandler, Metrics, Once, peak_gib
 from train.objective import StreamObjective
 from train.plan import print_plan
+from train.processes import Processes
 from train.rundir import prepare_run_directory
-from train.setup import add_lora, build_base, check_recipe, gradient_of, load_base, selection_of, settings_of
+from train.setup import (
+    add_lora,
+    build_base,
+    check_recipe,
+    gradient_of,
+    load_base,
+    selection_of,
+    settings_of,
+    store_of,
+    truncation_of,
+)
 from train.stop import StopRequest
 
 log = logging.getLogger("omnimem.train")
@@ -109,18 +118,18 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
     if saved:
         done = load_checkpoint(saved[-1], accelerator, peft_model, optimizer)
         log.info("resuming after step %d from %s", done, saved[-1])
-    # One DDP call a batch: the whole stream runs inside the objective's forward.
-    objective = accelerator.prepare(
-        StreamObjective(
-            backbone,
-            peft_model,
-            profile,
-            selection_of(recipe),
-            settings_of(recipe),
-            recipe.train.recompute,
-            recipe.distill,
-            skip_damaged=recipe.data.on_bad_row == "skip",
-        )
+    processes = Processes()
+    objective = StreamObjective(
+        backbone,
+        peft_model,
+        profile,
+        selection_of(recipe),
+        settings_of(recipe),
+        recipe.distill,
+        skip_damaged=recipe.data.on_bad_row == "skip",
+        store=lambda: store_of(recipe, output_dir, accelerator),
+        truncation=truncation_of(recipe),
+        processes=processes,
     )
     evaluation = Evaluation(recipe, output_dir, [tokenise(row, backbone) for row in held_out])
     metrics = Metrics(output_dir, done, schedule.steps, accelerator.is_main_process)
@@ -140,22 +149,20 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
         gradient = gradient_of(recipe, step / max(1, steps - 1))
         budgets = profile_at(recipe, profile, step, steps)
         totals = torch.zeros(4)
-        for number, batch in enumerate(schedule.step(step, accelerator.process_index)):
-            last = number == recipe.train.accumulation - 1
-            with nullcontext() if last else accelerator.no_sync(objective):
-                outcome = objective(batch, gradient, budgets)
-                # DDP averages over ranks; the mean wanted is over all answer tokens of the step.
-                loss = outcome["loss"] * (accelerator.num_processes / schedule.targets(step))
-                accelerator.backward(loss)
-            part = outcome["distilled"].item() / schedule.targets(step)
-            totals[:3] += torch.tensor([loss.item() / accelerator.num_processes, outcome["positions"], part])
-        norm = nn.utils.clip_grad_norm_(parameters, recipe.train.max_grad_norm).item()
+        # The mean is over all answer tokens of the step, whoever has them.
+        weight = 1 / schedule.targets(step)
+        for batch in schedule.step(step, accelerator.process_index):
+            outcome = objective(batch, gradient, budgets)
+            outcome.backward(weight)
+            loss, distilled = outcome.loss.item() * weight, outcome.distilled.item() * weight
+            totals[:3] += torch.tensor([loss, outcome.positions, distilled])
+        norm = processes.gradient_norm(parameters, recipe.train.max_grad_norm)
         totals[3] = stop.requested
         summed: Any = accelerator.reduce(totals.to(accelerator.device), "sum")
         loss_value, positions, distilled, stopping = summed.tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm)
         if finite:
-            optimizer.step()
+            processes.step(optimizer)
         skipped = 0 if finite else skipped + 1
         optimizer.zero_grad(set_to_none=True)
         if not finite:
@@ -180,12 +187,12 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
             "positions_per_second": positions / elapsed,
             "seconds": elapsed,
             "mean_budget": budgets.mean_budget,
-            "retained": outcome["retained"],
-            "memory_bytes": outcome["memory_bytes"],
+            "retained": outcome.retained,
+            "memory_bytes": outcome.memory_bytes,
             "peak_gib": peak_gib(),
         }
         if evaluation.due(step + 1, steps):
-            record["eval_loss"] = evaluation.measure(accelerator.unwrap_model(objective), accelerator)
+            record["eval_loss"] = evaluation.measure(objective, accelerator)
             if accelerator.is_main_process:
                 evaluation.keep_best(step + 1, record["eval_loss"], peft_model, profile)
             accelerator.wait_for_everyone()

@@ -1,21 +1,21 @@
-"""The loss of a batch of streams: chunked forward with the compressed memory active, cross-entropy on the answers.
+"""The loss of a batch of streams, and its way back: chunked, the compressed memory active, questions on the way.
 
-It is one module with one forward, so that DistributedDataParallel sees one call and one backward a batch, however many
-chunks and questions the streams have.
+outcome = objective(batch, gradient, budgets)
+outcome.backward(1 / targets)
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from omnimem.backbones import Backbone, ChunkInputs
 from omnimem.budget import BudgetProfile
@@ -23,16 +23,50 @@ from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
 from omnimem.media import Chunk, MediaError, MediaReader
 from omnimem.memory import CompressedCache, SelectionGradient
+from omnimem.memory.store import Store
 from omnimem.selection import SelectionMethod
 from omnimem.selection.full import Full
 from omnimem.stream import StreamSettings
+from omnimem.tape import Tape, Truncation
 from train.config import DistillConfig
 from train.data import Asked, Sample
+from train.processes import Processes
 
 log = logging.getLogger("omnimem.train")
 
 
-class StreamObjective(nn.Module):
+@dataclass(frozen=True)
+class Outcome:
+    """What a batch of streams gave.
+
+    Attributes
+    ----------
+    loss : Tensor
+        Summed cross-entropy (at least float32, one number), and the teacher's part of it.
+    distilled : Tensor
+        That part by itself, without its weight.
+    targets : int
+        Answer tokens.
+    positions : int
+        Positions streamed.
+    retained : dict
+        Mean text, visual and audio positions a layer holds at the end.
+    memory_bytes : int
+        Bytes of the memory at the end.
+    backward : callable
+        Adds the gradient of so many times the loss to the parameters.
+    """
+
+    loss: Tensor
+    distilled: Tensor
+    targets: int
+    positions: int
+    retained: dict[str, float]
+    memory_bytes: int
+    backward: Callable[[float], None]
+
+
+class StreamObjective:
     """Cross-entropy of the answers to questions asked while the media stream by.
 
     Parameters
@@ -40,45 +74,52 @@ class StreamObjective(nn.Module):
     backbone : Backbone
         The model whose forward is run.
     model : nn.Module
-        The same model with its trainable adapter: what the optimiser and DDP see.
+        The same model with its trainable adapter; in training mode there is a way back, and the teacher.
     profile : BudgetProfile
         Budgets of the memory.
     method : SelectionMethod
         Which positions stay.
     settings : StreamSettings
         How media are read.
-    recompute : bool
-        Compute each chunk again in the backward instead of keeping its activations.
     distill : DistillConfig, optional
         The same model with everything in view, whose answers the loss also asks for.
     skip_damaged : bool
         Leave a clip that turns out to be damaged half-way out of the loss instead of raising.
+    store : callable, optional
+        Makes the place where the records of a batch wait for the way back.
+    truncation : Truncation, optional
+        Where gradients end.
+    processes : Processes, optional
+        Those that train together; this one alone when left out.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        model: nn.Module,
+        model: Any,
         profile: BudgetProfile,
         method: SelectionMethod,
         settings: StreamSettings,
-        recompute: bool = True,
         distill: DistillConfig | None = None,
         skip_damaged: bool = False,
+        store: Callable[[], Store] = Store,
+        truncation: Truncation | None = None,
+        processes: Processes | None = None,
     ) -> None:
-        super().__init__()
         self.model = model
         self._backbone, self._profile, self._method, self._settings = backbone, profile, method, settings
-        self._recompute, self._skip_damaged = recompute, skip_damaged
+        self._skip_damaged, self._store, self._truncation = skip_damaged, store, truncation
         self._distill = distill if distill is not None and distill.weight > 0 else None
+        self._processes = processes or Processes()
         self._loss_dtype = torch.promote_types(backbone.model.dtype, torch.float32)
 
-    def forward(
+    @torch.no_grad()
+    def __call__(
         self,
         samples: list[Sample],
         gradient: SelectionGradient | None = None,
         profile: BudgetProfile | None = None,
-    ) -> dict[str, Any]:
+    ) -> Outcome:
         """Run the streams of a batch side by side.
 
         Parameters
@@ -86,23 +127,27 @@ class StreamObjective(nn.Module):
         samples : list of Sample
             B rows; shorter streams wait, masked, for the longest.
         gradient : SelectionGradient, optional
-            How gradients reach the selection; the loss is the same.
+            How gradients reach the selection.
         profile : BudgetProfile, optional
             Budgets of this batch; the objective's own when left out.
-
-        Returns
-        -------
-        dict
-            ``loss``: summed cross-entropy (at least float32, one number) with its graph, and the teacher's part of it;
-            ``distilled``: that part by itself, without its weight; ``targets``: answer tokens;
-            ``positions``: positions streamed; ``retained``: mean positions a layer holds at the end;
-            ``memory_bytes``: bytes of the memory at the end.
         """
+        training: bool = self.model.training
         cache = CompressedCache(profile or self._profile, self._method, gradient)
-        stream = Stream(self._backbone, cache, self._recompute)
+        stream = Stream(self._backbone, cache)
+        processes = self._processes
+        tape = Tape(
+            stream,
+            self._store() if training else None,
+            self._truncation,
+            processes.call,
+            processes.backward,
+            record=training,
+            lockstep=processes.lockstep,
+        )
         # What is measured in evaluation are the answers alone.
-        distill = self._distill if self.training else None
-        teacher = None if distill is None else Stream(self._backbone, CompressedCache(self._profile, Full()))
+        teacher = None
+        if self._distill is not None and training:
+            teacher = Stream(self._backbone, CompressedCache(self._profile, Full()))
         opened = [
             replace(self._settings, audio=self._settings.audio and sample.row.audio).open(
                 sample.row.media, self._backbone
@@ -111,42 +156,63 @@ class StreamObjective(nn.Module):
         ]
         encoders = [encoder for _, encoder in opened]
         waiting = [list(sample.asked) for sample in samples]
+        readers = [self._chunks(reader, queue) for (reader, _), queue in zip(opened, waiting, strict=True)]
         loss = torch.zeros((), dtype=self._loss_dtype, device=self._backbone.device)
         distilled = torch.zeros_like(loss)
         targets = positions = 0
+
+        def teach(step: Callable[[Stream], Any]) -> Any:
+            """Let the teacher see what the student sees."""
+            if (present := teacher) is not None:
+                with self._teaching():
+                    return processes.call(lambda: step(present))
+
+        def ask(due: list[Asked | None]) -> None:
+            nonlocal loss, distilled, targets
+            closing = ChunkInputs.batch([encoder.closing() for encoder in encoders])
+            if not any(due):
+                teach(lambda one: _forgotten(one, closing))
+                tape.idle(closing, probes=False)
+                return
+            nothing = torch.zeros(0, dtype=torch.int64)
+            question = [nothing if asked is None else asked.question for asked in due]
+            answer = [nothing if asked is None else asked.answer for asked in due]
+            wanted = teach(lambda one: one.answer_logits(closing, question, answer)[0].cpu())
+            _, entropy, divergence = tape.ask(lambda: self._answered(stream, closing, question, answer, wanted))
+            loss, distilled, targets = loss + entropy, distilled + divergence, targets + sum(map(len, answer))
+
         prefix = ChunkInputs.batch([encoder.prefix() for encoder in encoders])
-        stream.forward(prefix, text=True)
-        if teacher is not None:
-            with self._teaching():
-                teacher.forward(prefix, text=True)
-        readers = [self._chunks(reader, queue) for (reader, _), queue in zip(opened, waiting, strict=True)]
-        for chunks in zip_longest(*readers):
+        tape.forward(prefix)
+        teach(lambda one: one.forward(prefix, text=True))
+        for chunks in self._side_by_side(readers):
             inputs = [e.idle() if c is None else e.encode(c) for e, c in zip(encoders, chunks, strict=True)]
             positions += sum(len(one) for one in inputs)
             chunk = ChunkInputs.batch(inputs)
-            stream.step(chunk)
-            if teacher is not None:
-                with self._teaching():
-                    teacher.step(chunk)
-            for due in _rounds(waiting, chunks):
-                part, taught, count = self._ask(stream, teacher, encoders, due)
-                loss, distilled, targets = loss + part, distilled + taught, targets + count
-        for due in _rounds(waiting, None):
-            part, taught, count = self._ask(stream, teacher, encoders, due)
-            loss, distilled, targets = loss + part, distilled + taught, targets + count
-        if distill is not None:
-            loss = loss + distill.weight * distilled
-        if not loss.requires_grad:
-            # Every clip of the batch was left out; the backward of all ranks still needs every parameter.
-            loss = loss + sum(parameter.sum() * 0 for parameter in self.parameters() if parameter.requires_grad)
-        return {
-            "loss": loss,
-            "distilled": distilled.detach(),
-            "targets": targets,
-            "positions": positions,
-            "retained": cache.mean_counts(),
-            "memory_bytes": cache.state_nbytes,
-        }
+            if len(chunk) > 0:
+                tape.step(chunk)
+                teach(lambda one, chunk=chunk: one.step(chunk))
+            elif processes.lockstep:
+                closing = ChunkInputs.batch([encoder.closing() for encoder in encoders])
+                tape.idle(closing, probes=True)
+                teach(lambda one, closing=closing: _forgotten(one, closing))
+            for due in self._rounds(waiting, chunks):
+                ask(due)
+        for due in self._rounds(waiting, None):
+            ask(due)
+        if self._distill is not None and training:
+            loss = loss + self._distill.weight * distilled
+        return Outcome(
+            loss, distilled, targets, positions, cache.mean_counts(), cache.state_nbytes, backward=tape.backward
+        )
+
+    def _side_by_side(self, readers: Sequence[Iterator[Chunk]]) -> Iterator[tuple[Chunk | None, ...]]:
+        """The next chunk of every clip until all have ended, here and in all processes in lockstep."""
+        together = zip_longest(*readers)
+        while True:
+            chunks = next(together, None)
+            if not self._processes.any(chunks is not None):
+                return
+            yield (None,) * len(readers) if chunks is None else chunks
 
     def _chunks(self, reader: MediaReader, queue: list[Asked]) -> Iterator[Chunk]:
         """Chunks of a clip; if it breaks off and may be skipped, nothing more is asked about it."""
@@ -160,49 +226,49 @@ class StreamObjective(nn.Module):
 
     @contextmanager
     def _teaching(self) -> Iterator[None]:
-        """The teacher's model: no gradient, and the base model's weights unless it has the adapter too."""
+        """The teacher's model: the base model's weights unless it has the adapter too."""
         assert self._distill is not None
-        model: Any = self.model
-        with torch.no_grad(), nullcontext() if self._distill.adapter else model.disable_adapter():
+        with nullcontext() if self._distill.adapter else self.model.disable_adapter():
             yield
 
-    def _ask(
-        self, stream: Stream, teacher: Stream | None, encoders: list[Any], due: list[Asked | None]
-    ) -> tuple[Tensor, Tensor, int]:
-        """At most one question a sample, asked now: summed cross-entropy, divergence from the teacher, target tokens.
+    def _answered(
+        self, stream: Stream, closing: ChunkInputs, question: list[Tensor], answer: list[Tensor], wanted: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of answers given now: the whole of it, its cross-entropy and its divergence from the teacher's logits.
 
         The divergence is KL(teacher ‖ student) of the answer tokens at temperature T, times T² (Hinton et al., 2015).
         """
-        nothing = torch.zeros(0, dtype=torch.int64)
-        closing = ChunkInputs.batch([encoder.closing() for encoder in encoders])
-        question = [nothing if asked is None else asked.question for asked in due]
-        answer = [nothing if asked is None else asked.answer for asked in due]
         logits, targets = stream.answer_logits(closing, question, answer)
         logits = logits.to(self._loss_dtype)
         entropy = F.cross_entropy(logits, targets, reduction="sum")
-        if teacher is None or self._distill is None:
-            return entropy, torch.zeros_like(entropy), len(targets)
-        with self._teaching():
-            wanted, _ = teacher.answer_logits(closing, question, answer)
+        if wanted is None or self._distill is None:
+            return entropy, entropy, torch.zeros_like(entropy)
         t = self._distill.temperature
-        wanted = (wanted.to(self._loss_dtype) / t).log_softmax(-1)
+        wanted = (wanted.to(logits.device, self._loss_dtype) / t).log_softmax(-1)
         divergence = F.kl_div((logits / t).log_softmax(-1), wanted, reduction="sum", log_target=True) * t**2
-        return entropy, divergence, len(targets)
+        return entropy + self._distill.weight * divergence, entropy, divergence
+
+    def _rounds(
+        self, waiting: list[list[Asked]], chunks: tuple[Chunk | None, ...] | None
+    ) -> Iterator[list[Asked | None]]:
+        """Take due questions off `waiting`, one a sample at a time, until no process in lockstep has any.
+
+        With the chunks just read, those whose time has come are due; without (the end of the stream), all are.
+        """
+        while True:
+            due: list[Asked | None] = []
+            for i, queue in enumerate(waiting):
+                chunk = None if chunks is None else chunks[i]
+                ready = bool(queue) and (
+                    chunks is None or (queue[0].time is not None and chunk is not None and queue[0].time <= chunk.t1)
+                )
+                due.append(queue.pop(0) if ready else None)
+            if not self._processes.any(any(due)):
+                return
+            yield due
 
 
-def _rounds(waiting: list[list[Asked]], chunks: tuple[Chunk | None, ...] | None) -> Iterator[list[Asked | None]]:
-    """Take due questions off `waiting`, one a sample at a time, until none is left.
-
-    With the chunks just read, those whose time has come are due; without (the end of the stream), all are.
-    """
-    while True:
-        due: list[Asked | None] = []
-        for i, queue in enumerate(waiting):
-            chunk = None if chunks is None else chunks[i]
-            ready = bool(queue) and (
-                chunks is None or (queue[0].time is not None and chunk is not None and queue[0].time <= chunk.t1)
-            )
-            due.append(queue.pop(0) if ready else None)
-        if not any(due):
-            return
-        yield due
+def _forgotten(stream: Stream, text: ChunkInputs) -> None:
+    """A forward pass that leaves no trace."""
+    with stream.cache.scratch():
+        stream.forward(text, text=True)

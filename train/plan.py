@@ -24,10 +24,13 @@ from train.setup import add_lora, selection_of, settings_of
 ADAM_BYTES = 4 + 4 + 8
 """Bytes a trained (float32) parameter takes: itself, its gradient, two moments."""
 
+WAITING = "what left the memory, waiting"
+"""Name of the part that grows with the stream; on the device only under ``train.offload=none``."""
+
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """One row of the data: seconds, chunks, positions by modality, the largest chunk."""
+    """One row of the data: seconds, chunks, positions by modality, the largest chunk, tokens of the longest answer."""
 
     name: str
     seconds: float
@@ -36,6 +39,7 @@ class StreamPlan:
     audio: int
     largest_chunk: int
     questions: int
+    answer: int
 
     @property
     def positions(self) -> int:
@@ -67,6 +71,7 @@ def plan_stream(row: Row, backbone: Backbone, settings: StreamSettings) -> Strea
         audio=sum(audio for _, audio in chunks),
         largest_chunk=max((visual + audio for visual, audio in chunks), default=0),
         questions=len(row.questions),
+        answer=max(len(backbone.answer_ids(question.answer)[0]) for question in row.questions),
     )
 
 
@@ -84,21 +89,27 @@ def memory_plan(
     features = text.hidden_size * itemsize if method.stores_features else 0
     retained = sum(layer.total for layer in profile.layers)
     longest = max(streams, key=lambda stream: stream.positions)
-    layers, batch = text.num_hidden_layers, recipe.train.batch_size
+    layers, batch, chunk = text.num_hidden_layers, recipe.train.batch_size, longest.largest_chunk
     learning = recipe.selection.gradient != "none"
-    margin = min(recipe.gate.margin or longest.largest_chunk, longest.largest_chunk) if learning else 0
-    chunks, kept = (longest.chunks, longest.largest_chunk) if recipe.train.recompute else (0, longest.positions)
+    margin = min(recipe.gate.margin or chunk, chunk) if learning else 0
     # Kept for the backward of one position and layer: two normalised inputs, residuals, q, k, v, attention output,
     # and the three wide tensors of the feed-forward block.
     activation = (8 * text.hidden_size + 3 * text.intermediate_size) * itemsize + 2 * kv
+    states = kv + (features if learning else 0)
+    # Every position of the stream, less what is still in the memory when its way back begins.
+    left = max(0, longest.positions * layers - retained)
+    waiting = batch * (left * states + longest.chunks * layers * margin * kv)
+    place = "on the device" if recipe.train.offload == "none" else f"in {recipe.train.offload} memory"
     return {
         "weights": weights,
         "adapter, gradients, optimiser": trained * ADAM_BYTES,
         "memory (all layers at budget)": batch * retained * (kv + features),
-        "memory at chunk boundaries": batch * chunks * retained * (kv + (features if learning else 0)),
+        "memory, again and its gradient, on the way back": 3 * batch * (retained + layers * chunk) * states,
+        "margin of evicted positions": batch * layers * margin * kv,
+        "activations of a chunk": batch * layers * chunk * activation,
+        "logits of an answer": batch * longest.answer * text.vocab_size * 3 * 4,
         "the teacher's cache": batch * layers * longest.positions * kv if recipe.distill.weight > 0 else 0,
-        "margin of evicted positions": batch * max(1, chunks) * layers * margin * kv,
-        "activations of a chunk" if chunks else "activations of the stream": batch * layers * kept * activation,
+        f"{WAITING} {place}": waiting,
     }
 
 
@@ -133,6 +144,7 @@ def print_plan(recipe: Recipe, rows: list[Row], backbone: Backbone, profile: Bud
     )
     table.add_column("part")
     table.add_column("MiB", justify="right")
-    for name, size in {**parts, "sum": sum(parts.values())}.items():
+    on_device = [size for name, size in parts.items() if WAITING not in name or recipe.train.offload == "none"]
+    for name, size in {**parts, "sum on the device": sum(on_device)}.items():
         table.add_row(name, f"{size / 2**20:,.1f}")
     console.print(table)

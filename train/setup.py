@@ -8,6 +8,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, PeftModel
 
 from data_prep.manifest import media_root
@@ -19,8 +20,11 @@ from omnimem.budget.allocation import with_mean
 from omnimem.errors import OmniMemError
 from omnimem.media import MediaError, probe
 from omnimem.memory import CompressedCache, SelectionGradient
+from omnimem.memory.store import DiskStore, HostStore, Store
 from omnimem.selection import SelectionMethod, build_selection, options_of
 from omnimem.stream import StreamSettings
+from omnimem.tape import Truncation
+from train.checkpoint import RECORDS
 from train.config import Recipe
 
 
@@ -60,6 +64,11 @@ def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
         except MediaError as error:
             raise OmniMemError(f"finish.media: {error}") from error
     profile = profile_of(recipe, skeleton, method, settings)
+    count, cut = len(profile.layers), recipe.train
+    if not cut.from_layer < (count if cut.to_layer is None else min(cut.to_layer, count)):
+        raise OmniMemError(
+            f"train.from_layer={cut.from_layer} and train.to_layer={cut.to_layer} leave none of the {count} layers"
+        )
     CompressedCache(profile, method, gradient_of(recipe, 0.0))  # refuses a selection that no gradient can reach
     for mean in (recipe.memory.start_budget, *(recipe.memory.random_budget or ())):
         if mean is not None:
@@ -137,6 +146,22 @@ def gradient_of(recipe: Recipe, progress: float) -> SelectionGradient | None:
         "exponential": start * (end / start) ** progress,
     }[gate.schedule]
     return SelectionGradient(temperature, gate.margin, gate.gain, gate.threshold, gate.attention)
+
+
+def store_of(recipe: Recipe, output_dir: Path, accelerator: Accelerator) -> Store:
+    """Where the records of a batch wait for the way back; host memory is the device's own where there is no other."""
+    if recipe.train.offload == "disk":
+        folder = output_dir / RECORDS / str(accelerator.process_index)
+        folder.mkdir(parents=True, exist_ok=True)
+        return DiskStore(folder)
+    if recipe.train.offload == "none" or accelerator.device.type == "cpu":
+        return Store()
+    return HostStore(accelerator.device)
+
+
+def truncation_of(recipe: Recipe) -> Truncation:
+    """Where gradients end."""
+    return Truncation(recipe.train.window, recipe.train.from_layer, recipe.train.to_layer)
 
 
 def settings_of(recipe: Recipe) -> StreamSettings:

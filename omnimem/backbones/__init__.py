@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 
 from omnimem.backbones.base import Backbone, ChunkInputs, StreamEncoder
 from omnimem.errors import OmniMemError
+
+# On a CPU it warns of a faster kernel that nobody asked for, whenever peft looks whether it is there.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 BACKBONES = {"qwen2_5_omni": "omnimem.backbones.qwen2_5_omni"}
 """Backbone folders by name; a new backbone is a folder with a `BACKBONE` class and a line here."""

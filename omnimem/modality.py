@@ -5,3 +5,6 @@ TEXT, VISUAL, AUDIO = 0, 1, 2
 
 EVICTABLE = {"visual": VISUAL, "audio": AUDIO}
 """The modalities that have a budget, by the name used in profiles and tables."""
+
+KINDS = {"text": TEXT, **EVICTABLE}
+"""All three by name."""

@@ -29,6 +29,8 @@ SETTINGS = [
     ("omnimem", {"lam": 1.0}, SelectionGradient(margin=1, attention=True)),
     ("omnimem", {"lam": 1.0, "mass_stride": 1, "accumulation": "mean"}, SelectionGradient(attention=True)),
     ("omnimem", {"variant": "release"}, SelectionGradient(temperature=1.0)),
+    ("omnimem", {}, SelectionGradient("soft")),
+    ("omnimem", {"lam": 1.0}, SelectionGradient("soft", margin=2, threshold="bisection", attention=True)),
     ("omnimem", {"positions": "reindexed"}, None),
     ("full", {}, None),
     ("random", {}, None),

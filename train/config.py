@@ -89,18 +89,18 @@ class SelectionConfig:
     kernel: int | None = None  # snapkv
     share: float | None = None  # infinipot_v
     recent: float | None = None  # infinipot_v
-    gradient: Literal["none", "straight_through"] = "none"  # whether gradients reach the selection, and how (`gate`)
+    gradient: Literal["none", "straight_through", "soft"] = "none"  # how gradients reach the selection (see `gate`)
 
 
 @dataclass
 class GateConfig:
-    """The gradient through the selection (`selection.gradient=straight_through`; see `omnimem.memory.margin`)."""
+    """The gradient through the selection (`selection.gradient`; see `omnimem.memory.margin`)."""
 
     temperature: float = 0.3
     temperature_end: float | None = None  # null: as at the start
     schedule: Literal["linear", "cosine", "exponential"] = "exponential"  # from the one to the other
-    margin: int | None = None  # evicted positions a layer that are looked at; null: all of a chunk
-    gain: float = 16.0  # weight of the term
+    margin: int | None = None  # evicted positions a layer that are looked at; null: as many as a chunk brings
+    gain: float = 16.0  # weight of the term of straight_through
     threshold: Literal["boundary", "bisection"] = "boundary"
     attention: bool = False  # also through the attention mass (worth it with a large selection.lam)
 

@@ -145,7 +145,9 @@ def gradient_of(recipe: Recipe, progress: float) -> SelectionGradient | None:
         "cosine": end + (start - end) * (1 + math.cos(math.pi * progress)) / 2,
         "exponential": start * (end / start) ** progress,
     }[gate.schedule]
-    return SelectionGradient(temperature, gate.margin, gate.gain, gate.threshold, gate.attention)
+    return SelectionGradient(
+        recipe.selection.gradient, temperature, gate.margin, gate.gain, gate.threshold, gate.attention
+    )
 
 
 def store_of(recipe: Recipe, output_dir: Path, accelerator: Accelerator) -> Store:

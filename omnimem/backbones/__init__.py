@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 from importlib import import_module
 from pathlib import Path
@@ -13,8 +14,11 @@ import torch
 from omnimem.backbones.base import Backbone, ChunkInputs, StreamEncoder
 from omnimem.errors import OmniMemError
 
-# On a CPU it warns of a faster kernel that nobody asked for, whenever peft looks whether it is there.
+# Stock libraries import these two to see whether they are there, and on a CPU they complain: one of a faster kernel,
+# the other, on standard output, of having to guess the device.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 BACKBONES = {"qwen2_5_omni": "omnimem.backbones.qwen2_5_omni"}
 """Backbone folders by name; a new backbone is a folder with a `BACKBONE` class and a line here."""

@@ -402,23 +402,22 @@ def compressed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key = memory.biased(query, key, scale)
     if memory.probe is not None:
-        memory.observe_probe(probe_attention(query, key, memory.valid, scaling, memory.probe.attends))
+        memory.observe_probe(probe_attention(query, key, memory.valid, scale, memory.probe.attends))
     wanted = memory.wants_mass
     if wanted is not None and wanted.kind != "concat" and dropout == 0:
         output, mass = attention_with_mass(
-            query, key, value, memory.valid, scaling, wanted.stride, wanted.window, fused=not memory.learns_attention
+            query, key, value, memory.valid, scale, wanted.stride, wanted.window, fused=not memory.learns_attention
         )
         memory.observe_mass(mass if wanted.kind == "groups" else mass.mean(1))
     else:
-        output = lower_right_attention(query, key, value, memory.valid, scaling, dropout)
+        output = lower_right_attention(query, key, value, memory.valid, scale, dropout)
         if wanted is not None:
             memory.observe_mass(
-                attention_mass(
-                    query, key, memory.valid, scaling, wanted.kind, stride=wanted.stride, window=wanted.window
-                )
+                attention_mass(query, key, memory.valid, scale, wanted.kind, stride=wanted.stride, window=wanted.window)
             )
     if memory.margin is not None and torch.is_grad_enabled():
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = memory.margin.reach(output, query, key, memory.valid, scale)
     return output.transpose(1, 2).contiguous(), None

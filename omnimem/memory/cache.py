@@ -21,12 +21,12 @@ from transformers.cache_utils import Cache
 
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
-from omnimem.memory.layer import COLUMNS, KINDS, CompressedLayer, Kept
+from omnimem.memory.layer import COLUMNS, CompressedLayer, Kept
 from omnimem.memory.margin import SelectionGradient
 from omnimem.memory.numbering import Reindexing
 from omnimem.memory.rotary import Rotary
-from omnimem.memory.table import PositionTable
-from omnimem.modality import TEXT
+from omnimem.memory.table import PositionTable, count
+from omnimem.modality import KINDS, TEXT
 from omnimem.selection.base import Probe, SelectionMethod
 
 
@@ -153,7 +153,7 @@ class CompressedCache(Cache):
         observe = modality is not None
         if modality is None:
             modality = torch.full((batch, length), TEXT, dtype=torch.int8, device=device)
-        counts = _count(modality, real)
+        counts = count(modality, real)
         if time is None:
             time = torch.full((batch, length), torch.nan, device=device)
         table = PositionTable(
@@ -322,10 +322,3 @@ class CompressedCache(Cache):
     def state_nbytes(self) -> int:
         """Bytes of the stored keys and values alone."""
         return sum(layer.state_nbytes for layer in self.layers)
-
-
-def _count(modality: Tensor, real: Tensor) -> list[dict[str, int]]:
-    """Text, visual and audio positions of each sample; one wait for the device."""
-    kinds = torch.tensor(list(KINDS.values()), device=modality.device)
-    found = ((modality[..., None] == kinds) & real[..., None]).sum(1).tolist()
-    return [dict(zip(KINDS, sample, strict=True)) for sample in found]

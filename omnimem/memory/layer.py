@@ -20,19 +20,17 @@ from omnimem.budget import LayerBudget
 from omnimem.memory.columns import Columns
 from omnimem.memory.margin import Margin, SelectionGradient
 from omnimem.memory.rotary import Rotary
-from omnimem.memory.table import PositionTable
-from omnimem.modality import EVICTABLE, TEXT
+from omnimem.memory.table import PositionTable, count
+from omnimem.modality import EVICTABLE, KINDS, TEXT
 from omnimem.selection.base import Candidates, MassSpec, Merged, Probe, SelectionMethod
 from omnimem.selection.gates import gates
 
 COLUMNS = ("_keys", "_values", "_features")
 STATE = (
     "table", "valid", "ragged", "mass", "counts", "columns_seen", "is_initialized", "margin", "_settled", "_before",
-    "_new_mass", "_active",
+    "_new_mass", "_active", "bias",
 )  # fmt: skip
 """Attributes that, beside the stored columns, make up the state of a layer between two steps."""
-
-KINDS = {"text": TEXT, **EVICTABLE}
 
 
 class Evicted(NamedTuple):
@@ -143,6 +141,7 @@ class CompressedLayer(CacheLayerMixin):
         self.keys: Any = None
         self.values: Any = None
         self.margin: Margin | None = None
+        self.bias: Tensor | None = None
         self._settled = self._before = 0
         # Of the step under way: which columns are real, what it is to report, what it has reported.
         self.valid: Tensor | None = None
@@ -332,6 +331,7 @@ class CompressedLayer(CacheLayerMixin):
             if rewindable:
                 kept = kept._replace(evicted=self._evicted(kept))
             merged = None if kept.merged is None else self._merge(kept.merged)
+            self.bias = None if self.bias is None else self._padded_bias.gather(1, kept.columns)
             for stored in (self._keys, self._values, self._features):
                 if stored.tensor is not None:
                     stored.take(kept.columns)
@@ -341,7 +341,9 @@ class CompressedLayer(CacheLayerMixin):
                 self._keys.append(merged[0], lambda: None)
                 self._values.append(merged[1], lambda: None)
                 self.table = self.table.append(kept.merged.table)
-            if not self.method.keeps_everything:
+            if self.bias is not None:
+                self.counts = count(self.table.modality, self.table.valid)
+            elif not self.method.keeps_everything:
                 limits = {name: getattr(self.budget, name) for name in EVICTABLE}
                 self.counts = [{k: min(n, limits.get(k, n)) for k, n in sample.items()} for sample in self.counts]
         self._settled = len(self.table)
@@ -349,22 +351,32 @@ class CompressedLayer(CacheLayerMixin):
         return kept
 
     def _hold_back(self, kept: Kept, score: Tensor) -> Kept:
-        """Make evicted positions, detached and behind gates with their graph, the margin."""
+        """Make evicted positions the margin: detached and behind gates, or in the soft form kept with a bias."""
         assert self.gradient is not None
         table, gradient = self.table, self.gradient
+        soft = gradient.form == "soft"
         gone = (table.modality != TEXT) & table.valid & ~self._stays(kept)
-        count = int(gone.sum(1).max())
-        if count == 0:
+        places = int(gone.sum(1).max())
+        if soft:
+            places = min(places, len(table) - self._before)
+        if places == 0 and not soft:
             return kept
         gate = torch.zeros_like(score)
         for name, kind in EVICTABLE.items():
             competing = (table.modality == kind) & table.valid
-            places = getattr(self.budget, name)
-            gate = gate + gates(score, competing, places, gradient.temperature, gradient.threshold)
+            gate = gate + gates(score, competing, getattr(self.budget, name), gradient.temperature, gradient.threshold)
         columns = kept.margin
         if columns is None:
             nearest = gate.detach().masked_fill(~gone, -1)
-            columns = nearest.topk(min(count, gradient.margin or count), dim=1).indices.sort(1).values
+            columns = nearest.topk(min(places, gradient.margin or places), dim=1).indices.sort(1).values
+            if soft:
+                near = torch.zeros_like(gone).scatter(1, columns, True) & gone
+                kept = Kept.of(self._stays(kept) | near, kept.merged)
+        if soft:
+            softened = (table.modality != TEXT) & table.valid
+            log_gate = torch.where(softened, gate, 1.0).clamp_min(torch.finfo(gate.dtype).tiny).log()
+            self.bias = log_gate if self.bias is None else self._padded_bias + log_gate
+            return kept._replace(margin=columns)
         gate = gate.gather(1, columns) * gone.gather(1, columns)
         keys, values = (
             states.detach().gather(2, columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
@@ -372,6 +384,20 @@ class CompressedLayer(CacheLayerMixin):
         )
         self.margin = Margin(keys, values, gate, gradient.gain)
         return kept._replace(margin=columns)
+
+    @property
+    def _padded_bias(self) -> Tensor:
+        """The bias of every column; those of the step have none yet."""
+        assert self.bias is not None
+        return torch.nn.functional.pad(self.bias, (0, len(self.table) - self.bias.shape[1]))
+
+    def biased(self, query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Queries and keys whose product has the bias of the soft form in it, in more channels (eight, for kernels)."""
+        if self.bias is None:
+            return query, key
+        bias = (self._padded_bias / scale).to(key.dtype)[:, None, :, None].expand(-1, key.shape[1], -1, 1)
+        pad = torch.nn.functional.pad
+        return pad(pad(query, (0, 1), value=1.0), (0, 7)), pad(torch.cat((key, bias), -1), (0, 7))
 
     def _stays(self, kept: Kept) -> Tensor:
         """Bool ``[R, N]``: which columns stay."""
@@ -416,6 +442,7 @@ class CompressedLayer(CacheLayerMixin):
         if self.learning:
             found["features"] = self._features.tensor
             found["gates"] = None if self.margin is None else self.margin.gates
+            found["bias"] = self.bias
         if self.learns_attention:
             found["mass"] = self.mass
         return {name: tensor for name, tensor in found.items() if tensor is not None}
@@ -426,8 +453,8 @@ class CompressedLayer(CacheLayerMixin):
             if name == "gates":
                 assert self.margin is not None
                 self.margin = self.margin._replace(gates=tensor)
-            elif name == "mass":
-                self.mass = tensor
+            elif name in ("mass", "bias"):
+                setattr(self, name, tensor)
             else:
                 getattr(self, f"_{name}").restore((tensor, None))
         self._show()

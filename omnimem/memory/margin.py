@@ -6,7 +6,11 @@ longer as the *margin*, detached, and add to every attention output of that chun
     o_q += c · Σ_k (g_k − sg g_k) · sg[σ(s_qk − ℓ_q) · (v_k − o_q)]
 
 σ(s − ℓ)·(v − o) is the change of the output had that state been kept, so its gates g learn by how much keeping it would
-have helped. At inference nothing of this exists.
+have helped.
+
+The soft form keeps them in the memory instead, and adds Σ log g over the chunks so far to the logits of every position:
+a forward pass of its own, which becomes that of inference as the temperature falls. At inference nothing of either
+exists.
 """
 
 from __future__ import annotations
@@ -31,10 +35,14 @@ class SelectionGradient:
 
     Attributes
     ----------
+    form : {"straight_through", "soft"}
+        The forward pass of inference and a term without value; or a memory whose next best positions stay as well, gates
+        weighing all of them in attention.
     temperature : float
         T of the gates; low ones (0.3) teach best.
     margin : int or None
-        Evicted positions of a layer that are looked at, those nearest to being kept; None: all.
+        Evicted positions of a layer that are looked at, those nearest to being kept; None: all, or in the soft form as
+        many as the chunk brought.
     gain : float
         c, weight of the term: 16 teaches best in `tests/benchmarks/streaming_recall.py`.
     threshold : {"boundary", "bisection"}
@@ -43,6 +51,7 @@ class SelectionGradient:
         Whether the gradient also goes through the attention mass (worth it with a large λ).
     """
 
+    form: Literal["straight_through", "soft"] = "straight_through"
     temperature: float = 0.3
     margin: int | None = None
     gain: float = 16.0
@@ -51,6 +60,7 @@ class SelectionGradient:
 
     def __post_init__(self) -> None:
         for name, holds, rule in (
+            ("form", self.form in ("straight_through", "soft"), "straight_through or soft"),
             ("temperature", self.temperature > 0, "above 0"),
             ("margin", self.margin is None or self.margin >= 1, "at least 1"),
             ("gain", self.gain >= 0, "at least 0"),

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from omnimem.modality import KINDS
+
 
 @dataclass(frozen=True)
 class PositionTable:
@@ -62,3 +64,10 @@ class PositionTable:
     @property
     def _columns(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, column.name) for column in fields(self))
+
+
+def count(modality: Tensor, real: Tensor) -> list[dict[str, int]]:
+    """Text, visual and audio positions of each sample ``[R, N]``; one wait for the device."""
+    kinds = torch.tensor(list(KINDS.values()), device=modality.device)
+    found = ((modality[..., None] == kinds) & real[..., None]).sum(1).tolist()
+    return [dict(zip(KINDS, sample, strict=True)) for sample in found]

@@ -9,8 +9,7 @@ longer as the *margin*, detached, and add to every attention output of that chun
 have helped.
 
 The soft form keeps them in the memory instead, and adds Σ log g over the chunks so far to the logits of every position:
-a forward pass of its own, which becomes that of inference as the temperature falls. At inference nothing of either
-exists.
+a forward pass of its own, near that of inference where the temperature is low. At inference nothing of either exists.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ class SelectionGradient:
     Attributes
     ----------
     form : {"straight_through", "soft"}
-        The forward pass of inference and a term without value; or a memory whose next best positions stay as well, gates
-        weighing all of them in attention.
+        The forward pass of inference and a term without value; or a memory whose next best positions stay as well,
+        gates weighing all of them in attention.
     temperature : float
         T of the gates; low ones (0.3) teach best.
     margin : int or None

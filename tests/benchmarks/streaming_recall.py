@@ -19,7 +19,7 @@ import copy
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "straight-through, gain 4": {"gradient": {"gain": 4.0}},
     "straight-through, T 1": {"gradient": {"temperature": 1.0}},
     "straight-through, margin 8": {"gradient": {"margin": 8}},
+    "soft, margin 8": {"gradient": {"form": "soft", "margin": 8}},
+    "soft, margin 8, T 1 to 0.03": {"gradient": {"form": "soft", "margin": 8}, "temperatures": (1.0, 0.03)},
     "λ 1, hard": {"options": {"lam": 1.0}},
     "λ 1, straight-through, attention": {"options": {"lam": 1.0}, "gradient": {"attention": True}},
 }
-"""Fine-tuning runs: method and its options, gradient through the selection, steps."""
+"""Fine-tuning runs: method and its options, gradient through the selection (temperatures from, to), steps."""
 
 
 @dataclass
@@ -186,10 +188,14 @@ def train_base(path: Path, steps: int) -> Recall:
     return model
 
 
-def cache_of(variant: dict[str, Any], learning: bool = False) -> CompressedCache:
-    """An empty memory of a variant."""
+def cache_of(variant: dict[str, Any], progress: float | None = None) -> CompressedCache:
+    """An empty memory of a variant; one that learns when so much of the training is done."""
     method = build_selection(variant.get("method", "omnimem"), **variant.get("options", {}))
-    gradient = SelectionGradient(**variant["gradient"]) if learning and "gradient" in variant else None
+    gradient = None
+    if progress is not None and "gradient" in variant:
+        gradient = SelectionGradient(**variant["gradient"])
+        start, end = variant.get("temperatures", (gradient.temperature,) * 2)
+        gradient = replace(gradient, temperature=start * (end / start) ** progress)
     return CompressedCache(BudgetProfile((BUDGET,) * LAYERS), method, gradient)
 
 
@@ -207,9 +213,9 @@ def fine_tune(base: Recall, variant: dict[str, Any], seed: int, steps: int, rate
     optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     started = time.perf_counter()
-    for _ in range(steps):
+    for step in range(steps):
         batch = draw(BATCH, generator)
-        loss = loss_of(model.streamed(batch, cache_of(variant, learning=True)), batch)
+        loss = loss_of(model.streamed(batch, cache_of(variant, step / max(1, steps - 1))), batch)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)

@@ -3,10 +3,10 @@
     python tests/benchmarks/training_memory.py [--out results.json] [--chunks 8,64,256]
 
 Each row is a process of its own that takes one training step: a stream of random embeddings through a decoder of the
-Qwen2.5-Omni kind (LoRA, compressed memory), a question after every 4th chunk, gradients exact back to the first. Reported
-is the process's peak resident set above its level before the step, and what waits for the way back, which `offload=host`
-holds in the same memory here and which is therefore counted apart. `autograd` is one backward through everything: its
-activations and memories grow with the stream.
+Qwen2.5-Omni kind (LoRA, compressed memory), a question after every 4th chunk, gradients exact back to the first.
+Reported is the process's peak resident set above its level before the step, and what waits for the way back, which
+`offload=host` holds in the same memory here and which is therefore counted apart. `autograd` is one backward through
+everything: its activations and memories grow with the stream.
 """
 
 from __future__ import annotations

@@ -107,14 +107,14 @@ class Stream:
             Logits ``[M, vocabulary]`` of the M answer positions of all samples and their ids ``[M]``.
         """
         device = self.backbone.device
-        rows = [torch.cat((q, a))[:-1] if len(a) else q[:0] for q, a in zip(question, answer, strict=True)]
+        text = [torch.cat((q, a))[:-1] if len(a) else q[:0] for q, a in zip(question, answer, strict=True)]
         targets = torch.cat(answer).to(device)
+        rows = []
+        for i, ids in enumerate(text):
+            end = closing.row(i)
+            rows.append(end + ChunkInputs.text(self.backbone.embed(ids[None]), end.next_position))
         with self.cache.scratch():
-            self.forward(closing, text=True)
-            assert self.cache.next_position is not None
-            starts = self.cache.next_position
-            text = [ChunkInputs.text(self.backbone.embed(ids[None]), starts[i]) for i, ids in enumerate(rows)]
-            hidden = self._run(ChunkInputs.batch(text), text=True)
+            hidden = self.forward(ChunkInputs.batch(rows), text=True)
         predicting = [
             hidden[i, len(row) - len(a) : len(row)] for i, (row, a) in enumerate(zip(rows, answer, strict=True))
         ]

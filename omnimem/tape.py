@@ -58,6 +58,7 @@ class _Step:
     random: Any
     record: Any  # handle of (inputs, facts of the moment before, decisions) in the store
     asked: list[tuple[Loss, Any]] = field(default_factory=list)
+    questioned: bool = False  # by somebody, and not only kept in step
 
 
 class Tape:
@@ -96,6 +97,7 @@ class Tape:
         self.store, self.truncation = store or Store(), truncation or Truncation()
         self._call, self._backward = call, backward
         self._record, self._lockstep = record, lockstep
+        self.cache.lockstep = lockstep
         self._steps: list[_Step] = []
 
     # ---- forwards ---------------------------------------------------------------------------------------
@@ -128,19 +130,21 @@ class Tape:
         """Values of a loss taken now; on the way back it is taken again, with its graph."""
         if self._record:
             self._steps[-1].asked.append((loss, _random_state(self.stream.backbone.device)))
+            self._steps[-1].questioned = True
         return self._call(loss)
 
     @torch.no_grad()
     def idle(self, text: ChunkInputs, probes: bool) -> None:
         """What a process in lockstep does while another takes a chunk in (then with `probes`) or is asked something."""
 
-        def nothing() -> tuple[Tensor]:
+        def nothing(passes: int = 1) -> tuple[Tensor, ...]:
             with self.cache.scratch():
-                return (self.stream.forward(text, text=True).sum() * 0,)
+                return tuple(self.stream.forward(text, text=True).sum() * 0 for _ in range(passes))
 
-        for _ in self.cache.method.probes if probes else ():
-            self._call(nothing)
-        self.ask(nothing)
+        # Weights are gathered in the order of the first passes, so a call has as many as that of the others.
+        self._call(lambda: nothing(1 + len(self.cache.method.probes) if probes else 1))
+        if self._record:
+            self._steps[-1].asked.append((nothing, _random_state(self.stream.backbone.device)))
 
     # ---- backwards --------------------------------------------------------------------------------------
 
@@ -157,7 +161,7 @@ class Tape:
                 for loss, random in reversed(step.asked):
                     _set_random_state(random)
                     gradients = _sum(gradients, self._learn(lambda loss=loss: self._call(loss)[0] * weight))
-                if step.asked:
+                if step.questioned:
                     reach = len(self._steps) + 1 if self.truncation.window is None else self.truncation.window
                 inputs, before, decided = self.store.get(step.record)
                 self.cache.rewind(before, decided)
@@ -165,14 +169,14 @@ class Tape:
                     gradients = {}
                     if not self._lockstep:
                         continue
-                reach -= 1
+                reach = max(0, reach - 1)
                 _set_random_state(step.random)
                 gradients = self._again(step, inputs, decided, gradients)
 
     def _again(self, step: _Step, inputs: ChunkInputs, decided: list[Kept | None], gradients: dict) -> dict:
         """Run a step with its graph; from the gradient of the memory behind it to that of the memory before it."""
         layers = range(len(self.cache.layers))
-        if not step.asked:
+        if not step.questioned:
             layers = layers[self.truncation.from_layer : self.truncation.to_layer]
 
         def behind() -> Tensor:

@@ -1,16 +1,18 @@
-"""Two processes on the CPU train what one process trains with twice the accumulation, and one of them writes."""
+"""Two processes, with copies or with DeepSpeed's shards, train what one trains with twice the accumulation."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from omnimem.backbones import load_backbone
-from small_runs import ROWS, SILENT, SPEECH, adapter, arguments, lines, main, metrics, start
+from small_runs import ROOT, ROWS, SILENT, SPEECH, adapter, arguments, lines, main, metrics, start
 from train.config import load_recipe
 from train.data import Schedule, load_rows, tokenise
 
@@ -106,3 +108,129 @@ def test_a_run_of_two_processes_is_not_continued_by_one(two, capsys):
     line = lines(capsys.readouterr().err)[-1]
     assert "saved by 2 processes, resumed by 1" in line and line.startswith("train: ")
     assert all(torch.equal(value, before[name]) for name, value in adapter(run).items())
+
+
+# ---- the same parameters, whoever holds them -------------------------------------------------------------------------
+
+PLAIN = ("train.optimizer=sgd", "train.max_steps=3", "train.save_every=3", "lora.dropout=0.0", "model.dtype=float32")
+"""SGD shows errors of scale that Adam hides."""
+
+LAUNCHED = ["multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"]
+
+
+def configured(name: str, *args: str):
+    """Two processes by `accelerate launch` with one of the files in launch/."""
+    cpu = {"ACCELERATE_USE_CPU": "true"} if name == "multi_gpu" else {}
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", f"launch/{name}.yaml", "--num_processes", "2")
+    return start(*launcher, "--main_process_port", str(free_port()), "train.py", *args, **cpu)
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, Path]:
+    """One process, without and with everything that makes a step longer."""
+    runs = {}
+    for name, more in EXTRAS.items():
+        folder = tmp_path_factory.mktemp(f"alone_{name}")
+        assert main(arguments(folder, *PLAIN, "train.accumulation=2", *more, rows=UNEQUAL)) == 0
+        runs[name] = folder / "run"
+    return runs
+
+
+EXTRAS = {
+    "hard": (),
+    "taught": ("selection.gradient=straight_through", "distill.weight=0.5", "train.window=1", "train.from_layer=1"),
+    "probed": ("selection.method=streammem",),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHED)
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_parameters_are_those_of_one_process(tmp_path, alone, launcher, extra):
+    if extra != "hard" and launcher in ("multi_gpu", "deepspeed_zero3_offload"):
+        pytest.skip("says nothing that the others do not")
+    done = configured(launcher, *arguments(tmp_path, *PLAIN, *EXTRAS[extra], rows=UNEQUAL))
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert largest_difference(adapter(run), adapter(alone[extra])) <= 1e-6
+    assert all(value.abs().max() > 1e-4 for name, value in adapter(run).items() if "lora_B" in name), "it moved"
+    for found, wanted in zip(metrics(run), metrics(alone[extra]), strict=True):
+        assert (found["step"], found["targets"], found["positions"]) == (
+            wanted["step"], wanted["targets"], wanted["positions"],
+        )  # fmt: skip
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed_zero2", "deepspeed_zero3"])
+def test_a_sharded_run_resumes_to_the_same_parameters(tmp_path, launcher):
+    """With AdamW, whose moments and steps have to come back; held-out questions are asked on the way."""
+    settings = ("train.save_every=2", "lora.dropout=0.1", "train.max_steps=4")
+    args = arguments(tmp_path, *settings, rows=UNEQUAL)
+    evaluated = (f"eval.path={tmp_path / 'data.jsonl'}", "eval.every=2", f"eval.root={args[2].split('=')[1]}")
+    for out in ("whole", "parts"):
+        done = configured(launcher, *args, *evaluated, f"output_dir={tmp_path / out}")
+        assert done.returncode == 0, done.stderr
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert len(list((parts / "checkpoints").iterdir())) == 2
+    shutil.rmtree(parts / "checkpoints" / "step-00000004")
+    for name in ("adapter_model.safetensors", "best"):
+        remove(parts / name)
+    done = configured(launcher, *args, *evaluated, f"output_dir={parts}")
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 2" in done.stderr
+    assert largest_difference(adapter(whole), adapter(parts)) == 0
+    assert [record["eval_loss"] for record in metrics(whole) if "eval_loss" in record] == pytest.approx(
+        [record["eval_loss"] for record in metrics(parts) if "eval_loss" in record]
+    )
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed_zero2", "deepspeed_zero3"])
+def test_a_sharded_step_that_is_not_finite_is_skipped_by_all(tmp_path, launcher):
+    """One process meets the bad clip; none of them moves, and the run goes on."""
+    script = tmp_path / "poisoned.py"
+    script.write_text(
+        "import runpy, sys, train.objective as o\n"
+        "from dataclasses import replace\n"
+        "from omnimem.forward import Stream\n"
+        "genuine, calls = o.StreamObjective._answered, []\n"
+        "def answered(self, *args):\n"
+        "    loss, *rest = genuine(self, *args)\n"
+        "    import os; calls.append(0)\n"
+        "    bad = os.environ['RANK'] == '1' and len(calls) == 1\n"
+        "    return (loss * float('nan') if bad else loss, *((x * float('nan') if bad else x) for x in rest))\n"
+        "o.StreamObjective._answered = answered\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    args = arguments(tmp_path, *PLAIN, "train.save_every=1", "train.keep_checkpoints=9", rows=UNEQUAL)
+    launching = ("-m", "accelerate.commands.launch", "--config_file", f"launch/{launcher}.yaml", "--num_processes", "2")
+    done = start(*launching, "--main_process_port", str(free_port()), script, *args, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    found = [record["skipped"] for record in metrics(tmp_path / "run")]
+    assert found == [True, False, False]
+    first, second = (
+        load_file(tmp_path / "run" / "checkpoints" / f"step-{n:08d}" / "adapter_model.safetensors") for n in (1, 2)
+    )
+    assert not any(value.any() for name, value in first.items() if "lora_B" in name)
+    assert any(value.any() for name, value in second.items() if "lora_B" in name)
+
+
+def test_deepspeed_that_is_switched_off_is_one_line(tmp_path):
+    done = start("train.py", *arguments(tmp_path), ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_USE_CPU="true")
+    assert done.returncode == 2
+    assert "DeepSpeed was asked for" in lines(done.stderr)[-1]

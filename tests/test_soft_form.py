@@ -89,7 +89,7 @@ def test_a_biased_product_is_the_product_and_the_bias(model, scale):  # noqa: F8
 @pytest.mark.parametrize("attention", [False, True])
 def test_the_gradient_of_the_whole_path_equals_finite_differences(model, samples, attention):  # noqa: F811
     """With the threshold that makes gates sum to the budget; the boundary borrows its gradient."""
-    gradient = SelectionGradient("soft", temperature=1.0, margin=3, threshold="bisection", attention=attention)
+    gradient = SelectionGradient("soft", 1.0, margin=3, gain=1.0, threshold="bisection", attention=attention)
     parts, weights = streams(samples), lora_weights(model)
     options = {"lam": 1.0 if attention else 0.02}
     if not attention:

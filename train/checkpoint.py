@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,21 +21,26 @@ from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.optim import Optimizer
 
 from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_directory, atomic_write_json, remove_directory, sweep
+from train.processes import Processes
 
 FOLDER = "checkpoints"
 ADAPTER = ".adapter"
 RECORDS = ".records"
 
 
-def save_adapter(folder: Path, model: PeftModel, profile: BudgetProfile) -> None:
-    """Write adapter and profile into an existing folder, each file complete or absent."""
+def save_adapter(
+    folder: Path, model: PeftModel, profile: BudgetProfile, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write adapter and profile into an existing folder, each file complete or absent.
+
+    `weights` are those to write, by the names of the model's parameters; its own when left out.
+    """
     with atomic_directory(folder / ADAPTER, overwrite=True) as temporary:
-        model.save_pretrained(str(temporary), safe_serialization=True)
+        model.save_pretrained(str(temporary), state_dict=weights, safe_serialization=True, save_embedding_layers=False)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (folder / ADAPTER / name).replace(folder / name)
     shutil.rmtree(folder / ADAPTER)
@@ -46,22 +52,21 @@ def save_checkpoint(
     step: int,
     accelerator: Accelerator,
     model: PeftModel,
-    optimizer: Optimizer,
+    processes: Processes,
     profile: BudgetProfile,
     keep: int,
 ) -> Path:
     """Save after `step` optimiser steps and drop all but the newest `keep` checkpoints; every rank calls it."""
     target = output_dir / FOLDER / f"step-{step:08d}"
     random_states = gather_object([_rng_state()])
+    weights, known = processes.weights(), processes.optimizer_state()
     if accelerator.is_main_process:
         with atomic_directory(target, overwrite=True) as folder:
-            save_adapter(folder, model, profile)
-            tensors, rest = _flatten(optimizer)
-            save_file(tensors, folder / "optimizer.safetensors")
+            save_adapter(folder, model, profile, weights)
+            save_file(known, folder / "optimizer.safetensors")
             for rank, random_state in enumerate(random_states):
                 save_file(random_state, folder / f"rng-{rank}.safetensors")
-            state = {"step": step, "processes": accelerator.num_processes, "optimizer": rest}
-            atomic_write_json(folder / "state.json", state)
+            atomic_write_json(folder / "state.json", {"step": step, "processes": accelerator.num_processes})
         for old in checkpoints(output_dir)[:-keep]:
             remove_directory(old)
     accelerator.wait_for_everyone()
@@ -82,15 +87,15 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted((output_dir / FOLDER).glob("step-*"))
 
 
-def load_checkpoint(folder: Path, accelerator: Accelerator, model: PeftModel, optimizer: Optimizer) -> int:
-    """Bring adapter, optimiser and this rank's random state back; returns the number of steps done.
+def load_weights(folder: Path, accelerator: Accelerator, model: PeftModel) -> int:
+    """Bring the adapter back, before it is sharded; returns the number of steps done.
 
     Raises
     ------
     OmniMemError
         A file is missing or damaged, the adapter has another shape, or the number of processes differs.
     """
-    try:
+    with _explained(folder):
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if state["processes"] != accelerator.num_processes:
             raise OmniMemError(
@@ -101,36 +106,32 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, model: PeftModel, op
         if odd := weights.keys() ^ get_peft_model_state_dict(model).keys():
             raise ValueError(f"adapter weights missing or too many, such as {sorted(odd)[0]}")
         set_peft_model_state_dict(model, weights)
-        _unflatten(optimizer, load_file(folder / "optimizer.safetensors"), state["optimizer"])
+        return state["step"]
+
+
+def load_progress(folder: Path, accelerator: Accelerator, processes: Processes) -> None:
+    """Bring the optimiser's and this rank's random state back.
+
+    Raises
+    ------
+    OmniMemError
+        A file is missing or damaged.
+    """
+    with _explained(folder):
+        processes.load_optimizer_state(load_file(folder / "optimizer.safetensors"))
         _set_rng_state(load_file(folder / f"rng-{accelerator.process_index}.safetensors"))
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise OmniMemError(
             f"{folder}: checkpoint does not load ({type(error).__name__}: {reason}); "
             "delete it to resume from an older one"
         ) from error
-    return state["step"]
-
-
-def _flatten(optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Optimiser state as named tensors and plain JSON."""
-    state = optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": value.contiguous()
-        for index, values in state["state"].items()
-        for name, value in values.items()
-    }
-    groups = [{**group, "betas": list(group["betas"])} for group in state["param_groups"]]
-    return tensors, {"param_groups": groups}
-
-
-def _unflatten(optimizer: Optimizer, tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    groups = [{**group, "betas": tuple(group["betas"])} for group in rest["param_groups"]]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _rng_state() -> dict[str, torch.Tensor]:

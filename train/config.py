@@ -100,7 +100,7 @@ class GateConfig:
     temperature_end: float | None = None  # null: as at the start
     schedule: Literal["linear", "cosine", "exponential"] = "exponential"  # from the one to the other
     margin: int | None = None  # evicted positions a layer that are looked at; null: as many as a chunk brings
-    gain: float = 16.0  # weight of the term of straight_through
+    gain: float = 16.0  # weight of the gradient through the selection; 1 is exact for soft
     threshold: Literal["boundary", "bisection"] = "boundary"
     attention: bool = False  # also through the attention mass (worth it with a large selection.lam)
 
@@ -132,6 +132,7 @@ class TrainConfig:
     epochs: float = 1.0
     batch_size: int = 1  # streams per device
     accumulation: int = 1  # batches per optimiser step
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 2e-5
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])

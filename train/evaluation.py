@@ -63,21 +63,26 @@ class Evaluation:
         training = objective.model.training
         objective.model.eval()
         totals = torch.zeros(2, dtype=torch.float64)
-        for sample in self.samples[accelerator.process_index :: accelerator.num_processes]:
-            outcome = objective([sample])
-            totals += torch.tensor([outcome.loss.item(), outcome.targets], dtype=torch.float64)
+        rounds = range(0, len(self.samples), accelerator.num_processes)
+        for number in (first + accelerator.process_index for first in rounds):
+            # All processes go through equally many streams; what is left over is not counted.
+            outcome = objective([self.samples[number % len(self.samples)]])
+            if number < len(self.samples):
+                totals += torch.tensor([outcome.loss.item(), outcome.targets], dtype=torch.float64)
         objective.model.train(training)
         summed: Any = accelerator.reduce(totals.float().to(accelerator.device), "sum")
         loss, targets = summed.tolist()
         return loss / targets
 
-    def keep_best(self, step: int, loss: float, model: PeftModel, profile: BudgetProfile) -> None:
+    def keep_best(
+        self, step: int, loss: float, model: PeftModel, profile: BudgetProfile, weights: dict[str, torch.Tensor]
+    ) -> None:
         """Keep the adapter if none was better; only the main process calls it."""
         best = self.best()
         if best is not None and best["loss"] <= loss:
             return
         with atomic_directory(self.folder, overwrite=True) as folder:
-            save_adapter(folder, model, profile)
+            save_adapter(folder, model, profile, weights)
             atomic_write_json(folder / NUMBERS, {"step": step, "loss": loss})
 
     def best(self) -> dict[str, Any] | None:

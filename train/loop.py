@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
 
 from data_prep.manifest import Row
 from omnimem.backbones.adapter import RECIPE_FILE
@@ -24,8 +23,8 @@ from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, atomic_write_text
 from train.budgets import profile_at
-from train.checkpoint import checkpoints, load_checkpoint, save_adapter, save_checkpoint, sweep_run
-from train.config import Recipe, to_yaml
+from train.checkpoint import checkpoints, load_progress, load_weights, save_adapter, save_checkpoint, sweep_run
+from train.config import Recipe, TrainConfig, to_yaml
 from train.data import Schedule, load_rows, tokenise
 from train.environment import environment
 from train.evaluation import Evaluation, held_out_rows
@@ -33,7 +32,7 @@ from train.finish import finish
 from train.metrics import BarHandler, Metrics, Once, peak_gib
 from train.objective import StreamObjective
 from train.plan import print_plan
-from train.processes import Processes
+from train.processes import new_accelerator, new_processes, zero_stage
 from train.rundir import prepare_run_directory
 from train.setup import (
     add_lora,
@@ -88,9 +87,7 @@ def run(recipe: Recipe) -> None:
 def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetProfile, stop: StopRequest) -> None:
     """Train on rows that have been checked, until the schedule or somebody ends it."""
     # ---- set up -----------------------------------------------------------------------------------------
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise OmniMemError("DeepSpeed is not supported yet; launch without it (DistributedDataParallel works)")
+    accelerator = new_accelerator()
     output_dir = Path(recipe.output_dir)
     if accelerator.is_main_process:
         prepare_run_directory(output_dir, recipe, rows)
@@ -98,27 +95,22 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
         build_base(recipe, output_dir)
     accelerator.wait_for_everyone()
 
-    backbone = load_base(recipe, output_dir, accelerator.device)
+    # ZeRO-3 cuts the layers up before they go to the device.
+    device = torch.device("cpu") if zero_stage(accelerator) == 3 else accelerator.device
+    backbone = load_base(recipe, output_dir, device)
     peft_model = add_lora(recipe, backbone)
     if accelerator.is_main_process:
         atomic_write_text(output_dir / RECIPE_FILE, to_yaml(recipe))
         atomic_write_json(output_dir / "environment.json", environment())
     samples = [tokenise(row, backbone) for row in rows]
     schedule = Schedule(samples, recipe.train, recipe.data.shuffle, accelerator.num_processes)
-    parameters = [p for p in peft_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=recipe.train.lr,
-        betas=(recipe.train.betas[0], recipe.train.betas[1]),
-        weight_decay=recipe.train.weight_decay,
-    )
     torch.manual_seed(recipe.train.seed + accelerator.process_index)
-    done = 0
     saved = checkpoints(output_dir)
+    done = load_weights(saved[-1], accelerator, peft_model) if saved else 0
+    processes = new_processes(accelerator, recipe, backbone, peft_model)
     if saved:
-        done = load_checkpoint(saved[-1], accelerator, peft_model, optimizer)
+        load_progress(saved[-1], accelerator, processes)
         log.info("resuming after step %d from %s", done, saved[-1])
-    processes = Processes()
     objective = StreamObjective(
         backbone,
         peft_model,
@@ -143,28 +135,25 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
             log.info("ended after step %d: %s", step, reason)
             break
         started = time.perf_counter()
-        learning_rate = rate_at(step, steps, recipe)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+        rate = rate_at(step, steps, recipe.train)
+        processes.learning_rate(rate)
         gradient = gradient_of(recipe, step / max(1, steps - 1))
         budgets = profile_at(recipe, profile, step, steps)
         totals = torch.zeros(4)
         # The mean is over all answer tokens of the step, whoever has them.
         weight = 1 / schedule.targets(step)
-        for batch in schedule.step(step, accelerator.process_index):
-            outcome = objective(batch, gradient, budgets)
-            outcome.backward(weight)
-            loss, distilled = outcome.loss.item() * weight, outcome.distilled.item() * weight
-            totals[:3] += torch.tensor([loss, outcome.positions, distilled])
-        norm = processes.gradient_norm(parameters, recipe.train.max_grad_norm)
+        with processes.accumulating():
+            for batch in schedule.step(step, accelerator.process_index):
+                outcome = objective(batch, gradient, budgets)
+                outcome.backward(weight * processes.weight)
+                loss, distilled = outcome.loss.item() * weight, outcome.distilled.item() * weight
+                totals[:3] += torch.tensor([loss, outcome.positions, distilled])
         totals[3] = stop.requested
         summed: Any = accelerator.reduce(totals.to(accelerator.device), "sum")
         loss_value, positions, distilled, stopping = summed.tolist()
+        norm = processes.step(wanted=math.isfinite(loss_value))
         finite = math.isfinite(loss_value) and math.isfinite(norm)
-        if finite:
-            processes.step(optimizer)
         skipped = 0 if finite else skipped + 1
-        optimizer.zero_grad(set_to_none=True)
         if not finite:
             log.warning("step %d: loss %s, gradient norm %s: skipped", step + 1, loss_value, norm)
         if skipped == MAX_SKIPPED:
@@ -178,7 +167,7 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
             "epoch": round(schedule.epoch(step + 1), 4),
             "loss": loss_value if math.isfinite(loss_value) else None,
             "distilled": distilled if recipe.distill.weight > 0 else None,
-            "lr": learning_rate,
+            "lr": rate * recipe.train.lr,
             "temperature": None if gradient is None else gradient.temperature,
             "grad_norm": norm if math.isfinite(norm) else None,
             "skipped": not finite,
@@ -193,8 +182,9 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
         }
         if evaluation.due(step + 1, steps):
             record["eval_loss"] = evaluation.measure(objective, accelerator)
+            weights = processes.weights()
             if accelerator.is_main_process:
-                evaluation.keep_best(step + 1, record["eval_loss"], peft_model, profile)
+                evaluation.keep_best(step + 1, record["eval_loss"], peft_model, profile, weights)
             accelerator.wait_for_everyone()
             log.info("step %d: held-out answers %.4f nats a token", step + 1, record["eval_loss"])
         if (step + 1) % recipe.train.log_every == 0 or "eval_loss" in record or step + 1 == steps:
@@ -203,15 +193,16 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
         # ---- save ---------------------------------------------------------------------------------------
         if (step + 1) % recipe.train.save_every == 0 or step + 1 == steps or stopping:
             save_checkpoint(
-                output_dir, step + 1, accelerator, peft_model, optimizer, profile, recipe.train.keep_checkpoints
+                output_dir, step + 1, accelerator, peft_model, processes, profile, recipe.train.keep_checkpoints
             )
         if stopping and step + 1 < steps:
             metrics.close()
             log.info("stopped after step %d, which is saved: the same command goes on from there", step + 1)
             raise KeyboardInterrupt
     metrics.close()
+    weights = processes.weights()
     if accelerator.is_main_process:
-        save_adapter(output_dir, peft_model, profile)
+        save_adapter(output_dir, peft_model, profile, weights)
         log.info("adapter and budget profile saved in %s", output_dir)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -219,12 +210,11 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
     accelerator.end_training()
 
 
-def rate_at(step: int, steps: int, recipe: Recipe) -> float:
-    """Learning rate of a step (0-based): linear warm-up, then a cosine that ends at ``min_lr_ratio`` of the peak."""
-    train = recipe.train
+def rate_at(step: int, steps: int, train: TrainConfig) -> float:
+    """Learning rate of a step (0-based) as a part of the peak: linear warm-up, then a cosine to ``min_lr_ratio``."""
     warmup = math.ceil(train.warmup_ratio * steps)
     if step < warmup:
-        return train.lr * (step + 1) / warmup
+        return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return train.lr * (train.min_lr_ratio + (1 - train.min_lr_ratio) * cosine)
+    return train.min_lr_ratio + (1 - train.min_lr_ratio) * cosine

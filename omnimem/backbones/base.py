@@ -85,6 +85,17 @@ class ChunkInputs:
             valid=(torch.arange(width) < lengths[:, None]).to(device),
         )
 
+    def row(self, sample: int) -> ChunkInputs:
+        """One sample of the batch, without its padding."""
+        real = slice(None) if self.valid is None else self.valid[sample]
+        return ChunkInputs(
+            embeds=self.embeds[sample, real][None],
+            positions=self.positions[:, sample, real][:, None],
+            modality=self.modality[sample, real][None],
+            time=self.time[sample, real][None],
+            next_position=self.next_position[sample : sample + 1],
+        )
+
     def __add__(self, later: ChunkInputs) -> ChunkInputs:
         """The positions of `self` followed by those of `later` (same batch, no padding)."""
         return ChunkInputs(

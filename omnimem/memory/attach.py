@@ -105,7 +105,8 @@ def _show_hidden(index: int) -> Any:
             # A probe that does not propagate: every layer sees the embeddings themselves.
             hidden = memory.shown
         elif index > 0 and index == cache.cut:
-            hidden = hidden.detach()
+            # Without a value of its own, so that the layers below are differentiated where processes wait for it.
+            hidden = hidden.detach() + (hidden - hidden.detach()) * 0 if cache.lockstep else hidden.detach()
         else:
             return None
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})

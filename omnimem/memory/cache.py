@@ -61,6 +61,8 @@ class CompressedCache(Cache):
         int64 ``[B]``: the rotary position the next text token takes.
     cut : int
         Layer whose input carries no gradient to the layers below; 0: all do.
+    lockstep : bool
+        Whether those layers are differentiated all the same, to a gradient of zero.
     """
 
     layers: list[CompressedLayer]
@@ -93,7 +95,7 @@ class CompressedCache(Cache):
         self._next_index: Tensor | None = None
         self._ragged = False
         self._in_scratch = False
-        self.cut = 0
+        self.cut, self.lockstep = 0, False
         self._numbering = Reindexing() if self.method.positions == "reindexed" else None
 
     def reset(self) -> None:

@@ -375,6 +375,7 @@ class CompressedLayer(CacheLayerMixin):
         if soft:
             softened = (table.modality != TEXT) & table.valid
             log_gate = torch.where(softened, gate, 1.0).clamp_min(torch.finfo(gate.dtype).tiny).log()
+            log_gate = log_gate.detach() + gradient.gain * (log_gate - log_gate.detach())
             self.bias = log_gate if self.bias is None else self._padded_bias + log_gate
             return kept._replace(margin=columns)
         gate = gate.gather(1, columns) * gone.gather(1, columns)

@@ -43,7 +43,8 @@ class SelectionGradient:
         Evicted positions of a layer that are looked at, those nearest to being kept; None: all, or in the soft form as
         many as the chunk brought.
     gain : float
-        c, weight of the term: 16 teaches best in `tests/benchmarks/streaming_recall.py`.
+        c, weight of the term, or of the gradient of the soft gates (1: the exact one): 16 teaches best in
+        `tests/benchmarks/streaming_recall.py`.
     threshold : {"boundary", "bisection"}
         See `omnimem.selection.gates`.
     attention : bool

@@ -57,6 +57,7 @@ class _Step:
     text: bool
     random: Any
     record: Any  # handle of (inputs, facts of the moment before, decisions) in the store
+    again: Callable[[], ChunkInputs] | None = None
     asked: list[tuple[Loss, Any]] = field(default_factory=list)
     questioned: bool = False  # by somebody, and not only kept in step
 
@@ -106,13 +107,16 @@ class Tape:
         """Append text around the media; nothing is compressed."""
         self._take(inputs, text=True)
 
-    def step(self, inputs: ChunkInputs) -> None:
-        """Take a chunk in and bring every layer back to its budget."""
+    def step(self, inputs: ChunkInputs, again: Callable[[], ChunkInputs] | None = None) -> None:
+        """Take a chunk in and bring every layer back to its budget.
+
+        `again` makes the same inputs once more, on the way back and with a graph: for encoders that learn.
+        """
         if len(inputs) > 0:
-            self._take(inputs, text=False)
+            self._take(inputs, text=False, again=again)
 
     @torch.no_grad()
-    def _take(self, inputs: ChunkInputs, text: bool) -> None:
+    def _take(self, inputs: ChunkInputs, text: bool, again: Callable[[], ChunkInputs] | None = None) -> None:
         before, random = self.cache.state().facts, _random_state(self.stream.backbone.device)
 
         def run() -> list[Kept | None]:
@@ -123,7 +127,8 @@ class Tape:
 
         decided = self._call(run)
         if self._record:
-            self._steps.append(_Step(text, random, self.store.put((inputs, before, decided))))
+            record = self.store.put((None if again else inputs, before, decided))
+            self._steps.append(_Step(text, random, record, again))
 
     @torch.no_grad()
     def ask(self, loss: Loss) -> tuple[Tensor, ...]:
@@ -170,6 +175,7 @@ class Tape:
                     if not self._lockstep:
                         continue
                 reach = max(0, reach - 1)
+                inputs = inputs if step.again is None else step.again()
                 _set_random_state(step.random)
                 gradients = self._again(step, inputs, decided, gradients)
 

@@ -38,12 +38,14 @@ print(session.ask("What is heard?"))
 | mean budget | {mean:g} positions a layer ({visual:g} visual + {audio:g} audio), {layers} layers |
 | selection | `{selection}` |
 | media | `{stream}` |
-| weights | {dtype} |
+| weights | {dtype}{trained_on} |
 | verified | {keys} tensors as in the base; logits within {difference:.1e} of base + adapter |
 """
 
 
-def model_card(run: Path, backbone: Backbone, profile: BudgetProfile, checked: Verification) -> str:
+def model_card(
+    run: Path, backbone: Backbone, profile: BudgetProfile, checked: Verification, quantized: bool = False
+) -> str:
     """Markdown with the metadata the hub reads."""
     return TEMPLATE.format(
         name=run.resolve().name,
@@ -56,6 +58,7 @@ def model_card(run: Path, backbone: Backbone, profile: BudgetProfile, checked: V
         selection=json.dumps(profile.selection),
         stream=json.dumps(profile.stream),
         dtype=str(backbone.model.dtype).removeprefix("torch."),
+        trained_on=", the full-precision base; the adapter was trained on its NF4 form" if quantized else "",
         keys=checked.keys,
         difference=checked.difference,
     )

@@ -35,6 +35,7 @@ class ModelConfig:
     backbone: str = "qwen2_5_omni"
     path: str = "tiny"  # hub id, directory, or `tiny`: the offline stand-in of the backbone
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16"
+    quantize: Literal["none", "nf4"] = "none"  # of the decoder's projections (QLoRA)
     seed: int = 0  # weights of `tiny`
 
 
@@ -134,6 +135,8 @@ class TrainConfig:
     accumulation: int = 1  # batches per optimiser step
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 2e-5
+    projectors: list[str] = field(default_factory=list)  # also trained, whole: visual, audio
+    projector_lr: float = 1e-5
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     warmup_ratio: float = 0.03
@@ -301,7 +304,7 @@ def validate(recipe: Recipe) -> None:
 AT_LEAST: dict[int, tuple[str, ...]] = {
     0: (
         *("model.seed", "train.seed", "selection.seed", "selection.sinks", "selection.lam"),
-        *("distill.weight", "train.lr", "train.weight_decay", "train.from_layer"),
+        *("distill.weight", "train.lr", "train.weight_decay", "train.from_layer", "train.projector_lr"),
     ),
     1: (
         *("data.short_side", "data.max_pixels", "memory.mean_budget", "selection.sketch_dim", "selection.mass_stride"),

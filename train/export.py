@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
 from omnimem.backbones import Backbone, load_backbone, parse_dtype
@@ -82,7 +83,7 @@ def export_run(run: str | Path, out: str | Path, overwrite: bool = False, dtype:
     backbone = load_backbone(base, dtype=wanted)
     peft_model = load_adapter(backbone, adapter)
     expected = _probe_logits(backbone)
-    deltas = _deltas(peft_model)
+    deltas, replaced = _deltas(peft_model), _replaced(peft_model)
     try:
         with quiet_stock():
             backbone.model = peft_model.merge_and_unload(safe_merge=True)
@@ -97,9 +98,9 @@ def export_run(run: str | Path, out: str | Path, overwrite: bool = False, dtype:
         del peft_model, backbone
         written = load_backbone(folder, backbone=name, dtype=wanted, device=device)
         fresh = load_backbone(base, backbone=name, dtype=wanted, device=device)
-        _verify_weights(fresh, written, deltas)
+        _verify_weights(fresh, written, deltas, replaced)
         checked = _verify_logits(expected, written)
-        (folder / "README.md").write_text(model_card(run, fresh, profile, checked), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(run, fresh, profile, checked, _quantized(run)), encoding="utf-8")
     return checked
 
 
@@ -127,8 +128,20 @@ def _deltas(peft_model: Any) -> dict[str, tuple[Tensor, Tensor, float]]:
     }
 
 
-def _verify_weights(base: Backbone, written: Backbone, deltas: dict[str, tuple[Tensor, Tensor, float]]) -> None:
-    """Every tensor on disk is the base's, plus scaling·B·A where there is an adapter, to rounding."""
+def _replaced(peft_model: Any) -> dict[str, Tensor]:
+    """Weights that were trained whole, by their name in the base."""
+    return {
+        f"{name.removeprefix('base_model.model.')}.{inner}": weight.detach().clone()
+        for name, module in peft_model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for inner, weight in module.modules_to_save["default"].state_dict().items()
+    }
+
+
+def _verify_weights(
+    base: Backbone, written: Backbone, deltas: dict[str, tuple[Tensor, Tensor, float]], replaced: dict[str, Tensor]
+) -> None:
+    """Every tensor on disk is the base's, or was trained whole, plus scaling·B·A where there is an adapter."""
     before, after = base.model.state_dict(), written.model.state_dict()
     if before.keys() != after.keys():
         raise OmniMemError(
@@ -136,7 +149,8 @@ def _verify_weights(base: Backbone, written: Backbone, deltas: dict[str, tuple[T
         )
     for name, weight in before.items():
         if name not in deltas:
-            same = torch.equal(weight, after[name])
+            expected = replaced.get(name)
+            same = torch.equal(weight if expected is None else expected, after[name])
         else:
             a, b, scaling = deltas[name]
             expected = weight.double() + scaling * (b @ a)
@@ -170,3 +184,9 @@ def _trained_dtype(run: Path) -> torch.dtype | str:
     if not (run / RECIPE_FILE).is_file():
         return "auto"
     return parse_dtype(load_recipe([f"recipe={run / RECIPE_FILE}"]).model.dtype)
+
+
+def _quantized(run: Path) -> bool:
+    """Whether the adapter was trained on a quantised base, which is never what it is merged into."""
+    file = run / RECIPE_FILE
+    return file.is_file() and load_recipe([f"recipe={file}"]).model.quantize != "none"

@@ -122,6 +122,7 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
         store=lambda: store_of(recipe, output_dir, accelerator),
         truncation=truncation_of(recipe),
         processes=processes,
+        encoders_learn=bool(recipe.train.projectors),
     )
     evaluation = Evaluation(recipe, output_dir, [tokenise(row, backbone) for row in held_out])
     metrics = Metrics(output_dir, done, schedule.steps, accelerator.is_main_process)
@@ -186,7 +187,8 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
             if accelerator.is_main_process:
                 evaluation.keep_best(step + 1, record["eval_loss"], peft_model, profile, weights)
             accelerator.wait_for_everyone()
-            log.info("step %d: held-out answers %.4f nats a token", step + 1, record["eval_loss"])
+            weights_used = "" if recipe.model.quantize == "none" else f" (base in {recipe.model.quantize})"
+            log.info("step %d: held-out answers %.4f nats a token%s", step + 1, record["eval_loss"], weights_used)
         if (step + 1) % recipe.train.log_every == 0 or "eval_loss" in record or step + 1 == steps:
             metrics.log(record)
         metrics.progress(record)

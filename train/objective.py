@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omnimem.backbones import Backbone, ChunkInputs
+from omnimem.backbones import Backbone, ChunkInputs, StreamEncoder
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
@@ -91,6 +92,8 @@ class StreamObjective:
         Where gradients end.
     processes : Processes, optional
         Those that train together; this one alone when left out.
+    encoders_learn : bool
+        Whether something before the decoder is trained, so that chunks are encoded again on the way back.
     """
 
     def __init__(
@@ -105,12 +108,13 @@ class StreamObjective:
         store: Callable[[], Store] = Store,
         truncation: Truncation | None = None,
         processes: Processes | None = None,
+        encoders_learn: bool = False,
     ) -> None:
         self.model = model
         self._backbone, self._profile, self._method, self._settings = backbone, profile, method, settings
         self._skip_damaged, self._store, self._truncation = skip_damaged, store, truncation
         self._distill = distill if distill is not None and distill.weight > 0 else None
-        self._processes = processes or Processes()
+        self._processes, self._encoders_learn = processes or Processes(), encoders_learn
         self._loss_dtype = torch.promote_types(backbone.model.dtype, torch.float32)
 
     @torch.no_grad()
@@ -185,11 +189,15 @@ class StreamObjective:
         tape.forward(prefix)
         teach(lambda one: one.forward(prefix, text=True))
         for chunks in self._side_by_side(readers):
+            again = None
+            if self._encoders_learn and training:
+                forks = [encoder.fork() for encoder in encoders]
+                again = partial(_encoded, forks, chunks)
             inputs = [e.idle() if c is None else e.encode(c) for e, c in zip(encoders, chunks, strict=True)]
             positions += sum(len(one) for one in inputs)
             chunk = ChunkInputs.batch(inputs)
             if len(chunk) > 0:
-                tape.step(chunk)
+                tape.step(chunk, again)
                 teach(lambda one, chunk=chunk: one.step(chunk))
             elif processes.lockstep:
                 closing = ChunkInputs.batch([encoder.closing() for encoder in encoders])
@@ -266,6 +274,13 @@ class StreamObjective:
             if not self._processes.any(any(due)):
                 return
             yield due
+
+
+def _encoded(encoders: Sequence[StreamEncoder], chunks: Sequence[Chunk | None]) -> ChunkInputs:
+    """The next chunk of every stream."""
+    return ChunkInputs.batch(
+        [e.idle() if chunk is None else e.encode(chunk) for e, chunk in zip(encoders, chunks, strict=True)]
+    )
 
 
 def _forgotten(stream: Stream, text: ChunkInputs) -> None:

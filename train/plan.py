@@ -24,6 +24,9 @@ from train.setup import add_lora, selection_of, settings_of
 ADAM_BYTES = 4 + 4 + 8
 """Bytes a trained (float32) parameter takes: itself, its gradient, two moments."""
 
+NF4_BYTES = 0.5 + 1 / 64 * (1 + 4 / 256)
+"""Bytes of a weight in NF4: half of one, a byte of scale for each block of 64, a float for each 256 of those."""
+
 WAITING = "what left the memory, waiting"
 """Name of the part that grows with the stream; on the device only under ``train.offload=none``."""
 
@@ -81,7 +84,10 @@ def memory_plan(
     """Bytes of the parts of a training step for the longest stream, computed from shapes; call before LoRA is added."""
     text = backbone.config.text_config
     itemsize = backbone.model.dtype.itemsize
+    projections = [p for p in backbone.language_model.layers.parameters() if p.ndim == 2]
     weights = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
+    if recipe.model.quantize == "nf4":
+        weights += round(sum(p.numel() * (NF4_BYTES - p.element_size()) for p in projections))
     peft_model = add_lora(recipe, backbone)
     trained = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     shape = ModelFingerprint.of(backbone.config)

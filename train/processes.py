@@ -72,7 +72,11 @@ def new_processes(accelerator: Accelerator, recipe: Recipe, backbone: Backbone, 
 
 def new_optimizer(train: TrainConfig, parameters: dict[str, nn.Parameter]) -> Optimizer:
     """The optimiser of a recipe; each group keeps its own peak of the learning rate."""
-    groups = [{"params": list(parameters.values()), "peak": train.lr}]
+    whole = [parameter for name, parameter in parameters.items() if "modules_to_save" in name]
+    adapters = [parameter for name, parameter in parameters.items() if "modules_to_save" not in name]
+    groups: list[dict[str, Any]] = [{"params": adapters, "peak": train.lr}]
+    if whole:
+        groups.append({"params": whole, "peak": train.projector_lr})
     if train.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=train.lr, weight_decay=train.weight_decay)
     betas = (train.betas[0], train.betas[1])
@@ -226,6 +230,9 @@ class DeepSpeed(Processes):
             zero_force_ds_cpu_optimizer=False,
             steps_per_print=10**9,
         )
+        if zero_stage(accelerator) == 3 and any("modules_to_save" in name for name in parameters):
+            # Processes would wait for pictures that others do not have.
+            raise OmniMemError("train.projectors: projectors are trained with ZeRO-2 (launch/deepspeed_zero2.yaml)")
         shared = _Shared(backbone)
         self._engine = initialize(
             model=shared, optimizer=optimizer, model_parameters=list(parameters.values()), config=config

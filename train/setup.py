@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
 
 from data_prep.manifest import media_root
 from omnimem.backbones import TINY, Backbone, backbone_class, load_backbone
@@ -58,6 +60,11 @@ def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
     )
     settings.check(skeleton)
     check_lora_targets(recipe, skeleton)
+    for name in recipe.train.projectors:
+        if name not in skeleton.projectors:
+            raise OmniMemError(f"train.projectors: {name!r} is none of {', '.join(skeleton.projectors)}")
+    if recipe.model.quantize == "nf4" and not find_spec("bitsandbytes"):
+        raise OmniMemError("model.quantize=nf4 needs bitsandbytes: pip install 'omnimem[bitsandbytes]'")
     if recipe.finish.media:
         try:
             probe(media_root(recipe.data.path, recipe.data.root) / recipe.finish.media)
@@ -85,23 +92,40 @@ def load_base(recipe: Recipe, output_dir: Path, device: torch.device) -> Backbon
         backbone=recipe.model.backbone,
         dtype=recipe.model.dtype,
         device=device,
+        quantize=recipe.model.quantize == "nf4",
     )
     backbone.model.requires_grad_(False)
     return backbone
 
 
 def add_lora(recipe: Recipe, backbone: Backbone) -> PeftModel:
-    """Put fresh adapters on the language model; the encoders are never touched."""
+    """Put fresh adapters on the language model; of the encoders only the projectors a recipe names are trained."""
     torch.manual_seed(recipe.train.seed)
+    projectors = [backbone.projectors[name] for name in recipe.train.projectors]
     config = LoraConfig(
         r=recipe.lora.r,
         lora_alpha=recipe.lora.alpha,
         lora_dropout=recipe.lora.dropout,
         target_modules=backbone.lora_targets(recipe.lora.targets),
         task_type="CAUSAL_LM",
+        modules_to_save=projectors or None,
     )
     with quiet_stock():
-        return PeftModel(backbone.model, config)
+        model = PeftModel(backbone.model, config)
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            _train_in_float32(module.modules_to_save["default"])
+    return model
+
+
+def _train_in_float32(module: torch.nn.Module) -> None:
+    """In bfloat16 small steps would round away; outside nobody sees another dtype."""
+    outside = next(module.parameters()).dtype
+    if outside in (torch.float32, torch.float64):
+        return
+    module.float()
+    module.register_forward_pre_hook(lambda _, inputs: tuple(one.float() for one in inputs))
+    module.register_forward_hook(lambda _, inputs, output: output.to(outside))
 
 
 def check_lora_targets(recipe: Recipe, backbone: Backbone) -> None:

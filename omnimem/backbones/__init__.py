@@ -40,6 +40,7 @@ def load_backbone(
     backbone: str | None = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
+    quantize: bool = False,
 ) -> Backbone:
     """Load a model with the compressed cache attached.
 
@@ -53,6 +54,8 @@ def load_backbone(
         Of the weights; ``auto``: bfloat16 on an accelerator, float32 on the CPU.
     device : torch.device or str
         ``auto``: CUDA when there is one.
+    quantize : bool
+        Whether the decoder's projections are loaded as NF4, for QLoRA.
 
     Raises
     ------
@@ -68,11 +71,11 @@ def load_backbone(
         with tempfile.TemporaryDirectory() as folder:
             name = backbone or next(iter(BACKBONES))
             built = backbone_class(name).build_tiny(Path(folder) / TINY)
-            loaded = load_backbone(built, backbone=name, dtype=dtype, device=device)
+            loaded = load_backbone(built, backbone=name, dtype=dtype, device=device, quantize=quantize)
             loaded.model_id = TINY
             return loaded
     cls = backbone_class(backbone or _detect(path))
-    return cls.load(path, dtype, device)
+    return cls.load(path, dtype, device, quantize)
 
 
 def parse_device(name: torch.device | str) -> torch.device:

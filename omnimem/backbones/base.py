@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,10 @@ class StreamEncoder(ABC):
     def encode(self, chunk: Chunk) -> ChunkInputs:
         """Picture and sound of the next chunk."""
 
+    def fork(self) -> StreamEncoder:
+        """Another encoder at the same place of the stream."""
+        return copy(self)
+
     @abstractmethod
     def idle(self) -> ChunkInputs:
         """A step of no positions, for a sample of a batch whose media has ended."""
@@ -140,6 +145,10 @@ class Backbone(ABC):
         The stock generating class.
     processor, tokenizer
         The stock processor and its tokenizer.
+    projectors : dict
+        Modules between the encoders and the decoder that may be trained, by the name recipes know them by.
+    whole : tuple of str
+        Modules whose linear layers are never quantised.
     """
 
     name: str
@@ -147,6 +156,8 @@ class Backbone(ABC):
     model: Any
     processor: Any
     tokenizer: Any
+    projectors: ClassVar[dict[str, str]]
+    whole: ClassVar[tuple[str, ...]]
 
     @property
     @abstractmethod

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from omnimem.errors import OmniMemError
@@ -42,9 +43,17 @@ def quiet_stock(progress: bool = False) -> Iterator[None]:
 
 
 def load_stock(
-    model_class: Any, processor_class: Any, path: str | Path, dtype: torch.dtype, device: torch.device | str
+    model_class: Any,
+    processor_class: Any,
+    path: str | Path,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantized: Sequence[str] | None = None,
 ) -> tuple[Any, Any]:
     """Load model and processor from a folder or the hub.
+
+    With `quantized`, linear layers become NF4 (doubly quantised, computing in `dtype`), but for those below the modules
+    of these names.
 
     Returns
     -------
@@ -67,7 +76,12 @@ def load_stock(
             return skeleton.to(dtype).eval(), processor_class.from_pretrained(path)
         with quiet_stock(progress=size >= SHOW_PROGRESS_ABOVE):
             model, info = model_class.from_pretrained(
-                path, dtype=dtype, use_safetensors=True, output_loading_info=True, device_map=_device_map(device)
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                device_map=_device_map(device),
+                quantization_config=None if quantized is None else _nf4(dtype, quantized),
             )
             processor = processor_class.from_pretrained(path)
     except (OSError, ValueError, RuntimeError) as error:
@@ -83,6 +97,17 @@ def load_stock(
         if info[problem]:
             raise OmniMemError(f"cannot load {path}: {_named(problem, info[problem])}")
     return model.eval(), processor
+
+
+def _nf4(dtype: torch.dtype, whole: Sequence[str]) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # so that shards of ZeRO and FSDP hold one type
+        llm_int8_skip_modules=list(whole),
+    )
 
 
 def _device_map(device: torch.device | str) -> dict[str, torch.device] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ class Qwen2_5Omni(Backbone):
     name = "qwen2_5_omni"
     model_types = ("qwen2_5_omni", "qwen2_5_omni_thinker")
     model_class = Qwen2_5OmniThinkerForConditionalGeneration
+    projectors: ClassVar[dict[str, str]] = {"visual": "visual.merger", "audio": "audio_tower.proj"}
+    whole: ClassVar[tuple[str, ...]] = ("model.visual", "model.audio_tower", "lm_head")
     build_tiny = staticmethod(build_tiny)
 
     def __init__(self, model: Any, processor: Any, model_id: str = "") -> None:
@@ -55,9 +57,12 @@ class Qwen2_5Omni(Backbone):
         attach(self.language_model)
 
     @classmethod
-    def load(cls, path: str | Path, dtype: torch.dtype, device: torch.device | str) -> Qwen2_5Omni:
+    def load(
+        cls, path: str | Path, dtype: torch.dtype, device: torch.device | str, quantize: bool = False
+    ) -> Qwen2_5Omni:
         """Load a checkpoint folder or hub id; every weight of the thinker must be there (see `load_stock`)."""
-        model, processor = load_stock(cls.model_class, Qwen2_5OmniProcessor, path, dtype, device)
+        quantized = cls.whole if quantize else None
+        model, processor = load_stock(cls.model_class, Qwen2_5OmniProcessor, path, dtype, device, quantized)
         return cls(model, processor, str(path))
 
     @property

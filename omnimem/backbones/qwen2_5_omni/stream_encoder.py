@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from copy import copy
 from fractions import Fraction
 from math import floor, lcm
 from typing import TYPE_CHECKING
@@ -130,7 +131,12 @@ class Qwen2_5OmniStreamEncoder(StreamEncoder):
             plain.embeds, rows, plain.modality, plain.time, torch.tensor([following], device=embeds.device)
         )
 
-    @torch.no_grad()
+    def fork(self) -> Qwen2_5OmniStreamEncoder:
+        """Another encoder at the same place of the stream; the loudest sound so far is part of the place."""
+        other = copy(self)
+        other.mel = copy(self.mel)
+        return other
+
     def encode(self, chunk: Chunk) -> ChunkInputs:
         """Encode a chunk that starts where the last one ended.
 

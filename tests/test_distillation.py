@@ -130,3 +130,42 @@ def test_a_distilled_run_logs_its_divergence_and_learns_otherwise(tmp_path):
 def test_wrong_settings_are_one_line(tmp_path, capsys, override, words):
     assert main(arguments(tmp_path, override)) == 2
     assert words in capsys.readouterr().err
+
+
+def test_answers_of_the_teacher_are_given_once(tmp_path, monkeypatch):
+    """The same bits with a cold folder, a warm one and none; a warm one spares the teacher's stream altogether."""
+    cache = f"distill.cache={tmp_path / 'teacher'}"
+    settings = ("distill.weight=1.0", "train.max_steps=3", "train.batch_size=2")
+    none = trained_run(tmp_path, *settings, out="none")
+    cold = trained_run(tmp_path, *settings, cache, out="cold")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "teacher").iterdir()}
+    assert len(files) == 3, "one file a question"
+
+    def never(*_):
+        raise AssertionError("the teacher was asked again")
+
+    monkeypatch.setattr("train.objective.Full", never)
+    warm = trained_run(tmp_path, *settings, cache, out="warm")
+    for run in (cold, warm):
+        assert all(torch.equal(value, adapter(run)[name]) for name, value in adapter(none).items())
+        assert [r["distilled"] for r in metrics(run)] == [r["distilled"] for r in metrics(none)]
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "teacher").iterdir()}
+
+
+def test_other_settings_have_other_answers(tmp_path):
+    """What the answers depend on is in the name of the file, and a damaged one is given again."""
+    settings = ("distill.weight=1.0", "train.max_steps=2", f"distill.cache={tmp_path / 'teacher'}")
+    one = trained_run(tmp_path, *settings, out="one")
+    count = len(list((tmp_path / "teacher").iterdir()))
+    trained_run(tmp_path, *settings, "model.seed=1", out="seed")
+    trained_run(tmp_path, *settings, "data.chunk_seconds=4", out="chunks")
+    assert len(list((tmp_path / "teacher").iterdir())) == 3 * count
+    for path in (tmp_path / "teacher").iterdir():
+        path.write_bytes(b"half")
+    again = trained_run(tmp_path, *settings, out="again")
+    assert all(torch.equal(value, adapter(again)[name]) for name, value in adapter(one).items())
+
+
+def test_answers_that_change_are_not_kept(tmp_path, capsys):
+    assert main(arguments(tmp_path, "distill.adapter=true", "distill.cache=teacher")) == 2
+    assert "distill.cache" in capsys.readouterr().err

@@ -94,3 +94,20 @@ def test_a_missing_manifest_is_found_before_anything_is_written(tmp_path, capsys
     assert main(arguments(tmp_path, "eval.path=nowhere.jsonl")) == 2
     assert "nowhere.jsonl" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_so_many_of_the_best_adapters_stay(tmp_path, monkeypatch, keep):
+    """Whatever order the losses come in; the best one is always `best/`."""
+    losses = [3.0, 1.0, 2.0, 0.5, 4.0, 0.7]
+    monkeypatch.setattr("train.evaluation.Evaluation.measure", lambda self, *_: losses[self.asked()])
+    asked = iter(range(99))
+    monkeypatch.setattr("train.evaluation.Evaluation.asked", lambda _: next(asked), raising=False)
+    options = (*held_out(tmp_path), "eval.every=1", f"eval.keep={keep}", "train.max_steps=6", "train.save_every=9")
+    run = trained_run(tmp_path, *options)
+    found = {path.name: json.loads((path / "evaluation.json").read_text()) for path in run.glob("best*")}
+    assert found["best"] == {"step": 4, "loss": 0.5}
+    others = {name: numbers for name, numbers in found.items() if name != "best"}
+    assert sorted(numbers["loss"] for numbers in others.values()) == sorted(losses)[1:keep]
+    assert all(name == f"best-step-{numbers['step']:08d}" for name, numbers in others.items())
+    assert all((run / name / "adapter_model.safetensors").is_file() for name in found)

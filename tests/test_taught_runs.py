@@ -103,6 +103,18 @@ def test_temperatures_go_from_start_to_end(tmp_path, schedule):
     assert found[2] == pytest.approx(middle)
 
 
+def test_gates_and_retention_are_in_the_metrics(tmp_path):
+    hard, taught = (metrics(trained_run(tmp_path, *more, out=str(len(more)))) for more in ((), (TAUGHT,)))
+    assert all(record["gates"] is None for record in hard)
+    for record in taught:
+        gates = record["gates"]
+        # A memory that has to choose: what stays has open gates, what goes has closed ones, some are between.
+        assert 0.5 < gates["kept"] <= 1 and 0 <= gates["evicted"] < 0.5 and 0 < gates["undecided"] < 1
+    for record in (*hard, *taught):
+        assert 0 < record["retention"]["visual"] < 1 and 0 <= record["retention"]["audio"] < 1
+    assert [r["retention"] for r in hard] == [r["retention"] for r in taught]
+
+
 def test_random_budgets_depend_on_the_step_alone_and_spread_evenly_in_proportion(tmp_path):
     recipe = recipe_of(tmp_path, "memory.random_budget=[64,1024]")
     profile = uniform(256)

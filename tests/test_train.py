@@ -53,7 +53,7 @@ STEPS = 18
 FIELDS = {
     "step", "epoch", "loss", "lr", "grad_norm", "skipped", "targets", "positions", "positions_per_second", "seconds",
     "retained", "memory_bytes", "peak_gib",
-    "mean_budget", "temperature", "distilled",
+    "mean_budget", "temperature", "distilled", "retention", "gates",
 }  # fmt: skip
 
 

@@ -54,6 +54,7 @@ class DataConfig:
     time_scale: str | float = "auto"
     on_bad_row: Literal["error", "skip"] = "error"
     shuffle: bool = True
+    decode_ahead: int = 2  # chunks of every clip that a thread decodes before they are needed
 
 
 @dataclass
@@ -113,6 +114,7 @@ class DistillConfig:
     weight: float = 0.0  # of the divergence beside the cross-entropy; 0: no teacher
     temperature: float = 1.0
     adapter: bool = False  # whether the teacher has the adapter that is being trained
+    cache: str | None = None  # folder in which its answers are kept for later epochs and runs
 
 
 @dataclass
@@ -148,6 +150,7 @@ class TrainConfig:
     to_layer: int | None = None  # layer from which on such chunks teach nothing; null: all do
     seed: int = 0
     log_every: int = 1  # steps
+    trackers: list[str] = field(default_factory=list)  # beside TensorBoard: wandb, trackio
     save_every: int = 100  # steps
     keep_checkpoints: int = 2
     threads: int | None = None  # torch CPU threads; null: torch decides
@@ -161,6 +164,7 @@ class EvalConfig:
     root: str | None = None  # its media, if not beside it
     every: int = 100  # steps
     patience: int | None = None  # evaluations without a better one before the run ends; null: it does not
+    keep: int = 1  # best adapters that stay: best/, and best-step-… for the others
 
 
 @dataclass
@@ -297,12 +301,20 @@ def validate(recipe: Recipe) -> None:
             "data.chunk_seconds must hold a whole number of frames, got "
             f"{recipe.data.chunk_seconds:g} s at data.fps {recipe.data.fps:g} = {frames:g} frames"
         )
+    unknown = [name for name in recipe.train.trackers if name not in TRACKERS]
+    _require(recipe, not unknown, "train.trackers", f"some of {', '.join(TRACKERS)}")
+    if recipe.distill.cache is not None and recipe.distill.adapter:
+        raise OmniMemError("distill.cache keeps the base model's answers; with distill.adapter=true they change")
     if (recipe.finish.question is None) != (recipe.finish.media is None):
         raise OmniMemError("finish.question and finish.media belong together; set both, or neither")
 
 
+TRACKERS = ("wandb", "trackio")
+"""Libraries with an `init`, a `log` and a `finish`."""
+
 AT_LEAST: dict[int, tuple[str, ...]] = {
     0: (
+        "data.decode_ahead",
         *("model.seed", "train.seed", "selection.seed", "selection.sinks", "selection.lam"),
         *("distill.weight", "train.lr", "train.weight_decay", "train.from_layer", "train.projector_lr"),
     ),
@@ -311,7 +323,7 @@ AT_LEAST: dict[int, tuple[str, ...]] = {
         *("lora.r", "lora.alpha"),
         *("train.max_steps", "train.batch_size", "train.accumulation", "train.log_every", "train.save_every"),
         *("train.keep_checkpoints", "train.threads", "selection.window", "selection.kernel", "gate.margin"),
-        *("memory.start_budget", "eval.every", "eval.patience", "train.window", "train.to_layer"),
+        *("memory.start_budget", "eval.every", "eval.patience", "eval.keep", "train.window", "train.to_layer"),
     ),
 }
 ABOVE_ZERO = (

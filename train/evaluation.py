@@ -20,7 +20,7 @@ from peft import PeftModel
 
 from data_prep.manifest import Row
 from omnimem.budget import BudgetProfile
-from omnimem.files import atomic_directory, atomic_write_json
+from omnimem.files import atomic_directory, atomic_write_json, remove_directory
 from train.checkpoint import save_adapter
 from train.config import Recipe
 from train.data import Sample, load_rows
@@ -35,6 +35,10 @@ def held_out_rows(recipe: Recipe) -> list[Row]:
     if recipe.eval.path is None:
         return []
     return load_rows(replace(recipe.data, path=recipe.eval.path, root=recipe.eval.root)).rows
+
+
+def _numbers(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
 
 
 class Evaluation:
@@ -79,16 +83,33 @@ class Evaluation:
     ) -> None:
         """Keep the adapter if none was better; only the main process calls it."""
         best = self.best()
+        target = self.folder
         if best is not None and best["loss"] <= loss:
+            target = self._other(step)
+        elif self.folder.is_dir() and self.config.keep > 1:
+            aside = self._other(_numbers(self.folder)["step"])
+            if aside.is_dir():
+                remove_directory(aside)
+            self.folder.rename(aside)
+        if target != self.folder and self.config.keep == 1:
             return
-        with atomic_directory(self.folder, overwrite=True) as folder:
+        with atomic_directory(target, overwrite=True) as folder:
             save_adapter(folder, model, profile, weights)
             atomic_write_json(folder / NUMBERS, {"step": step, "loss": loss})
+        others = sorted(self.folder.parent.glob(f"{BEST}-step-*"), key=lambda folder: _numbers(folder)["loss"])
+        for folder in others[self.config.keep - 1 :]:
+            remove_directory(folder)
+
+    def _other(self, step: int) -> Path:
+        """Where an adapter that is not the best stays."""
+        return self.folder.with_name(f"{BEST}-step-{step:08d}")
 
     def best(self) -> dict[str, Any] | None:
         """Step and loss of the best evaluation so far."""
-        file = self.folder / NUMBERS
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        # Killed while a new best one was written, the one before may be the best there is.
+        kept = [self.folder, *self.folder.parent.glob(f"{BEST}-step-*")]
+        found = [_numbers(folder) for folder in kept if (folder / NUMBERS).is_file()]
+        return min(found, key=lambda numbers: numbers["loss"], default=None)
 
     def exhausted(self, step: int) -> str | None:
         """Why the run ends after `step`: the best evaluation is `eval.patience` evaluations old."""

@@ -46,6 +46,7 @@ from train.setup import (
     truncation_of,
 )
 from train.stop import StopRequest
+from train.teacher import TeacherAnswers
 
 log = logging.getLogger("omnimem.train")
 
@@ -123,9 +124,11 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
         truncation=truncation_of(recipe),
         processes=processes,
         encoders_learn=bool(recipe.train.projectors),
+        decode_ahead=recipe.data.decode_ahead,
+        answers=TeacherAnswers.of(recipe, output_dir) if recipe.distill.cache else None,
     )
     evaluation = Evaluation(recipe, output_dir, [tokenise(row, backbone) for row in held_out])
-    metrics = Metrics(output_dir, done, schedule.steps, accelerator.is_main_process)
+    metrics = Metrics(output_dir, done, schedule.steps, accelerator.is_main_process, recipe)
 
     # ---- step -------------------------------------------------------------------------------------------
     peft_model.train()
@@ -178,6 +181,8 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
             "seconds": elapsed,
             "mean_budget": budgets.mean_budget,
             "retained": outcome.retained,
+            "retention": outcome.retention,
+            "gates": outcome.gates,
             "memory_bytes": outcome.memory_bytes,
             "peak_gib": peak_gib(),
         }

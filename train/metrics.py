@@ -1,4 +1,4 @@
-"""What a run reports while it trains: JSON lines always, TensorBoard when installed, a progress bar."""
+"""What a run reports while it trains: JSON lines, a progress bar, TensorBoard when installed, trackers by name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import logging
 import os
 import resource
 import sys
+from dataclasses import asdict
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from omnimem.files import atomic_write_text, explained_disk_errors
+from train.config import Recipe
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -32,10 +35,13 @@ class Metrics:
         Steps of the whole run.
     active : bool
         Whether this process reports.
+    recipe : Recipe
+        Of the run: its trackers, and what they record as its settings.
     """
 
-    def __init__(self, output_dir: Path, done: int, total: int, active: bool) -> None:
+    def __init__(self, output_dir: Path, done: int, total: int, active: bool, recipe: Recipe) -> None:
         self._file = self._board = None
+        self._trackers: list[Any] = []
         self._bar = tqdm(
             total=total,
             initial=done,
@@ -52,6 +58,10 @@ class Metrics:
             from torch.utils.tensorboard.writer import SummaryWriter
 
             self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=done + 1)
+        for name in recipe.train.trackers:
+            tracker = import_module(name)
+            tracker.init(project="omnimem", name=output_dir.name, config=asdict(recipe))
+            self._trackers.append(tracker)
 
     def log(self, record: dict[str, Any]) -> None:
         """Write one record; it must have ``step``."""
@@ -64,6 +74,8 @@ class Metrics:
         if self._board is not None:
             for name, value in _scalars(record):
                 self._board.add_scalar(name, value, record["step"])
+        for tracker in self._trackers:
+            tracker.log(dict(_scalars(record)), step=record["step"])
 
     def progress(self, record: dict[str, Any]) -> None:
         """Advance the bar by a step."""
@@ -83,6 +95,8 @@ class Metrics:
             self._file.close()
         if self._board is not None:
             self._board.close()
+        for tracker in self._trackers:
+            tracker.finish()
 
 
 class BarHandler(logging.Handler):

@@ -25,13 +25,16 @@ from omnimem.forward import Stream
 from omnimem.media import Chunk, MediaError, MediaReader
 from omnimem.memory import CompressedCache, SelectionGradient
 from omnimem.memory.store import Store
+from omnimem.modality import EVICTABLE
 from omnimem.selection import SelectionMethod
 from omnimem.selection.full import Full
 from omnimem.stream import StreamSettings
 from omnimem.tape import Tape, Truncation
 from train.config import DistillConfig
 from train.data import Asked, Sample
+from train.feed import ahead
 from train.processes import Processes
+from train.teacher import TeacherAnswers
 
 log = logging.getLogger("omnimem.train")
 
@@ -52,6 +55,10 @@ class Outcome:
         Positions streamed.
     retained : dict
         Mean text, visual and audio positions a layer holds at the end.
+    retention : dict
+        The same as parts of the visual and audio positions streamed.
+    gates : dict or None
+        See `CompressedCache.gate_statistics`.
     memory_bytes : int
         Bytes of the memory at the end.
     backward : callable
@@ -63,6 +70,8 @@ class Outcome:
     targets: int
     positions: int
     retained: dict[str, float]
+    retention: dict[str, float]
+    gates: dict[str, float] | None
     memory_bytes: int
     backward: Callable[[float], None]
 
@@ -94,6 +103,10 @@ class StreamObjective:
         Those that train together; this one alone when left out.
     encoders_learn : bool
         Whether something before the decoder is trained, so that chunks are encoded again on the way back.
+    decode_ahead : int
+        Chunks of every clip that are decoded before they are needed.
+    answers : TeacherAnswers, optional
+        Those of the teacher that are known from before.
     """
 
     def __init__(
@@ -109,10 +122,13 @@ class StreamObjective:
         truncation: Truncation | None = None,
         processes: Processes | None = None,
         encoders_learn: bool = False,
+        decode_ahead: int = 0,
+        answers: TeacherAnswers | None = None,
     ) -> None:
         self.model = model
         self._backbone, self._profile, self._method, self._settings = backbone, profile, method, settings
         self._skip_damaged, self._store, self._truncation = skip_damaged, store, truncation
+        self._ahead, self._answers = decode_ahead, answers
         self._distill = distill if distill is not None and distill.weight > 0 else None
         self._processes, self._encoders_learn = processes or Processes(), encoders_learn
         self._loss_dtype = torch.promote_types(backbone.model.dtype, torch.float32)
@@ -149,9 +165,11 @@ class StreamObjective:
             lockstep=processes.lockstep,
         )
         # What is measured in evaluation are the answers alone.
-        teacher = None
+        teacher, known = None, None
         if self._distill is not None and training:
-            teacher = Stream(self._backbone, CompressedCache(self._profile, Full()))
+            known = None if self._answers is None else self._answers.load(samples)
+            if processes.any(known is None):
+                teacher, known = Stream(self._backbone, CompressedCache(self._profile, Full())), None
         opened = [
             replace(self._settings, audio=self._settings.audio and sample.row.audio).open(
                 sample.row.media, self._backbone
@@ -164,6 +182,7 @@ class StreamObjective:
         loss = torch.zeros((), dtype=self._loss_dtype, device=self._backbone.device)
         distilled = torch.zeros_like(loss)
         targets = positions = 0
+        streamed: dict[str, Any] = dict.fromkeys(EVICTABLE, 0)
 
         def teach(step: Callable[[Stream], Any]) -> Any:
             """Let the teacher see what the student sees."""
@@ -181,7 +200,12 @@ class StreamObjective:
             nothing = torch.zeros(0, dtype=torch.int64)
             question = [nothing if asked is None else asked.question for asked in due]
             answer = [nothing if asked is None else asked.answer for asked in due]
-            wanted = teach(lambda one: one.answer_logits(closing, question, answer)[0].cpu())
+            if known is None:
+                wanted = teach(lambda one: one.answer_logits(closing, question, answer)[0].cpu())
+            else:
+                wanted = torch.cat([known[asked] for asked in due if asked is not None])
+            if teacher is not None and self._answers is not None:
+                self._answers.save(samples, due, wanted)
             _, entropy, divergence = tape.ask(lambda: self._answered(stream, closing, question, answer, wanted))
             loss, distilled, targets = loss + entropy, distilled + divergence, targets + sum(map(len, answer))
 
@@ -195,6 +219,8 @@ class StreamObjective:
                 again = partial(_encoded, forks, chunks)
             inputs = [e.idle() if c is None else e.encode(c) for e, c in zip(encoders, chunks, strict=True)]
             positions += sum(len(one) for one in inputs)
+            for name, kind in EVICTABLE.items():
+                streamed[name] = streamed[name] + sum((one.modality == kind).sum() for one in inputs)
             chunk = ChunkInputs.batch(inputs)
             if len(chunk) > 0:
                 tape.step(chunk, again)
@@ -209,8 +235,18 @@ class StreamObjective:
             ask(due)
         if self._distill is not None and training:
             loss = loss + self._distill.weight * distilled
+        retained = cache.mean_counts()
         return Outcome(
-            loss, distilled, targets, positions, cache.mean_counts(), cache.state_nbytes, backward=tape.backward
+            loss,
+            distilled,
+            targets,
+            positions,
+            retained,
+            # As a part of all there was, so that clips of different length can be compared.
+            {name: len(samples) * retained[name] / max(1, int(streamed[name])) for name in EVICTABLE},
+            cache.gate_statistics(),
+            cache.state_nbytes,
+            backward=tape.backward,
         )
 
     def _side_by_side(self, readers: Sequence[Iterator[Chunk]]) -> Iterator[tuple[Chunk | None, ...]]:
@@ -225,7 +261,7 @@ class StreamObjective:
     def _chunks(self, reader: MediaReader, queue: list[Asked]) -> Iterator[Chunk]:
         """Chunks of a clip; if it breaks off and may be skipped, nothing more is asked about it."""
         try:
-            yield from reader
+            yield from ahead(reader, self._ahead)
         except MediaError as error:
             if not self._skip_damaged:
                 raise OmniMemError(f"{error}; data.on_bad_row=skip leaves it out of the training") from error

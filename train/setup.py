@@ -63,6 +63,9 @@ def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
     for name in recipe.train.projectors:
         if name not in skeleton.projectors:
             raise OmniMemError(f"train.projectors: {name!r} is none of {', '.join(skeleton.projectors)}")
+    for name in recipe.train.trackers:
+        if not find_spec(name):
+            raise OmniMemError(f"train.trackers: {name} is not installed: pip install {name}")
     if recipe.model.quantize == "nf4" and not find_spec("bitsandbytes"):
         raise OmniMemError("model.quantize=nf4 needs bitsandbytes: pip install 'omnimem[bitsandbytes]'")
     if recipe.finish.media:

@@ -311,6 +311,20 @@ class CompressedCache(Cache):
         counts = self.counts()
         return {name: sum(sum(layer[name]) / len(layer[name]) for layer in counts) / len(counts) for name in counts[0]}
 
+    def gate_statistics(self) -> dict[str, float] | None:
+        """What the gates of all decisions were like: the mean of those kept and of those evicted, and how many of all
+        were undecided (between 0.1 and 0.9); None where no gradient reaches the selection.
+        """
+        sums = [layer.gate_sums for layer in self.layers if layer.gate_sums is not None]
+        if not sums:
+            return None
+        kept, evicted, undecided, stays, gone = torch.stack([one.double() for one in sums]).sum(0).tolist()
+        return {
+            "kept": kept / max(1, stays),
+            "evicted": evicted / max(1, gone),
+            "undecided": undecided / (stays + gone),
+        }
+
     def lengths(self) -> list[int]:
         """Stored columns of each layer (the longest sample's, in a batch)."""
         return [0 if layer.table is None else len(layer.table) for layer in self.layers]

@@ -142,6 +142,8 @@ class CompressedLayer(CacheLayerMixin):
         self.values: Any = None
         self.margin: Margin | None = None
         self.bias: Tensor | None = None
+        # Gates of those that stayed, of those that went, how many were in between, how many there were of each.
+        self.gate_sums: Tensor | None = None
         self._settled = self._before = 0
         # Of the step under way: which columns are real, what it is to report, what it has reported.
         self.valid: Tensor | None = None
@@ -367,6 +369,7 @@ class CompressedLayer(CacheLayerMixin):
             gate = gate + gates(score, competing, getattr(self.budget, name), gradient.temperature, gradient.threshold)
         columns = kept.margin
         if columns is None:
+            self._note(gate.detach(), self._stays(kept) & (table.modality != TEXT), gone)
             nearest = gate.detach().masked_fill(~gone, -1)
             columns = nearest.topk(min(places, gradient.margin or places), dim=1).indices.sort(1).values
             if soft:
@@ -385,6 +388,12 @@ class CompressedLayer(CacheLayerMixin):
         )
         self.margin = Margin(keys, values, gate, gradient.gain)
         return kept._replace(margin=columns)
+
+    def _note(self, gate: Tensor, stays: Tensor, gone: Tensor) -> None:
+        """Add to the sums of `gate_sums`."""
+        undecided = ((gate > 0.1) & (gate < 0.9) & (stays | gone)).sum()
+        sums = torch.stack([(gate * stays).sum(), (gate * gone).sum(), undecided, stays.sum(), gone.sum()])
+        self.gate_sums = sums if self.gate_sums is None else self.gate_sums + sums
 
     @property
     def _padded_bias(self) -> Tensor:

@@ -55,8 +55,7 @@ class _Step:
     """One step of a stream and the questions asked after it."""
 
     text: bool
-    random: Any
-    record: Any  # handle of (inputs, facts of the moment before, decisions) in the store
+    record: Any  # handle of (random state, inputs, facts of the moment before, decisions) in the store
     again: Callable[[], ChunkInputs] | None = None
     asked: list[tuple[Loss, Any]] = field(default_factory=list)
     questioned: bool = False  # by somebody, and not only kept in step
@@ -127,8 +126,8 @@ class Tape:
 
         decided = self._call(run)
         if self._record:
-            record = self.store.put((None if again else inputs, before, decided))
-            self._steps.append(_Step(text, random, record, again))
+            record = self.store.put((random, None if again else inputs, before, decided))
+            self._steps.append(_Step(text, record, again))
 
     @torch.no_grad()
     def ask(self, loss: Loss) -> tuple[Tensor, ...]:
@@ -168,7 +167,7 @@ class Tape:
                     gradients = _sum(gradients, self._learn(lambda loss=loss: self._call(loss)[0] * weight))
                 if step.questioned:
                     reach = len(self._steps) + 1 if self.truncation.window is None else self.truncation.window
-                inputs, before, decided = self.store.get(step.record)
+                random, inputs, before, decided = self.store.get(step.record)
                 self.cache.rewind(before, decided)
                 if reach == 0:
                     gradients = {}
@@ -176,7 +175,7 @@ class Tape:
                         continue
                 reach = max(0, reach - 1)
                 inputs = inputs if step.again is None else step.again()
-                _set_random_state(step.random)
+                _set_random_state(random)
                 gradients = self._again(step, inputs, decided, gradients)
 
     def _again(self, step: _Step, inputs: ChunkInputs, decided: list[Kept | None], gradients: dict) -> dict:

@@ -25,6 +25,7 @@ from omnimem.forward import Stream
 from omnimem.media import Chunk, MediaError, MediaReader
 from omnimem.memory import CompressedCache, SelectionGradient
 from omnimem.memory.store import Store
+from omnimem.memory.table import count
 from omnimem.modality import EVICTABLE
 from omnimem.selection import SelectionMethod
 from omnimem.selection.full import Full
@@ -182,7 +183,7 @@ class StreamObjective:
         loss = torch.zeros((), dtype=self._loss_dtype, device=self._backbone.device)
         distilled = torch.zeros_like(loss)
         targets = positions = 0
-        streamed: dict[str, Any] = dict.fromkeys(EVICTABLE, 0)
+        streamed = dict.fromkeys(EVICTABLE, 0)
 
         def teach(step: Callable[[Stream], Any]) -> Any:
             """Let the teacher see what the student sees."""
@@ -217,11 +218,11 @@ class StreamObjective:
             if self._encoders_learn and training:
                 forks = [encoder.fork() for encoder in encoders]
                 again = partial(_encoded, forks, chunks)
-            inputs = [e.idle() if c is None else e.encode(c) for e, c in zip(encoders, chunks, strict=True)]
-            positions += sum(len(one) for one in inputs)
-            for name, kind in EVICTABLE.items():
-                streamed[name] = streamed[name] + sum((one.modality == kind).sum() for one in inputs)
-            chunk = ChunkInputs.batch(inputs)
+            chunk = _encoded(encoders, chunks)
+            real = torch.ones_like(chunk.modality, dtype=torch.bool) if chunk.valid is None else chunk.valid
+            for sample in count(chunk.modality, real):
+                positions += sum(sample.values())
+                streamed = {name: streamed[name] + sample[name] for name in EVICTABLE}
             if len(chunk) > 0:
                 tape.step(chunk, again)
                 teach(lambda one, chunk=chunk: one.step(chunk))
@@ -243,7 +244,7 @@ class StreamObjective:
             positions,
             retained,
             # As a part of all there was, so that clips of different length can be compared.
-            {name: len(samples) * retained[name] / max(1, int(streamed[name])) for name in EVICTABLE},
+            {name: len(samples) * retained[name] / max(1, streamed[name]) for name in EVICTABLE},
             cache.gate_statistics(),
             cache.state_nbytes,
             backward=tape.backward,

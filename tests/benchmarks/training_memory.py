@@ -60,7 +60,7 @@ def step(variant: str, chunks: int) -> dict[str, Any]:
     from omnimem.budget import BudgetProfile, LayerBudget
     from omnimem.forward import Stream
     from omnimem.memory import CompressedCache, SelectionGradient, attach
-    from omnimem.memory.store import DiskStore, Store
+    from omnimem.memory.store import DiskStore
     from omnimem.modality import AUDIO as SOUND
     from omnimem.modality import VISUAL as PICTURE
     from omnimem.selection import build_selection
@@ -92,14 +92,20 @@ def step(variant: str, chunks: int) -> dict[str, Any]:
     budget = LayerBudget(BUDGET * 5 // 8, BUDGET * 3 // 8)
     gradient = SelectionGradient() if "straight" in variant else None
 
-    class Counted(Store):
-        """Counts what waits."""
+    class Counted(DiskStore):
+        """Host memory as a GPU would use it, counted."""
 
         waiting = 0
 
-        def _away(self, tensors: list[Any]) -> Any:
-            Counted.waiting += sum(tensor.nbytes for tensor in tensors)
-            return tensors
+        def __init__(self) -> None:
+            pass
+
+        def _away(self, block: Any) -> Any:
+            Counted.waiting += block.nbytes
+            return block
+
+        def _back(self, kept: Any) -> Any:
+            return kept
 
     with tempfile.TemporaryDirectory() as folder:
         store = {"host": Counted(), "autograd": None}.get(variant, DiskStore(Path(folder)))

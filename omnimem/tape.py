@@ -160,14 +160,14 @@ class Tape:
             reach = 0
             while self._steps:
                 step = self._steps.pop()
-                if self._steps:
-                    self.store.prefetch(self._steps[-1].record)
                 for loss, random in reversed(step.asked):
                     _set_random_state(random)
                     gradients = _sum(gradients, self._learn(lambda loss=loss: self._call(loss)[0] * weight))
                 if step.questioned:
                     reach = len(self._steps) + 1 if self.truncation.window is None else self.truncation.window
                 random, inputs, before, decided = self.store.get(step.record)
+                if self._steps:
+                    self.store.prefetch(self._steps[-1].record)
                 self.cache.rewind(before, decided)
                 if reach == 0:
                     gradients = {}
@@ -190,13 +190,14 @@ class Tape:
                 if not step.text:
                     self.cache.compress(decided)
                 flowing = self.cache.flowing
+                # Only its gradient is wanted, which is `gradient` whatever type the number has.
                 parts = [
-                    (flowing[key] * gradient).sum()
+                    (flowing[key] * gradient).sum().float()
                     for key, gradient in gradients.items()
                     if key[0] in layers and flowing[key].requires_grad
                 ]
                 if self._lockstep or not parts:
-                    parts.append(last.sum() * 0)
+                    parts.append(last.sum().float() * 0)
                 return torch.stack(parts).sum()
 
             self.cache.cut = layers.start

@@ -103,6 +103,15 @@ def test_temperatures_go_from_start_to_end(tmp_path, schedule):
     assert found[2] == pytest.approx(middle)
 
 
+@pytest.mark.parametrize("form", ["straight_through", "soft"])
+@pytest.mark.parametrize("attention", ["false", "true"])
+def test_half_precision_teaches_too(tmp_path, form, attention):
+    """Scores and gates are float32 beside states in bfloat16, on the way back as well."""
+    options = (f"selection.gradient={form}", f"gate.attention={attention}", "selection.lam=1.0", "model.dtype=bfloat16")
+    run = trained_run(tmp_path, *options, "train.max_steps=2")
+    assert all(record["grad_norm"] > 0 and not record["skipped"] for record in metrics(run))
+
+
 def test_gates_and_retention_are_in_the_metrics(tmp_path):
     hard, taught = (metrics(trained_run(tmp_path, *more, out=str(len(more)))) for more in ((), (TAUGHT,)))
     assert all(record["gates"] is None for record in hard)

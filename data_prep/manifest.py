@@ -1,11 +1,12 @@
-"""The manifest: a JSON Lines file, one stream a line, with the questions asked about it.
+"""The manifest: a JSON Lines file, one stream a line, with the questions asked about it; or the same rows as Parquet.
 
     {"media": "clip.mp4", "questions": [{"question": "Who speaks?", "answer": "A pilot.", "time": 12.5}]}
     {"media": "silent.mp4", "question": "What colour is the car?", "answer": "Red.", "audio": false}
 
 `time` is the second of the stream at which the question is asked; null or absent: at its end. Every row is
 checked before training starts, because a missing clip is better found now than after six hours. Media is
-looked at on disk only, not decoded.
+looked at on disk only, not decoded. Parquet (one file, or a folder of shards, read by `datasets` as a stream) has
+columns of the same names; an empty cell is an absent key.
 
 Try it: `python train.py recipe=quickstart data.path=my.jsonl dry_run=true`.
 """
@@ -17,7 +18,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def read_manifest(
     Parameters
     ----------
     path : path
-        The manifest, or `quickstart`: the clips shipped with the tests.
+        The manifest (JSON Lines; Parquet file or folder), or `quickstart`: the clips shipped with the tests.
     root : path, optional
         Folder that media paths are relative to and may not leave; the manifest's folder if not given.
     on_bad_row : {"error", "skip"}
@@ -86,14 +87,9 @@ def read_manifest(
     folder = media_root(path, root)
     if not folder.is_dir():
         raise OmniMemError(f"{root or file.parent}: not a folder; data.root is where the media of {file} lie")
-    try:
-        lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
-    except OSError as error:
-        raise OmniMemError(f"manifest {file}: {error.strerror}") from error
-
     rows: list[Row] = []
     problems: list[str] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(file), start=1):
         if not line.strip():
             continue
         try:
@@ -110,6 +106,39 @@ def read_manifest(
         found = f"; {len(problems)} bad, the first: {problems[0]}" if problems else ", the file is empty"
         raise OmniMemError(f"manifest {file} has no row to train on{found}")
     return Manifest(rows, problems)
+
+
+def _lines(file: Path) -> Iterable[bytes]:
+    """Rows as JSON, one after the other."""
+    shards = sorted(file.glob("*.parquet")) if file.is_dir() else [file]
+    if file.is_dir() and not shards:
+        raise OmniMemError(f"manifest {file}: a folder without *.parquet; give a JSON Lines file or a folder of shards")
+    if shards[0].suffix == ".parquet":
+        return _parquet_lines(file, shards)
+    try:
+        return file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+    except OSError as error:
+        raise OmniMemError(f"manifest {file}: {error.strerror}") from error
+
+
+def _parquet_lines(file: Path, shards: list[Path]) -> Iterator[bytes]:
+    from datasets import load_dataset
+
+    try:
+        stream = load_dataset("parquet", data_files=[str(shard) for shard in shards], split="train", streaming=True)
+        for row in stream:
+            yield json.dumps(_filled(row), ensure_ascii=False, default=str).encode()
+    except (OSError, ValueError) as error:  # what pyarrow and datasets raise
+        raise OmniMemError(
+            f"manifest {file}: not readable as Parquet ({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def _filled(value: Any) -> Any:
+    """Without the keys that have no value: a column is there for every row."""
+    if isinstance(value, dict):
+        return {key: _filled(one) for key, one in value.items() if one is not None}
+    return [_filled(one) for one in value] if isinstance(value, list) else value
 
 
 def media_root(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Path:

@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+from pathlib import Path
 
 import pytest
 
+from conftest import MEDIA, RABBIT, WEBB
 from data_prep.manifest import QUICKSTART, Question, manifest_fingerprint, read_manifest
 from omnimem.errors import OmniMemError
 
@@ -159,7 +161,7 @@ def test_a_manifest_without_a_good_row_is_refused(data, tmp_path):
         read_manifest(data("", "  "))
     with pytest.raises(OmniMemError, match=r"manifest .*none\.jsonl: No such file"):
         read_manifest(tmp_path / "none.jsonl")
-    with pytest.raises(OmniMemError, match=r"manifest .*: Is a directory"):
+    with pytest.raises(OmniMemError, match=r"manifest .*: a folder without \*\.parquet"):
         read_manifest(tmp_path)
 
 
@@ -185,3 +187,54 @@ def test_quickstart_is_the_shipped_set():
     if not QUICKSTART.exists():
         pytest.skip("the shipped clips are not in this checkout")
     assert read_manifest("quickstart").problems == []
+
+
+# ---- Parquet ---------------------------------------------------------------------------------------------------------
+
+
+def parquet(path: Path, rows: list[dict]) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    # Every column of every row: what a row does not have is empty.
+    columns = {key: [row.get(key) for row in rows] for key in {key: None for row in rows for key in row}}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_parquet_holds_the_same_rows(tmp_path):
+    """One file or shards in their order; cells without a value are keys that were not given."""
+    lines = [
+        {
+            "media": RABBIT.name,
+            "questions": [{"question": "a?", "answer": "A"}, {"question": "b?", "answer": "B", "time": 2.5}],
+        },
+        {"media": WEBB.name, "audio": False, "questions": [{"question": "c?", "answer": "C", "time": 1.0}]},
+        {"media": RABBIT.name, "audio": True, "questions": [{"question": "d?", "answer": "D"}]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    parquet(shards / "part-0.parquet", lines[:2])
+    parquet(shards / "part-1.parquet", lines[2:])
+    expected = read_manifest(tmp_path / "rows.jsonl", MEDIA).rows
+    for path in (parquet(tmp_path / "rows.parquet", lines), shards):
+        assert read_manifest(path, MEDIA).rows == expected
+
+
+def test_bad_rows_and_files_of_parquet_are_told_as_others_are(tmp_path):
+    rows = [
+        {"media": RABBIT.name, "question": "a?", "answer": "A"},
+        {"media": "gone.mp4", "question": "a?", "answer": "A"},
+    ]
+    path = parquet(tmp_path / "rows.parquet", rows)
+    with pytest.raises(OmniMemError, match=r"rows\.parquet:2: .*gone\.mp4"):
+        read_manifest(path, MEDIA)
+    found = read_manifest(path, MEDIA, "skip")
+    assert len(found.rows) == 1 and "gone.mp4" in found.problems[0]
+    (tmp_path / "half.parquet").write_bytes(path.read_bytes()[:100])
+    with pytest.raises(OmniMemError, match="not readable as Parquet"):
+        read_manifest(tmp_path / "half.parquet", MEDIA)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OmniMemError, match=r"a folder without \*\.parquet"):
+        read_manifest(tmp_path / "empty", MEDIA)

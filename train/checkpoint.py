@@ -102,7 +102,7 @@ def load_weights(folder: Path, accelerator: Accelerator, model: PeftModel) -> in
                 f"{folder}: saved by {state['processes']} processes, resumed by {accelerator.num_processes}; "
                 "use the same number or start anew in another output_dir"
             )
-        weights = load_file(folder / "adapter_model.safetensors", device=str(accelerator.device))
+        weights = load_file(folder / "adapter_model.safetensors")
         if odd := weights.keys() ^ get_peft_model_state_dict(model).keys():
             raise ValueError(f"adapter weights missing or too many, such as {sorted(odd)[0]}")
         set_peft_model_state_dict(model, weights)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from omnimem.backbones import load_backbone
-from small_runs import ROOT, ROWS, SILENT, SPEECH, adapter, arguments, lines, main, metrics, start
+from small_runs import HALF, ROOT, ROWS, SILENT, SPEECH, adapter, arguments, lines, main, metrics, start
 from train.config import load_recipe
 from train.data import Schedule, load_rows, tokenise
 
@@ -223,9 +223,11 @@ def test_a_sharded_step_that_is_not_finite_is_skipped_by_all(tmp_path, launcher)
         "genuine, calls = o.StreamObjective._answered, []\n"
         "def answered(self, *args):\n"
         "    loss, *rest = genuine(self, *args)\n"
-        "    import os; calls.append(0)\n"
-        "    bad = os.environ['RANK'] == '1' and len(calls) == 1\n"
-        "    return (loss * float('nan') if bad else loss, *((x * float('nan') if bad else x) for x in rest))\n"
+        "    import os\n"
+        "    if os.environ['RANK'] != '1' or not loss.requires_grad: return (loss, *rest)\n"
+        "    calls.append(0)\n"
+        "    # On the way back alone, so that the loss that is logged is finite and the gradient's norm has to tell.\n"
+        "    return (loss * float('nan') if len(calls) == 1 else loss, *rest)\n"
         "o.StreamObjective._answered = answered\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
@@ -241,6 +243,36 @@ def test_a_sharded_step_that_is_not_finite_is_skipped_by_all(tmp_path, launcher)
     )
     assert not any(value.any() for name, value in first.items() if "lora_B" in name)
     assert any(value.any() for name, value in second.items() if "lora_B" in name)
+
+
+SOUND = {"media": SPEECH, "question": "What is heard?", "answer": "Two sentences."}
+PICTURE = {"media": SILENT, "question": "What is seen?", "answer": "A mirror."}
+
+
+@pytest.mark.slow
+def test_projectors_train_with_zero_2_where_a_process_has_no_pictures(tmp_path):
+    """One process hears, the other sees; each has gradients for one projector, both get both."""
+    settings = (*PLAIN, "train.projectors=[visual,audio]", "train.projector_lr=1e-2", "data.shuffle=false")
+    one = arguments(tmp_path, *settings, "train.accumulation=2", rows=[SOUND, PICTURE], out="one")
+    assert main(one) == 0
+    two = arguments(tmp_path, *settings, rows=[SOUND, PICTURE], out="two")
+    done = configured("deepspeed_zero2", *two)
+    assert done.returncode == 0, done.stderr
+    assert largest_difference(adapter(tmp_path / "one"), adapter(tmp_path / "two")) <= 1e-6
+
+
+@pytest.mark.slow
+def test_a_process_whose_clip_is_left_out_keeps_nobody_waiting(tmp_path):
+    rows = [SOUND, {"media": HALF, "question": "What is seen?", "answer": "A rabbit."}]
+    settings = (*PLAIN, "data.on_bad_row=skip", "data.shuffle=false", "train.max_steps=2")
+    done = configured("deepspeed_zero2", *arguments(tmp_path, *settings, rows=rows))
+    assert done.returncode == 0, done.stderr
+    assert [record["skipped"] for record in metrics(tmp_path / "run")] == [False, False]
+
+
+def test_projectors_under_zero_3_are_one_line(tmp_path):
+    done = configured("deepspeed_zero3", *arguments(tmp_path, "train.projectors=[audio]"))
+    assert done.returncode != 0 and "projectors are trained with ZeRO-2" in done.stderr
 
 
 def test_deepspeed_that_is_switched_off_is_one_line(tmp_path):

@@ -96,6 +96,43 @@ def test_a_missing_manifest_is_found_before_anything_is_written(tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
+def test_an_evaluation_that_is_not_a_number_keeps_nothing_and_ends_nothing(tmp_path, monkeypatch):
+    losses = iter([1.0, float("nan"), 0.5])
+    monkeypatch.setattr("train.evaluation.Evaluation.measure", lambda *_: next(losses))
+    run = trained_run(tmp_path, *held_out(tmp_path), "eval.every=1", "eval.keep=2", "train.max_steps=3")
+    assert [record["eval_loss"] for record in metrics(run)] == [1.0, None, 0.5]
+    kept = {path.name: json.loads((path / "evaluation.json").read_text()) for path in run.glob("best*")}
+    assert kept == {"best": {"step": 3, "loss": 0.5}, "best-step-00000001": {"step": 1, "loss": 1.0}}
+
+
+def test_a_step_that_is_evaluated_again_takes_no_second_place(tmp_path):
+    """Killed between an evaluation and its checkpoint, a resumed run comes to the same step once more."""
+    options = (*held_out(tmp_path), "eval.every=1", "eval.keep=2", "train.max_steps=4", "train.save_every=2")
+    run = trained_run(tmp_path, *options)
+
+    def found() -> dict[str, str]:
+        return {path.name: (path / "evaluation.json").read_text() for path in run.glob("best*")}
+
+    before = found()
+    assert len(before) == 2
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    (run / "adapter_model.safetensors").unlink()
+    assert main(arguments(tmp_path, *options)) == 0
+    assert found() == before
+
+
+def test_the_best_of_a_run_that_was_never_saved_does_not_count(tmp_path):
+    options = (*held_out(tmp_path), "eval.every=1", "train.max_steps=3")
+    run = trained_run(tmp_path, *options)
+    shutil.rmtree(run / "checkpoints")
+    (run / "adapter_model.safetensors").unlink()
+    (run / "adapter_config.json").unlink()
+    best = json.loads((run / "best" / "evaluation.json").read_text())
+    (run / "best" / "evaluation.json").write_text(json.dumps({**best, "loss": 0.0}))
+    assert main(arguments(tmp_path, *options)) == 0
+    assert json.loads((run / "best" / "evaluation.json").read_text()) == best
+
+
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_so_many_of_the_best_adapters_stay(tmp_path, monkeypatch, keep):
     """Whatever order the losses come in; the best one is always `best/`."""

@@ -106,3 +106,8 @@ def test_an_unknown_projector_is_one_line(tmp_path, capsys):
     assert main(arguments(tmp_path, "train.projectors=[qformer]")) == 2
     error = capsys.readouterr().err
     assert "train.projectors: 'qformer' is none of visual, audio" in error and error.count("\n") == 1
+
+
+def test_a_base_whose_projectors_change_does_not_teach(tmp_path, capsys):
+    assert main(arguments(tmp_path, BOTH, "distill.weight=1.0")) == 2
+    assert "the base model cannot teach while projectors change" in capsys.readouterr().err

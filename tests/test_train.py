@@ -300,7 +300,7 @@ def test_dropout_falls_alike_on_both_ways_wherever_records_wait(bench, tmp_path)
         layer.lora_dropout["default"] = torch.nn.Dropout(0.3)
     try:
         here, kept = bench.gradients(batches)
-        away, again = bench.gradients(batches, store=lambda: DiskStore(tmp_path))
+        away, again = bench.gradients(batches, store=DiskStore(tmp_path))
         assert here == away != without
         assert distance(kept, again) == 0
         assert not list(tmp_path.iterdir())
@@ -797,3 +797,21 @@ def test_out_of_memory_names_the_three_settings_to_lower(tmp_path, capsys, monke
     error = capsys.readouterr().err
     assert all(key in error for key in ("data.chunk_seconds", "memory.mean_budget", "train.batch_size"))
     assert "Traceback" not in error
+
+
+def test_keys_that_nothing_reads_are_named(tmp_path, caplog):
+    with caplog.at_level("WARNING", "omnimem.train"):
+        trained_run(tmp_path, "gate.temperature=0.5", "distill.temperature=2", "eval.keep=2", "train.max_steps=1")
+    told = [message for message in caplog.messages if "without effect" in message]
+    assert told == [
+        "gate.temperature: without effect, because selection.gradient=none",
+        "distill.temperature: without effect, because distill.weight=0",
+        "eval.keep: without effect, because eval.path=null",
+    ]
+
+
+def test_where_records_wait_may_change_when_a_run_goes_on(tmp_path):
+    trained_run(tmp_path, "train.max_steps=2", "train.save_every=2")
+    more = ("train.max_steps=4", "train.offload=disk", "data.decode_ahead=0")
+    assert main(arguments(tmp_path, *more)) == 0
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2, 3, 4]

@@ -303,10 +303,30 @@ def validate(recipe: Recipe) -> None:
         )
     unknown = [name for name in recipe.train.trackers if name not in TRACKERS]
     _require(recipe, not unknown, "train.trackers", f"some of {', '.join(TRACKERS)}")
+    if recipe.distill.weight > 0 and not recipe.distill.adapter and recipe.train.projectors:
+        raise OmniMemError(
+            "the base model cannot teach while projectors change; leave train.projectors out, or distill.adapter=true"
+        )
     if recipe.distill.cache is not None and recipe.distill.adapter:
         raise OmniMemError("distill.cache keeps the base model's answers; with distill.adapter=true they change")
     if (recipe.finish.question is None) != (recipe.finish.media is None):
         raise OmniMemError("finish.question and finish.media belong together; set both, or neither")
+
+
+def without_effect(recipe: Recipe) -> list[str]:
+    """One line for each group of keys that was set and that nothing reads."""
+    default = Recipe()
+    found = []
+    for switch, off, keys in (
+        ("selection.gradient=none", recipe.selection.gradient == "none", [k for k in LEAVES if k.startswith("gate.")]),
+        ("distill.weight=0", recipe.distill.weight == 0, ["distill.temperature", "distill.adapter", "distill.cache"]),
+        ("train.projectors=[]", not recipe.train.projectors, ["train.projector_lr"]),
+        ("eval.path=null", recipe.eval.path is None, ["eval.every", "eval.patience", "eval.keep", "eval.root"]),
+    ):
+        given = [key for key in keys if attrgetter(key)(recipe) != attrgetter(key)(default)]
+        if off and given:
+            found.append(f"{', '.join(given)}: without effect, because {switch}")
+    return found
 
 
 TRACKERS = ("wandb", "trackio")

@@ -10,6 +10,7 @@ the run ends.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,10 @@ class Evaluation:
 
     @torch.no_grad()
     def measure(self, objective: StreamObjective, accelerator: Accelerator) -> float:
-        """Nats an answer token of the held-out questions; every process takes its share and gets the same number."""
+        """Nats an answer token of the held-out questions; every process takes its share and gets the same number.
+
+        Not a number where no question could be asked.
+        """
         training = objective.model.training
         objective.model.eval()
         totals = torch.zeros(2, dtype=torch.float64)
@@ -76,29 +80,35 @@ class Evaluation:
         objective.model.train(training)
         summed: Any = accelerator.reduce(totals.float().to(accelerator.device), "sum")
         loss, targets = summed.tolist()
-        return loss / targets
+        return loss / targets if targets else math.nan
 
     def keep_best(
         self, step: int, loss: float, model: PeftModel, profile: BudgetProfile, weights: dict[str, torch.Tensor]
     ) -> None:
-        """Keep the adapter if none was better; only the main process calls it."""
-        best = self.best()
-        target = self.folder
-        if best is not None and best["loss"] <= loss:
-            target = self._other(step)
-        elif self.folder.is_dir() and self.config.keep > 1:
-            aside = self._other(_numbers(self.folder)["step"])
-            if aside.is_dir():
-                remove_directory(aside)
-            self.folder.rename(aside)
-        if target != self.folder and self.config.keep == 1:
+        """Keep the adapter if it is among the best; only the main process calls it."""
+        kept = self._kept()
+        again = [folder for folder, numbers in kept.items() if numbers["step"] == step]
+        if not math.isfinite(loss):
             return
-        with atomic_directory(target, overwrite=True) as folder:
+        if not again and len(kept) >= self.config.keep and all(one["loss"] <= loss for one in kept.values()):
+            return
+        with atomic_directory(again[0] if again else self._other(step), overwrite=True) as folder:
             save_adapter(folder, model, profile, weights)
             atomic_write_json(folder / NUMBERS, {"step": step, "loss": loss})
-        others = sorted(self.folder.parent.glob(f"{BEST}-step-*"), key=lambda folder: _numbers(folder)["loss"])
-        for folder in others[self.config.keep - 1 :]:
+        # Renamed only when complete: killed in between, the best one is found by its numbers, and named next time.
+        best = next(iter(self._kept()))
+        if best != self.folder:
+            if self.folder.is_dir():
+                self.folder.rename(self._other(_numbers(self.folder)["step"]))
+            best.rename(self.folder)
+        for folder in list(self._kept())[self.config.keep :]:
             remove_directory(folder)
+
+    def _kept(self) -> dict[Path, dict[str, Any]]:
+        """Folders and numbers of all that are kept, the best one first; of equals the earlier."""
+        folders = [self.folder, *self.folder.parent.glob(f"{BEST}-step-*")]
+        found = {folder: _numbers(folder) for folder in folders if (folder / NUMBERS).is_file()}
+        return dict(sorted(found.items(), key=lambda one: (one[1]["loss"], one[1]["step"])))
 
     def _other(self, step: int) -> Path:
         """Where an adapter that is not the best stays."""
@@ -106,10 +116,7 @@ class Evaluation:
 
     def best(self) -> dict[str, Any] | None:
         """Step and loss of the best evaluation so far."""
-        # Killed while a new best one was written, the one before may be the best there is.
-        kept = [self.folder, *self.folder.parent.glob(f"{BEST}-step-*")]
-        found = [_numbers(folder) for folder in kept if (folder / NUMBERS).is_file()]
-        return min(found, key=lambda numbers: numbers["loss"], default=None)
+        return next(iter(self._kept().values()), None)
 
     def exhausted(self, step: int) -> str | None:
         """Why the run ends after `step`: the best evaluation is `eval.patience` evaluations old."""

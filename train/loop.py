@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from data_prep.manifest import Row
 from omnimem.backbones.adapter import RECIPE_FILE
@@ -24,7 +25,7 @@ from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, atomic_write_text
 from train.budgets import profile_at
 from train.checkpoint import checkpoints, load_progress, load_weights, save_adapter, save_checkpoint, sweep_run
-from train.config import Recipe, TrainConfig, to_yaml
+from train.config import Recipe, TrainConfig, to_yaml, without_effect
 from train.data import Schedule, load_rows, tokenise
 from train.environment import environment
 from train.evaluation import Evaluation, held_out_rows
@@ -67,6 +68,8 @@ def run(recipe: Recipe) -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", handlers=[handler])
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
+    for line in without_effect(recipe):
+        log.warning(line)
     manifest = load_rows(recipe.data)
     held_out = held_out_rows(recipe)
     skeleton, profile = check_recipe(recipe)
@@ -106,7 +109,8 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
     samples = [tokenise(row, backbone) for row in rows]
     schedule = Schedule(samples, recipe.train, recipe.data.shuffle, accelerator.num_processes)
     torch.manual_seed(recipe.train.seed + accelerator.process_index)
-    saved = checkpoints(output_dir)
+    # One process looks: on a shared file system others may see another moment.
+    saved = _agreed(checkpoints(output_dir))
     done = load_weights(saved[-1], accelerator, peft_model) if saved else 0
     processes = new_processes(accelerator, recipe, backbone, peft_model)
     if saved:
@@ -120,7 +124,7 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
         settings_of(recipe),
         recipe.distill,
         skip_damaged=recipe.data.on_bad_row == "skip",
-        store=lambda: store_of(recipe, output_dir, accelerator),
+        store=store_of(recipe, output_dir, accelerator),
         truncation=truncation_of(recipe),
         processes=processes,
         encoders_learn=bool(recipe.train.projectors),
@@ -135,7 +139,7 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
     skipped = 0
     steps = schedule.steps
     for step in range(done, steps):
-        if reason := evaluation.exhausted(step):
+        if evaluation.samples and (reason := _agreed(evaluation.exhausted(step))):
             log.info("ended after step %d: %s", step, reason)
             break
         started = time.perf_counter()
@@ -187,13 +191,14 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
             "peak_gib": peak_gib(),
         }
         if evaluation.due(step + 1, steps):
-            record["eval_loss"] = evaluation.measure(objective, accelerator)
+            held_out_loss = evaluation.measure(objective, accelerator)
+            record["eval_loss"] = held_out_loss if math.isfinite(held_out_loss) else None
             weights = processes.weights()
             if accelerator.is_main_process:
-                evaluation.keep_best(step + 1, record["eval_loss"], peft_model, profile, weights)
+                evaluation.keep_best(step + 1, held_out_loss, peft_model, profile, weights)
             accelerator.wait_for_everyone()
             weights_used = "" if recipe.model.quantize == "none" else f" (base in {recipe.model.quantize})"
-            log.info("step %d: held-out answers %.4f nats a token%s", step + 1, record["eval_loss"], weights_used)
+            log.info("step %d: held-out answers %.4f nats a token%s", step + 1, held_out_loss, weights_used)
         if (step + 1) % recipe.train.log_every == 0 or "eval_loss" in record or step + 1 == steps:
             metrics.log(record)
         metrics.progress(record)
@@ -215,6 +220,11 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
     if accelerator.is_main_process:
         finish(recipe, output_dir)
     accelerator.end_training()
+
+
+def _agreed(found: Any) -> Any:
+    """What the main process found."""
+    return broadcast_object_list([found])[0]
 
 
 def rate_at(step: int, steps: int, train: TrainConfig) -> float:

@@ -96,8 +96,8 @@ class StreamObjective:
         The same model with everything in view, whose answers the loss also asks for.
     skip_damaged : bool
         Leave a clip that turns out to be damaged half-way out of the loss instead of raising.
-    store : callable, optional
-        Makes the place where the records of a batch wait for the way back.
+    store : Store, optional
+        Where records wait for the way back; on the device when left out.
     truncation : Truncation, optional
         Where gradients end.
     processes : Processes, optional
@@ -119,7 +119,7 @@ class StreamObjective:
         settings: StreamSettings,
         distill: DistillConfig | None = None,
         skip_damaged: bool = False,
-        store: Callable[[], Store] = Store,
+        store: Store | None = None,
         truncation: Truncation | None = None,
         processes: Processes | None = None,
         encoders_learn: bool = False,
@@ -158,7 +158,7 @@ class StreamObjective:
         processes = self._processes
         tape = Tape(
             stream,
-            self._store() if training else None,
+            self._store,
             self._truncation,
             processes.call,
             processes.backward,

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import InitProcessGroupKwargs
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -194,6 +195,11 @@ class _Shared(nn.Module):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.layers, self.norm = backbone.language_model.layers, backbone.language_model.norm
+        self.projectors = nn.ModuleList(
+            module.modules_to_save["default"]
+            for module in backbone.model.modules()
+            if isinstance(module, ModulesToSaveWrapper)
+        )
 
     def forward(self, function: Callable[[], Any]) -> Any:
         return function()
@@ -249,8 +255,14 @@ class DeepSpeed(Processes):
     @contextmanager
     def accumulating(self) -> Iterator[None]:
         """Hold the gradients whole until the step ends."""
-        with self._engine.coalesce_grad_reduction():
-            yield
+        # Entered by hand: after an error here the other processes make no reduction that this one could join.
+        self._held = self._engine.coalesce_grad_reduction()
+        self._held.__enter__()
+        yield
+        for parameter in self.parameters.values():
+            if parameter.grad is None:  # nothing was asked here, or nothing seen
+                parameter.grad = torch.zeros_like(parameter)
+        self._held.__exit__(None, None, None)
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Through the engine."""
@@ -280,7 +292,8 @@ class DeepSpeed(Processes):
             self._engine.optimizer.zero_grad()
             return math.nan
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        norm = float(self._engine.get_global_grad_norm())
+        return norm if norm >= 0 else math.nan  # -1 where it was not finite
 
     def weights(self) -> dict[str, Tensor]:
         """Put together from all shards."""

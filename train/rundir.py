@@ -9,7 +9,7 @@ from typing import Any
 from data_prep.manifest import Row, manifest_fingerprint
 from omnimem.backbones.adapter import ADAPTER_CONFIG, RECIPE_FILE
 from omnimem.errors import OmniMemError
-from omnimem.files import atomic_write_json
+from omnimem.files import atomic_write_json, remove_directory
 from train.checkpoint import checkpoints
 from train.config import Recipe, load_recipe
 
@@ -17,7 +17,8 @@ DATA_FILE = "data.json"
 
 MAY_CHANGE = (
     "recipe", "resume", "dry_run", "output_dir", "finish", "train.max_steps", "train.epochs", "train.log_every",
-    "eval", "train.save_every", "train.keep_checkpoints", "data.path", "data.root",
+    "eval", "train.save_every", "train.keep_checkpoints", "data.path", "data.root", "data.decode_ahead",
+    "train.offload", "train.trackers", "distill.cache",
 )  # fmt: skip
 """Keys that do not change what an earlier step did; the data itself is compared by its fingerprint."""
 
@@ -46,6 +47,9 @@ def prepare_run_directory(output_dir: Path, recipe: Recipe, rows: list[Row]) -> 
         data = output_dir / DATA_FILE
         if data.is_file() and fingerprint["fingerprint"] not in data.read_text(encoding="utf-8"):
             raise OmniMemError(f"{output_dir} holds a run on other data; give another output_dir or the same data")
+    else:
+        for folder in output_dir.glob("best*"):
+            remove_directory(folder)  # of a run that was never saved, and would count in this one
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

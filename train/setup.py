@@ -178,7 +178,7 @@ def gradient_of(recipe: Recipe, progress: float) -> SelectionGradient | None:
 
 
 def store_of(recipe: Recipe, output_dir: Path, accelerator: Accelerator) -> Store:
-    """Where the records of a batch wait for the way back; host memory is the device's own where there is no other."""
+    """Where records wait for the way back; host memory is the device's own where there is no other."""
     if recipe.train.offload == "disk":
         folder = output_dir / RECORDS / str(accelerator.process_index)
         folder.mkdir(parents=True, exist_ok=True)

@@ -170,7 +170,9 @@ def attention_with_mass(
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if fused and query.is_cuda and valid is None and half and query.shape[-1] % 8 == 0:
+    # Flash attention wants values as wide as keys, which those of the soft form (`CompressedLayer.biased`) are not.
+    even = query.shape[-1] % 8 == 0 and query.shape[-1] == value.shape[-1]
+    if fused and query.is_cuda and valid is None and half and even:
         return _fused_with_mass(query, key, value, scale, stride, window)
     weight = _row_weights(query, key.shape[2], valid, stride, window)
     return _AttentionWithMass.apply(query, key, value, valid, weight, scale, tile)  # pyright: ignore[reportReturnType]

@@ -116,17 +116,20 @@ class HostStore(_BlockStore):
 
     def prefetch(self, handle: Handle) -> None:
         """Begin to copy a record back."""
+        # Allocated where it will be used: blocks of the copying stream would serve nobody else.
+        block = torch.empty(handle.tensors.shape, dtype=torch.uint8, device=self._device)
+        self._copies.wait_stream(torch.accelerator.current_stream(self._device))
         with self._copies:
-            self._early = handle.tensors, handle.tensors.to(self._device, non_blocking=True)
+            block.copy_(handle.tensors, non_blocking=True)
+        block.record_stream(self._copies)  # pyright: ignore[reportArgumentType]
+        self._early = handle.tensors, block
 
     def _back(self, kept: Tensor) -> Tensor:
         if self._early is None or self._early[0] is not kept:
             self.prefetch(Handle(None, kept))
         assert self._early is not None
         (_, block), self._early = self._early, None
-        present = torch.accelerator.current_stream(self._device)
-        present.wait_stream(self._copies)
-        block.record_stream(present)  # pyright: ignore[reportArgumentType]
+        torch.accelerator.current_stream(self._device).wait_stream(self._copies)
         return block
 
 

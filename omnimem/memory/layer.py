@@ -353,41 +353,48 @@ class CompressedLayer(CacheLayerMixin):
         return kept
 
     def _hold_back(self, kept: Kept, score: Tensor) -> Kept:
-        """Make evicted positions the margin: detached and behind gates, or in the soft form kept with a bias."""
+        """Let gates learn from what goes: as the margin of the next step, or in the soft form by keeping it."""
         assert self.gradient is not None
         table, gradient = self.table, self.gradient
         soft = gradient.form == "soft"
         gone = (table.modality != TEXT) & table.valid & ~self._stays(kept)
-        places = int(gone.sum(1).max())
-        if soft:
-            places = min(places, len(table) - self._before)
-        if places == 0 and not soft:
-            return kept
         gate = torch.zeros_like(score)
         for name, kind in EVICTABLE.items():
             competing = (table.modality == kind) & table.valid
             gate = gate + gates(score, competing, getattr(self.budget, name), gradient.temperature, gradient.threshold)
-        columns = kept.margin
-        if columns is None:
+        if kept.margin is None:
             self._note(gate.detach(), self._stays(kept) & (table.modality != TEXT), gone)
+            places = int(gone.sum(1).max())
+            if soft:
+                places = min(places, len(table) - self._before)
             nearest = gate.detach().masked_fill(~gone, -1)
             columns = nearest.topk(min(places, gradient.margin or places), dim=1).indices.sort(1).values
             if soft:
                 near = torch.zeros_like(gone).scatter(1, columns, True) & gone
                 kept = Kept.of(self._stays(kept) | near, kept.merged)
+            kept = kept._replace(margin=columns)
         if soft:
-            softened = (table.modality != TEXT) & table.valid
-            log_gate = torch.where(softened, gate, 1.0).clamp_min(torch.finfo(gate.dtype).tiny).log()
-            log_gate = log_gate.detach() + gradient.gain * (log_gate - log_gate.detach())
-            self.bias = log_gate if self.bias is None else self._padded_bias + log_gate
-            return kept._replace(margin=columns)
-        gate = gate.gather(1, columns) * gone.gather(1, columns)
+            self._soften(gate)
+        elif kept.margin is not None and kept.margin.shape[1] > 0:
+            self._set_margin(gate * gone, kept.margin)
+        return kept
+
+    def _set_margin(self, gate: Tensor, columns: Tensor) -> None:
+        """Hold these columns back, detached, behind their gates."""
+        assert self.gradient is not None
         keys, values = (
             states.detach().gather(2, columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
             for states in (self.rotated_keys(), self.values)
         )
-        self.margin = Margin(keys, values, gate, gradient.gain)
-        return kept._replace(margin=columns)
+        self.margin = Margin(keys, values, gate.gather(1, columns), self.gradient.gain)
+
+    def _soften(self, gate: Tensor) -> None:
+        """Add the logarithms of the gates to the biases so far; text has none."""
+        assert self.gradient is not None
+        softened = (self.table.modality != TEXT) & self.table.valid
+        log_gate = torch.where(softened, gate, 1.0).clamp_min(torch.finfo(gate.dtype).tiny).log()
+        log_gate = log_gate.detach() + self.gradient.gain * (log_gate - log_gate.detach())
+        self.bias = log_gate if self.bias is None else self._padded_bias + log_gate
 
     def _note(self, gate: Tensor, stays: Tensor, gone: Tensor) -> None:
         """Add to the sums of `gate_sums`."""

@@ -13,6 +13,7 @@ line answers `--help` at once.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from omnimem.memory import CompressedCache
     from omnimem.selection import SELECTION_METHODS
     from omnimem.stream import StreamingSession
+
+# peft imports it to see whether it is there, and on a CPU it complains of a faster kernel that nobody asked for.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 

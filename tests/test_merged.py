@@ -44,11 +44,11 @@ def test_merged_states_are_means_without_rotation(method, positions, samples, gr
     for layer in cache.layers:
         take = layer.take
 
-        def checking(kept: Kept | None, score=None, layer=layer, take=take) -> Kept | None:
+        def checking(kept: Kept | None, score=None, rewindable=False, layer=layer, take=take) -> Kept | None:
             nonlocal checked
             keys, values = layer.rotated_keys().detach().clone(), layer.values.detach().clone()
             ids, stayed = layer.table.position, 0 if kept is None else kept.columns.shape[1]
-            taken = take(kept, score)
+            taken = take(kept, score, rewindable)
             if kept is None or kept.merged is None:
                 return taken
             merged = kept.merged

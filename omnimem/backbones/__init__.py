@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import tempfile
 from importlib import import_module
@@ -14,9 +13,7 @@ import torch
 from omnimem.backbones.base import Backbone, ChunkInputs, StreamEncoder
 from omnimem.errors import OmniMemError
 
-# Stock libraries import these two to see whether they are there, and on a CPU they complain: one of a faster kernel,
-# the other, on standard output, of having to guess the device.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# Stock libraries import DeepSpeed to see whether it is there, and it complains, on standard output, of having to guess.
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

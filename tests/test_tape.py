@@ -378,20 +378,21 @@ def test_chunks_out_of_reach_are_not_run_again(model):  # noqa: F811
     assert len(calls) == 5 + 1 + (1 + 2), "five steps and a question there, the question and two steps back"
 
 
+@pytest.mark.parametrize("gradient", [None, SelectionGradient()])
 @pytest.mark.parametrize(("from_layer", "to_layer"), [(1, None), (2, None), (0, 1), (0, 2), (1, 2)])
-def test_layers_outside_the_cut_learn_from_the_last_chunk_alone(model, from_layer, to_layer):  # noqa: F811
+def test_layers_outside_the_cut_learn_from_the_last_chunk_alone(model, from_layer, to_layer, gradient):  # noqa: F811
     parts = parts_of(1)
     truncation = Truncation(from_layer=from_layer, to_layer=to_layer)
-    tape = new_tape(model, cache_of("omnimem", {}), truncation=truncation)
+    tape = new_tape(model, cache_of("omnimem", {}, gradient), truncation=truncation)
     _, found = taped(model, tape, parts, asked=(4,))
     # The oracle: earlier chunks by themselves, their memory handed on by those layers alone.
-    expected = cut_by_hand(model, parts, from_layer, 3 if to_layer is None else to_layer)
+    expected = cut_by_hand(model, parts, from_layer, 3 if to_layer is None else to_layer, gradient)
     assert_equal(found, expected)
 
 
-def cut_by_hand(model, parts, start: int, stop: int) -> list[Tensor | None]:  # noqa: F811
+def cut_by_hand(model, parts, start: int, stop: int, gradient) -> list[Tensor | None]:  # noqa: F811
     """As the paper: below `start` nothing but the last chunk has a gradient, and none flows down into it from above."""
-    cache = cache_of("omnimem", {})
+    cache = cache_of("omnimem", {}, gradient)
     flow = Stream(offline(model), cache)
 
     def detached(_module, args, kwargs):
@@ -403,7 +404,7 @@ def cut_by_hand(model, parts, start: int, stop: int) -> list[Tensor | None]:  # 
             last = number == len(parts) - 1
             handles = []
             if start > 0 and not last:
-                handles.append(model.layers[start].register_forward_pre_hook(detached, with_kwargs=True))
+                handles.append(model.layers[start].register_forward_pre_hook(detached, with_kwargs=True, prepend=True))
             if number == 0:
                 flow.forward(part, text=True)
             else:

@@ -99,15 +99,15 @@ def _show_hidden(index: int) -> Any:
         if not isinstance(cache, CompressedCache):
             return None
         memory = cache.layers[index]
-        hidden = args[0] if args else kwargs["hidden_states"]
+        given = hidden = args[0] if args else kwargs["hidden_states"]
+        if index > 0 and index == cache.cut:
+            # In lockstep a gradient of zero goes on, so that the layers below are differentiated all the same.
+            hidden = given.detach() + (given - given.detach()) * 0 if cache.lockstep else given.detach()
         memory.observe_hidden(hidden)
         if memory.shown is not None:
             # A probe that does not propagate: every layer sees the embeddings themselves.
             hidden = memory.shown
-        elif index > 0 and index == cache.cut:
-            # Without a value of its own, so that the layers below are differentiated where processes wait for it.
-            hidden = hidden.detach() + (hidden - hidden.detach()) * 0 if cache.lockstep else hidden.detach()
-        else:
+        if hidden is given:
             return None
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 

@@ -31,7 +31,7 @@ Loss = Callable[[], tuple[Tensor, ...]]
 """A question asked now: its loss (one number), and what else is to be reported."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Truncation:
     """Where gradients end, for those who want less than the exact one.
 

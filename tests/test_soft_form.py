@@ -14,7 +14,7 @@ from omnimem.memory import CompressedCache, SelectionGradient
 from omnimem.modality import EVICTABLE, TEXT
 from omnimem.selection import build_selection
 from omnimem.selection.gates import gates
-from oracles import offline, run, stream
+from oracles import offline, run, slopes_of, stream
 from small_runs import adapter, arguments, main, metrics, trained_run
 from test_selection_gradient import BUDGETS, answer, answer_loss, lora_weights, model, streams  # noqa: F401
 
@@ -112,27 +112,12 @@ def test_the_gradient_of_the_whole_path_equals_finite_differences(model, samples
         return total
 
     slopes = torch.autograd.grad(loss(replay=False), weights)
-    originals = [weight.detach().clone() for weight in weights]
     generator = torch.Generator().manual_seed(1)
-
-    @torch.no_grad()
-    def at(step: float, direction: list[Tensor]) -> float:
-        for weight, original, along in zip(weights, originals, direction, strict=True):
-            weight.copy_(original + step * along)
-        return loss(replay=True).item()
-
-    try:
+    with slopes_of(weights, lambda: loss(replay=True).item()) as slope:
         for _ in range(2):
             direction = [torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in weights]
             expected = sum((s * d).sum() for s, d in zip(slopes, direction, strict=True)).item()
-            h = 1e-5
-            near = at(h, direction) - at(-h, direction)
-            far = at(2 * h, direction) - at(-2 * h, direction)
-            assert (8 * near - far) / (12 * h) == pytest.approx(expected, rel=2e-6)
-    finally:
-        with torch.no_grad():
-            for weight, original in zip(weights, originals, strict=True):
-                weight.copy_(original)
+            assert slope(direction, 1e-5) == pytest.approx(expected, rel=2e-6)
 
 
 @torch.no_grad()

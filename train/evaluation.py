@@ -62,7 +62,6 @@ class Evaluation:
         """Whether to evaluate after `step` of so many steps."""
         return bool(self.samples) and (step % self.config.every == 0 or step == steps)
 
-    @torch.no_grad()
     def measure(self, objective: StreamObjective, accelerator: Accelerator) -> float:
         """Nats an answer token of the held-out questions; every process takes its share and gets the same number.
 
@@ -86,10 +85,10 @@ class Evaluation:
         self, step: int, loss: float, model: PeftModel, profile: BudgetProfile, weights: dict[str, torch.Tensor]
     ) -> None:
         """Keep the adapter if it is among the best; only the main process calls it."""
-        kept = self._kept()
-        again = [folder for folder, numbers in kept.items() if numbers["step"] == step]
         if not math.isfinite(loss):
             return
+        kept = self._kept()
+        again = [folder for folder, numbers in kept.items() if numbers["step"] == step]
         if not again and len(kept) >= self.config.keep and all(one["loss"] <= loss for one in kept.values()):
             return
         with atomic_directory(again[0] if again else self._other(step), overwrite=True) as folder:

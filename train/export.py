@@ -15,18 +15,17 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
 from omnimem.backbones import Backbone, load_backbone, parse_dtype
-from omnimem.backbones.adapter import RECIPE_FILE, load_adapter, resolve_checkpoint
+from omnimem.backbones.adapter import RECIPE_FILE, load_adapter, resolve_checkpoint, trained_whole
 from omnimem.backbones.checkpoint import quiet_stock
 from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_directory
 from train.card import model_card
 from train.checkpoint import FOLDER as CHECKPOINTS
-from train.config import load_recipe
+from train.config import Recipe, load_recipe
 
 PROBE = "What is seen, what is heard, and what happened first? " * 4
 """Text whose logits are compared."""
@@ -79,7 +78,11 @@ def export_run(run: str | Path, out: str | Path, overwrite: bool = False, dtype:
         raise OmniMemError(f"{run}: no adapter here; give the output_dir of a finished run")
     _check_out(out, run, Path(base))
     profile = BudgetProfile.load(Path(adapter) / PROFILE_FILE)
-    wanted = parse_dtype(dtype) if dtype else _trained_dtype(run)
+    recipe = _recipe_of(run)
+    trained_dtype = "auto" if recipe is None else parse_dtype(recipe.model.dtype)
+    wanted = parse_dtype(dtype) if dtype else trained_dtype
+    # Never what an adapter is merged into.
+    quantized = recipe is not None and recipe.model.quantize != "none"
     backbone = load_backbone(base, dtype=wanted)
     peft_model = load_adapter(backbone, adapter)
     expected = _probe_logits(backbone)
@@ -100,7 +103,7 @@ def export_run(run: str | Path, out: str | Path, overwrite: bool = False, dtype:
         fresh = load_backbone(base, backbone=name, dtype=wanted, device=device)
         _verify_weights(fresh, written, deltas, replaced)
         checked = _verify_logits(expected, written)
-        (folder / "README.md").write_text(model_card(run, fresh, profile, checked, _quantized(run)), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(run, fresh, profile, checked, quantized), encoding="utf-8")
     return checked
 
 
@@ -132,9 +135,8 @@ def _replaced(peft_model: Any) -> dict[str, Tensor]:
     """Weights that were trained whole, by their name in the base."""
     return {
         f"{name.removeprefix('base_model.model.')}.{inner}": weight.detach().clone()
-        for name, module in peft_model.named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-        for inner, weight in module.modules_to_save["default"].state_dict().items()
+        for name, module in trained_whole(peft_model).items()
+        for inner, weight in module.state_dict().items()
     }
 
 
@@ -179,14 +181,7 @@ def _verify_logits(expected: Tensor, written: Backbone) -> Verification:
     return Verification(len(written.model.state_dict()), difference, limit)
 
 
-def _trained_dtype(run: Path) -> torch.dtype | str:
-    """Weights as the run's recipe has them; the machine's default when there is no recipe."""
-    if not (run / RECIPE_FILE).is_file():
-        return "auto"
-    return parse_dtype(load_recipe([f"recipe={run / RECIPE_FILE}"]).model.dtype)
-
-
-def _quantized(run: Path) -> bool:
-    """Whether the adapter was trained on a quantised base, which is never what it is merged into."""
+def _recipe_of(run: Path) -> Recipe | None:
+    """The recipe an adapter was trained with; a folder with an adapter alone has none."""
     file = run / RECIPE_FILE
-    return file.is_file() and load_recipe([f"recipe={file}"]).model.quantize != "none"
+    return load_recipe([f"recipe={file}"]) if file.is_file() else None

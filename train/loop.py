@@ -139,7 +139,7 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
     skipped = 0
     steps = schedule.steps
     for step in range(done, steps):
-        if evaluation.samples and (reason := _agreed(evaluation.exhausted(step))):
+        if recipe.eval.patience is not None and (reason := _agreed(evaluation.exhausted(step))):
             log.info("ended after step %d: %s", step, reason)
             break
         started = time.perf_counter()

@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import InitProcessGroupKwargs
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from omnimem.backbones import Backbone
+from omnimem.backbones.adapter import trained_whole
 from omnimem.errors import OmniMemError
 from train.config import Recipe, TrainConfig
 
@@ -195,11 +195,7 @@ class _Shared(nn.Module):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.layers, self.norm = backbone.language_model.layers, backbone.language_model.norm
-        self.projectors = nn.ModuleList(
-            module.modules_to_save["default"]
-            for module in backbone.model.modules()
-            if isinstance(module, ModulesToSaveWrapper)
-        )
+        self.projectors = nn.ModuleList(trained_whole(backbone.model).values())
 
     def forward(self, function: Callable[[], Any]) -> Any:
         return function()
@@ -244,7 +240,8 @@ class DeepSpeed(Processes):
             model=shared, optimizer=optimizer, model_parameters=list(parameters.values()), config=config
         )[0]
         self._device = accelerator.device
-        self._inner = self._engine.optimizer.optimizer
+        self.optimizer = self._engine.optimizer  # the sharded one, around what was given
+        self._inner = self.optimizer.optimizer
         self.lockstep = zero_stage(accelerator) == 3
         self.weight = float(accelerator.num_processes)  # gradients are averaged
         inside = {id(tensor) for tensor in (*shared.parameters(), *shared.buffers())}
@@ -280,16 +277,11 @@ class DeepSpeed(Processes):
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
-    def learning_rate(self, part: float) -> None:
-        """In the groups of the sharded optimiser."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = part * group["peak"]
-
     def step(self, wanted: bool) -> float:
         """One step of the engine, which leaves everything as it is where the norm is not finite."""
         if not wanted:
             self._engine.zero_grad()
-            self._engine.optimizer.zero_grad()
+            self.optimizer.zero_grad()
             return math.nan
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
@@ -322,7 +314,7 @@ class DeepSpeed(Processes):
 
         if "step" not in state:
             return
-        zero = self._engine.optimizer
+        zero = self.optimizer
         flats = getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
         for flat in flats:
             self._inner.state[flat] = {"step": state["step"].clone(), **{m: torch.zeros_like(flat) for m in MOMENTS}}

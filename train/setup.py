@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel
-from peft.utils import ModulesToSaveWrapper
 
 from data_prep.manifest import media_root
 from omnimem.backbones import TINY, Backbone, backbone_class, load_backbone
-from omnimem.backbones.adapter import BASE_FOLDER
+from omnimem.backbones.adapter import BASE_FOLDER, trained_whole
 from omnimem.backbones.checkpoint import quiet_stock
 from omnimem.budget import BudgetProfile, ModelFingerprint
 from omnimem.budget.allocation import with_mean
@@ -115,9 +114,8 @@ def add_lora(recipe: Recipe, backbone: Backbone) -> PeftModel:
     )
     with quiet_stock():
         model = PeftModel(backbone.model, config)
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            _train_in_float32(module.modules_to_save["default"])
+    for module in trained_whole(model).values():
+        _train_in_float32(module)
     return model
 
 

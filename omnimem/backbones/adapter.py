@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from omnimem.backbones.base import Backbone
 from omnimem.backbones.checkpoint import quiet_stock
@@ -52,6 +54,15 @@ def _base_of(adapter: Path) -> str:
         raise OmniMemError(f"{adapter / ADAPTER_CONFIG}: not readable or without base_model_name_or_path") from None
     carried = adapter / BASE_FOLDER
     return str(carried) if carried.is_dir() else base
+
+
+def trained_whole(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that an adapter replaces instead of adding to them, by the name they have in `model`."""
+    return {
+        name: module.modules_to_save["default"]
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
 
 
 def load_adapter(backbone: Backbone, adapter: str | Path) -> Any:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from data_prep.commands import add_actions as add_data_actions
 from omnimem import __version__
 from omnimem.errors import OmniMemError
 
@@ -134,6 +135,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_bench_arguments(bench)
     bench.set_defaults(command=_bench)
+
+    data = commands.add_parser("data", parents=[everywhere], help="convert, validate, prepare, count")
+    data.description = "Manifests and media: other formats in, every file checked, decoded once, counted."
+    add_data_actions(data.add_subparsers(title="actions", metavar="ACTION", required=True), everywhere)
 
     profile = commands.add_parser("profile", parents=[everywhere], help="show, plot, compare, re-scale, convert")
     profile.description = "Budget profiles: how many visual and audio positions every layer keeps."

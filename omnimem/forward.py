@@ -11,12 +11,14 @@ Training (`omnimem.tape`) and inference (`omnimem.stream`) call nothing else.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from omnimem.backbones import Backbone, ChunkInputs
 from omnimem.memory import CompressedCache, Kept
+from omnimem.modality import VISUAL
 from omnimem.selection import Probe
 
 
@@ -78,6 +80,13 @@ class Stream:
 
     def _run(self, inputs: ChunkInputs, text: bool) -> Tensor:
         """The decoder on ids that are the memory's own."""
+        pictures: dict[str, Any] = {}
+        if inputs.deepstack is not None:
+            visual = inputs.modality == VISUAL
+            pictures = {
+                "visual_pos_masks": visual,
+                "deepstack_visual_embeds": [layer[visual] for layer in inputs.deepstack],
+            }
         return self.backbone.language_model(
             inputs_embeds=inputs.embeds,
             position_ids=inputs.positions,
@@ -87,6 +96,7 @@ class Stream:
             modality=None if text else inputs.modality,
             time=inputs.time,
             next_position=inputs.next_position,
+            **pictures,
         ).last_hidden_state
 
     def answer_logits(

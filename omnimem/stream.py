@@ -74,7 +74,7 @@ class StreamSettings:
         OmniMemError
             `chunk_seconds` is no multiple of the backbone's `chunk_alignment`.
         """
-        alignment = backbone.chunk_alignment(self.fps)
+        alignment = backbone.chunk_alignment(self.fps, self.audio)
         parts = self.chunk_seconds / alignment
         if parts < 1 or abs(parts - round(parts)) > 1e-9:
             raise OmniMemError(

@@ -15,8 +15,7 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from conftest import RABBIT, WEBB
 from omnimem.backbones import Backbone, ChunkInputs
-from omnimem.backbones.qwen2_5_omni.mel import MelStream
-from omnimem.backbones.qwen2_5_omni.prompt import opening, question_turn
+from omnimem.backbones.mel import MelStream
 from omnimem.budget import BudgetProfile
 from omnimem.forward import Stream
 from omnimem.media import open_media
@@ -34,7 +33,7 @@ def whole_clip(path: Path, fps: float, **options) -> tuple[np.ndarray, np.ndarra
 
 
 def stock_inputs(backbone: Backbone, frames: np.ndarray, audio: np.ndarray | None, fps: float) -> dict:
-    text = opening() + "<|vision_bos|><|VIDEO|><|vision_eos|>" + question_turn(QUESTION)
+    text = backbone.opening + "<|vision_bos|><|VIDEO|><|vision_eos|>" + backbone.question_turn(QUESTION)
     sound = {}
     if audio is not None:
         sound = {
@@ -50,7 +49,7 @@ def stock_inputs(backbone: Backbone, frames: np.ndarray, audio: np.ndarray | Non
             "fps": fps,
             "do_sample_frames": False,
             "cap_pixels_per_frame": False,
-            "size": backbone.frame_limits(),
+            "size": backbone.pixel_limits().size,
         },
         return_tensors="pt",
         **sound,

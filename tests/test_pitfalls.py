@@ -502,7 +502,7 @@ def test_row_22_the_sampled_rate_has_no_default(tiny):
     stock = tiny.processor(
         text="<|vision_bos|><|VIDEO|><|vision_eos|>",
         videos=[pictures],
-        videos_kwargs={"do_sample_frames": False, "cap_pixels_per_frame": False, "size": tiny.frame_limits()},
+        videos_kwargs={"do_sample_frames": False, "cap_pixels_per_frame": False, "size": tiny.pixel_limits().size},
         return_tensors="pt",
     )
     assert float(stock["video_second_per_grid"][0]) == 1.0

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from conftest import WEBB
-from omnimem.backbones.qwen2_5_omni.mel import MelStream
-from omnimem.backbones.qwen2_5_omni.prompt import opening, question_turn
-from omnimem.backbones.qwen2_5_omni.stream_encoder import choose_time_scale, chunk_alignment
+from omnimem.backbones.layout import largest_time_scale
+from omnimem.backbones.mel import MelStream
 from omnimem.errors import OmniMemError
 from omnimem.media import Chunk
 from omnimem.modality import AUDIO, TEXT, VISUAL
@@ -68,7 +67,7 @@ def stock_positions(backbone, fps: float, frames: int | None, samples: int | Non
             )
         media = processor.vision_bos_token + media + processor.vision_eos_token
         extra = {"video_grid_thw": grid, "second_per_grids": torch.tensor([2 / fps])}
-    text = opening() + media + question_turn(QUESTION)
+    text = backbone.opening + media + backbone.question_turn(QUESTION)
     ids = backbone.tokenizer(text, return_tensors="pt").input_ids
     positions, _ = backbone.model.model.get_rope_index(
         ids,
@@ -206,8 +205,8 @@ def test_positions_know_their_seconds(tiny, fps, monkeypatch):
     ("fps", "seconds"),
     [(0.5, 4), (0.25, 8), (1, 2), (2, 2), (3, 2), (4, 2), (1.5, 4), (25, 2), (0.2, 10), (2.5, 4), (0.1, 20)],
 )
-def test_the_alignment_holds_whole_sound_blocks_and_whole_patches(fps, seconds):
-    assert chunk_alignment(fps) == seconds
+def test_the_alignment_holds_whole_sound_blocks_and_whole_patches(tiny, fps, seconds):
+    assert tiny.chunk_alignment(fps) == seconds
     assert seconds / 2 == round(seconds / 2)
     frames = Fraction(fps).limit_denominator(1000) * seconds
     assert frames.denominator == 1 and frames % 2 == 0
@@ -236,7 +235,7 @@ def test_a_chunk_that_starts_inside_a_block_is_refused(tiny, fps, t0):
     frames = np.zeros((2, SIDE, SIDE, 3), np.uint8)
     empty = np.zeros(0, np.float32)
     chunk = Chunk(1, t0, t0 + 4, frames, np.zeros(2), np.zeros(RATE, np.float32), empty, empty, True)
-    with pytest.raises(OmniMemError, match=f"multiple of {chunk_alignment(fps):g}") as error:
+    with pytest.raises(OmniMemError, match=f"multiple of {tiny.chunk_alignment(fps):g}") as error:
         encoder.encode(chunk)
     assert "\n" not in str(error.value)
 
@@ -284,11 +283,11 @@ def test_time_scale_leaves_ordinary_streams_alone(tiny, caplog):
 @pytest.mark.parametrize("duration", [1261, 1500, 3600, 36_000, 360_000])
 def test_chosen_scales_use_the_range_and_stay_inside_it(duration):
     limit, reserve = 32768, 1100
-    scale = choose_time_scale(duration, 25, limit, reserve)
+    scale = largest_time_scale(duration, 25, limit, reserve)
     assert scale <= 1
     assert duration * 25 * scale + reserve <= limit + 1e-6
     assert scale == 1 or duration * 25 * scale + reserve == pytest.approx(limit)
-    assert choose_time_scale(None, 25, limit, reserve) == 1.0
+    assert largest_time_scale(None, 25, limit, reserve) == 1.0
 
 
 def test_a_stream_of_unknown_length_warns_once_when_it_leaves_the_trained_range(tiny, monkeypatch, caplog):

@@ -29,15 +29,18 @@ class ChunkInputs:
     embeds : Tensor
         ``[B, T, C]`` input embeddings.
     positions : Tensor
-        int64 ``[3, B, T]`` rotary ids (time, height, width).
+        int64 (float32 where a model counts in fractions) ``[3, B, T]`` rotary ids (time, height, width).
     modality : Tensor
         int8 ``[B, T]``, see `omnimem.modality`.
     time : Tensor
         float32 ``[B, T]`` seconds into the media; NaN for text.
     next_position : Tensor
-        int64 ``[B]``: rotary position of the text that follows.
+        ``[B]``, dtype of `positions`: rotary position of the text that follows.
     valid : Tensor or None
         bool ``[B, T]``, False for padding; None when there is none.
+    deepstack : Tensor or None
+        ``[L, B, T, C]``: what is added to the hidden states behind each of the first L decoder layers, zero but for
+        pictures; None for models without (DeepStack, https://arxiv.org/abs/2406.04334).
     """
 
     embeds: Tensor
@@ -46,6 +49,7 @@ class ChunkInputs:
     time: Tensor
     next_position: Tensor
     valid: Tensor | None = None
+    deepstack: Tensor | None = None
 
     def __len__(self) -> int:
         return self.embeds.shape[1]
@@ -77,6 +81,10 @@ class ChunkInputs:
         width = int(lengths.max())
         device = samples[0].embeds.device
         positions = pad([sample.positions[:, 0].T for sample in samples])
+        deepstack = None
+        if (layers := _deepstack_layers(samples)) > 0:
+            rows = pad([sample._deepstack(layers)[:, 0].transpose(0, 1) for sample in samples])
+            deepstack = rows.permute(2, 0, 1, 3)
         return cls(
             embeds=pad([sample.embeds[0] for sample in samples]),
             positions=positions.permute(2, 0, 1),
@@ -84,6 +92,7 @@ class ChunkInputs:
             time=pad([sample.time[0] for sample in samples], torch.nan),
             next_position=torch.cat([sample.next_position for sample in samples]),
             valid=(torch.arange(width) < lengths[:, None]).to(device),
+            deepstack=deepstack,
         )
 
     def row(self, sample: int) -> ChunkInputs:
@@ -95,17 +104,28 @@ class ChunkInputs:
             modality=self.modality[sample, real][None],
             time=self.time[sample, real][None],
             next_position=self.next_position[sample : sample + 1],
+            deepstack=None if self.deepstack is None else self.deepstack[:, sample, real][:, None],
         )
 
     def __add__(self, later: ChunkInputs) -> ChunkInputs:
         """The positions of `self` followed by those of `later` (same batch, no padding)."""
+        layers = _deepstack_layers((self, later))
         return ChunkInputs(
             embeds=torch.cat((self.embeds, later.embeds), 1),
             positions=torch.cat((self.positions, later.positions), 2),
             modality=torch.cat((self.modality, later.modality), 1),
             time=torch.cat((self.time, later.time), 1),
             next_position=later.next_position,
+            deepstack=torch.cat((self._deepstack(layers), later._deepstack(layers)), 2) if layers > 0 else None,
         )
+
+    def _deepstack(self, layers: int) -> Tensor:
+        """The same, of so many layers, where there may be none."""
+        return self.embeds.new_zeros(layers, *self.embeds.shape) if self.deepstack is None else self.deepstack
+
+
+def _deepstack_layers(inputs: Sequence[ChunkInputs]) -> int:
+    return max(0 if one.deepstack is None else len(one.deepstack) for one in inputs)
 
 
 class StreamEncoder(ABC):
@@ -149,6 +169,8 @@ class Backbone(ABC):
         Modules between the encoders and the decoder that may be trained, by the name recipes know them by.
     whole : tuple of str
         Modules whose linear layers are never quantised.
+    hears : bool
+        Whether it takes sound; of media for one that does not only the picture is read.
     """
 
     name: str
@@ -158,6 +180,7 @@ class Backbone(ABC):
     tokenizer: Any
     projectors: ClassVar[dict[str, str]]
     whole: ClassVar[tuple[str, ...]]
+    hears: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -183,7 +206,7 @@ class Backbone(ABC):
         """Begin a stream that has `picture` and `sound` at `fps` frames a second, resized to at most `max_pixels`."""
 
     @abstractmethod
-    def chunk_alignment(self, fps: float) -> float:
+    def chunk_alignment(self, fps: float, sound: bool = True) -> float:
         """Seconds that every chunk length must be a multiple of, so that encoders stay exact at its edges."""
 
     @abstractmethod

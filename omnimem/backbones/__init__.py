@@ -17,7 +17,11 @@ from omnimem.errors import OmniMemError
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-BACKBONES = {"qwen2_5_omni": "omnimem.backbones.qwen2_5_omni"}
+BACKBONES = {
+    "qwen2_5_omni": "omnimem.backbones.qwen2_5_omni",
+    "qwen2_5_vl": "omnimem.backbones.qwen2_5_vl",
+    "qwen3_vl": "omnimem.backbones.qwen3_vl",
+}
 """Backbone folders by name; a new backbone is a folder with a `BACKBONE` class and a line here."""
 
 TINY = "tiny"

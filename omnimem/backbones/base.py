@@ -202,8 +202,28 @@ class Backbone(ABC):
         duration: float | None = None,
         time_scale: float | str = "auto",
         max_pixels: int | None = None,
+        position_layout: str = "train",
+        timestamps: int | None = None,
     ) -> StreamEncoder:
-        """Begin a stream that has `picture` and `sound` at `fps` frames a second, resized to at most `max_pixels`."""
+        """Begin a stream.
+
+        Parameters
+        ----------
+        picture, sound : bool
+            What the media has.
+        fps : float
+            Frames a second that will be streamed.
+        duration : float, optional
+            Seconds of media.
+        time_scale : float or "auto"
+            Factor on the rotary ids a second; ``auto`` lowers it only for streams past the trained range.
+        max_pixels : int, optional
+            Upper limit of the pixels of a resized frame; the model's own when left out.
+        position_layout : {"train", "release"}
+            Where a model's published code differs from how it was trained (video-SALMONN 2+ 3B and 7B).
+        timestamps : int, optional
+            Most times written between the pictures, for models that do so; one a temporal patch when left out.
+        """
 
     @abstractmethod
     def chunk_alignment(self, fps: float, sound: bool = True) -> float:

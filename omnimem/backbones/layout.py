@@ -185,12 +185,19 @@ def common_multiple(*seconds: float) -> float:
     return float(reduce(lambda a, b: Fraction(lcm(a.numerator, b.numerator), gcd(a.denominator, b.denominator)), parts))
 
 
-def grid_ids(height: int, width: int) -> Tensor:
-    """Ids ``[3, height * width]`` of a picture's positions, row after row: time 0, height, width."""
-    return torch.stack(
-        (
-            torch.zeros(height * width, dtype=torch.int64),
-            torch.arange(height).repeat_interleave(width),
-            torch.arange(width).repeat(height),
-        )
-    )
+def patch_ids(numbers: Tensor, height: int, width: int, ids_per_patch: Tensor | float = 1) -> Tensor:
+    """Ids ``[3, P * height * width]`` of temporal patches, each row after row.
+
+    Parameters
+    ----------
+    numbers : Tensor
+        int64 ``[P]``: which patches of the stream.
+    height, width : int
+        Positions of a patch by side.
+    ids_per_patch : Tensor or float
+        Time ids from a patch to the next; rounded down after the product.
+    """
+    time = (numbers * ids_per_patch).long().repeat_interleave(height * width)
+    rows = torch.arange(height).repeat_interleave(width).repeat(len(numbers))
+    columns = torch.arange(width).repeat(height * len(numbers))
+    return torch.stack((time, rows, columns))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from omnimem.backbones.base import Backbone
 from omnimem.backbones.checkpoint import load_stock
+from omnimem.backbones.layout import common_multiple
 from omnimem.backbones.vision import PixelLimits
 from omnimem.memory import attach
 
@@ -122,6 +123,20 @@ class QwenBackbone(Backbone):
     def answer_ids(self, answer: str) -> Tensor:
         """The answer and ``<|im_end|>``."""
         return self.text_ids(answer + ANSWER_END)
+
+    @property
+    def vision_start(self) -> int:
+        """Id of the token before pictures."""
+        return self.config.vision_start_token_id
+
+    @property
+    def vision_end(self) -> int:
+        """Id of the token behind them."""
+        return self.config.vision_end_token_id
+
+    def chunk_alignment(self, fps: float, sound: bool = True) -> float:
+        """Whole temporal patches."""
+        return common_multiple(self.temporal_patch / fps)
 
     def token_id(self, name: str) -> int:
         """Id of a special token by its spelling."""

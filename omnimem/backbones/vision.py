@@ -89,9 +89,14 @@ def patchify(processor: BaseVideoProcessor, frames: np.ndarray, limits: PixelLim
     video = torch.from_numpy(frames).permute(0, 3, 1, 2)
     height, width = limits.resized(*video.shape[-2:])
     resized = BaseVideoProcessor.resize(
-        processor, video[None], size=SizeDict(height=height, width=width), resample=processor.resample
+        processor,
+        video[None],
+        size=SizeDict(height=height, width=width),
+        resample=processor.resample,  # pyright: ignore
     )
-    processed = processor(videos=[resized[0]], do_resize=False, do_sample_frames=False, return_tensors="pt")
+    processed = processor(
+        videos=[resized[0]], do_resize=False, do_sample_frames=False, cap_pixels_per_frame=False, return_tensors="pt"
+    )
     return processed["pixel_values_videos"], processed["video_grid_thw"]
 
 

@@ -34,22 +34,16 @@ class Qwen2_5Omni(QwenBackbone):
         duration: float | None = None,
         time_scale: float | str = "auto",
         max_pixels: int | None = None,
+        position_layout: str = "train",
+        timestamps: int | None = None,
         mel_floor: float | str = "running",
     ) -> Qwen2_5OmniStreamEncoder:
-        """Begin a stream.
+        """Begin a stream; see `Backbone.stream_encoder`. There is one layout and no timestamp.
 
         Parameters
         ----------
-        picture, sound : bool
-            What the media has.
-        fps : float
-            Frames a second that will be streamed.
-        duration : float, optional
-            Seconds of media, for `time_scale="auto"`.
-        time_scale : float or "auto"
-            Factor on the 25 rotary ids a second; ``auto`` lowers it only for streams past the trained range.
-        max_pixels : int, optional
-            Upper limit of the pixels of a resized frame; the processor's own when left out.
+        picture, sound, fps, duration, time_scale, max_pixels, position_layout, timestamps
+            As for every backbone.
         mel_floor : float or "running"
             See `MelStream`.
         """

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from omnimem.backbones.base import ChunkInputs
-from omnimem.backbones.layout import LayoutEncoder, Piece, grid_ids
+from omnimem.backbones.layout import LayoutEncoder, Piece, patch_ids
 from omnimem.backbones.mel import MelStream
 from omnimem.backbones.vision import encode_frames
 from omnimem.media import Chunk
@@ -112,17 +112,14 @@ class Qwen2_5OmniStreamEncoder(LayoutEncoder):
         patches = encode_frames(self.backbone, chunk.frames, self.limits)
         numbers = torch.arange(self.patches_seen, self.patches_seen + len(patches))
         self.patches_seen += len(patches)
-        # In float32 and this order, as the model computes it.
-        time_ids = (numbers * self.seconds_per_patch * self.ids_per_second).long()
         seconds = numbers * self.seconds_per_patch
-        grid = grid_ids(patches.height, patches.width)
+        # In float32 and this order, as the model computes it.
+        time = (seconds * self.ids_per_second).long()
         pieces = []
         for i, embeds in enumerate(patches.embeds):
-            ids = grid.clone()
-            ids[0] = time_ids[i]
-            time = seconds[i].expand(len(embeds)).float()
+            ids = patch_ids(time[i : i + 1], patches.height, patches.width) + self.start
             group = floor(seconds[i].item() / self.group_seconds + 1e-6)
-            pieces.append((group, Piece(embeds, ids + self.start, VISUAL, time)))
+            pieces.append((group, Piece(embeds, ids, VISUAL, seconds[i].expand(len(embeds)).float())))
         return pieces
 
     def _audio(self, chunk: Chunk) -> list[tuple[int, Piece]]:

@@ -11,9 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5OmniConfig,
@@ -27,7 +24,7 @@ from transformers import (
 
 from omnimem.backbones.checkpoint import quiet_stock
 from omnimem.backbones.qwen2_5_omni.prompt import SYSTEM_PROMPT
-from omnimem.files import atomic_directory
+from omnimem.backbones.tiny import chat_template, mrope_section, tiny_tokenizer, write_tiny
 
 MODEL_ID = "omnimem/tiny-qwen2_5_omni"
 HUB_PREFIX = "thinker."
@@ -46,45 +43,11 @@ SPECIAL_TOKENS = {
 }
 """Names and spellings as in the published tokenizer."""
 
-CORPUS = [
-    SYSTEM_PROMPT,
-    "system user assistant",
-    "What is seen? What is heard? What does the narrator say? Who speaks? What happens in the video?",
-    "The astronaut drops a hammer and a feather on the Moon. A red flower opens. A toy rabbit on a table.",
-    "A telescope mirror in a clean room. A timecode is running. Music is playing. There is silence.",
-]
-"""What the byte-pair merges are learnt from; any text can be encoded all the same (byte level)."""
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'video' %}<|vision_bos|><|VIDEO|><|vision_eos|>"
-    "{% elif part.type == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
-    "{% elif part.type == 'image' %}<|vision_bos|><|IMAGE|><|vision_eos|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CHAT_TEMPLATE = chat_template(
+    video="<|vision_bos|><|VIDEO|><|vision_eos|>",
+    audio="<|audio_bos|><|AUDIO|><|audio_eos|>",
+    image="<|vision_bos|><|IMAGE|><|vision_eos|>",
 )
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level byte-pair tokenizer of about 500 entries, built in place, the same every time."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=480,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=list(SPECIAL_TOKENS.values()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    named = dict(SPECIAL_TOKENS)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=named.pop("eos_token"),
-        pad_token=named.pop("pad_token"),
-        extra_special_tokens=named,
-    )
 
 
 def tiny_processor(tokenizer: PreTrainedTokenizerFast | None = None) -> Qwen2_5OmniProcessor:
@@ -95,7 +58,7 @@ def tiny_processor(tokenizer: PreTrainedTokenizerFast | None = None) -> Qwen2_5O
         image_processor=Qwen2VLImageProcessor(size=size),
         video_processor=Qwen2VLVideoProcessor(size=size),
         feature_extractor=WhisperFeatureExtractor(feature_size=128, chunk_length=300, return_attention_mask=True),
-        tokenizer=tokenizer or tiny_tokenizer(),
+        tokenizer=tokenizer or tiny_tokenizer(SPECIAL_TOKENS, SYSTEM_PROMPT),
         chat_template=CHAT_TEMPLATE,
     )
 
@@ -104,9 +67,6 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, layers: int = 3, hidden: int
     """Configuration of the tiny thinker: 3 layers of width 64, 4 heads, 2 key-value heads, two small encoders."""
     token: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(text) for name, text in SPECIAL_TOKENS.items()}
     head_dim = hidden // 4
-    # As in the published model: a quarter of the frequencies for time, the rest for height and width.
-    time = head_dim // 8
-    sections = [time, (head_dim // 2 - time) // 2, (head_dim // 2 - time) // 2]
     config = Qwen2_5OmniThinkerConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -116,7 +76,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, layers: int = 3, hidden: int
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 32768,
-            "rope_parameters": {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6},
+            "rope_parameters": {"rope_type": "default", "mrope_section": mrope_section(head_dim), "rope_theta": 1e6},
             "tie_word_embeddings": False,
             # The published 0.02 fits width 3584; at width 64 the same signal needs 1/sqrt(64).
             "initializer_range": hidden**-0.5,
@@ -175,25 +135,20 @@ def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 6
     Path
         The folder.
     """
+    tokenizer = tiny_tokenizer(SPECIAL_TOKENS, SYSTEM_PROMPT)
     # The stock default of the talker (not saved here) names ids outside its own vocabulary and warns of it.
     with quiet_stock():
-        return _build(Path(path), seed, layers, hidden)
-
-
-def _build(path: Path, seed: int, layers: int, hidden: int) -> Path:
-    tokenizer = tiny_tokenizer()
-    thinker = tiny_config(tokenizer, layers, hidden)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2_5OmniThinkerForConditionalGeneration(thinker).eval()
-    whole = Qwen2_5OmniConfig(thinker_config=thinker.to_dict(), enable_audio_output=False)
+        thinker = tiny_config(tokenizer, layers, hidden)
+        whole = Qwen2_5OmniConfig(thinker_config=thinker.to_dict(), enable_audio_output=False)
     whole.architectures = ["Qwen2_5OmniForConditionalGeneration"]
-    with atomic_directory(path, overwrite=True) as folder:
-        whole.save_pretrained(folder)
-        tiny_processor(tokenizer).save_pretrained(folder)
-        weights = {hub_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return path
+    return write_tiny(
+        path,
+        seed,
+        lambda: Qwen2_5OmniThinkerForConditionalGeneration(thinker),
+        tiny_processor(tokenizer),
+        whole,
+        hub_name,
+    )
 
 
 def hub_name(name: str) -> str:

@@ -1,0 +1,162 @@
+"""A stream as one span of patches: the layout of Qwen2.5-VL, and of models that hear built on it.
+
+``<|vision_start|>[patch][its sound][patch][its sound]…[sound left over]<|vision_end|>``; a model that does not hear has
+the patches alone. Rotary ids of a patch are (start + ⌊t·tokens_per_second⌋, start + h, start + w).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnimem.backbones.base import ChunkInputs
+from omnimem.backbones.ear import Ear
+from omnimem.backbones.layout import LayoutEncoder, Piece, patch_ids
+from omnimem.backbones.vision import Patches, encode_frames
+from omnimem.errors import OmniMemError
+from omnimem.media import Chunk
+from omnimem.modality import AUDIO, VISUAL
+
+
+class SpanEncoder(LayoutEncoder):
+    """Encoder of one stream; see `Backbone.stream_encoder` for what is not listed.
+
+    Parameters
+    ----------
+    ear : Ear, optional
+        Turns sound into embeddings, for a model that hears.
+    position_layout : {"train", "release"}
+        Ids of a stream with sound. ``train``: those the models were trained with, sound (start + i, start, start + i),
+        text one past the largest time id. ``release``: what the published inference code computes, which knows
+        nothing of sound: the first positions of the span get the ids of all patches, whatever they are, the others
+        count on like text. For it the duration must be known.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        *,
+        picture: bool,
+        sound: bool,
+        fps: float,
+        duration: float | None = None,
+        time_scale: float | str = "auto",
+        max_pixels: int | None = None,
+        position_layout: str = "train",
+        ear: Ear | None = None,
+    ) -> None:
+        super().__init__(backbone, picture=picture, sound=sound, alignment=backbone.chunk_alignment(fps, sound))
+        self.ear = ear if sound else None
+        self.per_second = 1.0 if ear is None else ear.per_second
+        self.limits = backbone.pixel_limits(max_pixels)
+        self.opening_ids = backbone.text_ids(backbone.opening)
+        per_second = float(backbone.config.vision_config.tokens_per_second)
+        self.time_scale = self.choose_time_scale(time_scale, duration, per_second, self.opening_ids.shape[1])
+        # In float32 and this order, as the models compute it.
+        self.seconds_per_patch = torch.tensor(backbone.temporal_patch / fps)
+        self.ids_per_patch = self.seconds_per_patch * (per_second * self.time_scale)
+        self.promised: int | None = None
+        if position_layout == "release" and picture and sound:
+            if duration is None:
+                raise OmniMemError("position_layout=release needs media whose header says how long they are")
+            self.promised = -(-_frames(duration, fps) // backbone.temporal_patch)
+        self.heard = torch.empty(0, backbone.config.get_text_config().hidden_size)
+        self.start = self.highest = 0
+        self.patches_seen = self.audio_seen = self.placed = 0
+        self.sides = (0, 0)
+
+    def prefix(self) -> ChunkInputs:
+        """System and user turn and ``<|vision_start|>``."""
+        opening = self.text(torch.cat((self.opening_ids, torch.tensor([[self.backbone.vision_start]])), dim=1))
+        self.start = int(self.next_position)
+        self.highest = self.start - 1
+        return self.join([opening])
+
+    def closing(self) -> ChunkInputs:
+        """``<|vision_end|>``."""
+        end = self.text(torch.tensor([[self.backbone.vision_end]]), [self.next_position])
+        return self.join([end], self.next_position + 1)
+
+    def encode(self, chunk: Chunk) -> ChunkInputs:
+        """Encode a chunk that starts where the last one ended.
+
+        Parameters
+        ----------
+        chunk : Chunk
+            Frames uint8 ``[T, H, W, 3]`` and 16 kHz sound of ``[t0, t1)``.
+
+        Returns
+        -------
+        ChunkInputs
+            One row: every patch, followed by the sound of its time.
+
+        Raises
+        ------
+        OmniMemError
+            The chunk does not begin at a boundary of the encoders.
+        """
+        self.check_start(chunk)
+        pieces = []
+        if self.ear is not None and chunk.audio is not None:
+            self.heard = self.ear(chunk)
+        if self.picture and len(chunk.frames):
+            patches = encode_frames(self.backbone, chunk.frames, self.limits)
+            for i in range(len(patches)):
+                pieces.append(self._patch(patches, i))
+                until = int(self.patches_seen * self.seconds_per_patch * self.per_second)
+                pieces.append(self._sound(until - self.audio_seen))
+        # What is left: more sound than picture, or a sound encoder's padding.
+        pieces.append(self._sound(len(self.heard)))
+        pieces = [piece for piece in pieces if len(piece)]
+        if pieces:
+            self.next_position = self.highest + 1
+        return self.join(pieces)
+
+    def _patch(self, patches: Patches, i: int) -> Piece:
+        number, self.patches_seen = self.patches_seen, self.patches_seen + 1
+        seconds = (number * self.seconds_per_patch).float()
+        count = patches.height * patches.width
+        if self.promised is not None:
+            self.sides = (patches.height, patches.width)
+            ids = self._released(count)
+        else:
+            ids = patch_ids(torch.tensor([number]), patches.height, patches.width, self.ids_per_patch) + self.start
+            # With sound, text goes on behind the largest time id; without, behind the largest of all.
+            self.highest = max(self.highest, int((ids[0] if self.sound else ids).max()))
+        deepstack = None if patches.deepstack is None else patches.deepstack[:, i]
+        return Piece(patches.embeds[i], ids, VISUAL, seconds.expand(count), deepstack)
+
+    def _sound(self, count: int) -> Piece:
+        """The next `count` positions of what was heard, or as many as there are."""
+        count = min(max(0, count), len(self.heard))
+        embeds, self.heard = self.heard[:count], self.heard[count:]
+        numbers = torch.arange(self.audio_seen, self.audio_seen + count)
+        self.audio_seen += count
+        if self.promised is not None:
+            ids = self._released(count)
+        else:
+            time = (numbers * self.time_scale).long()
+            # A stream of sound alone is counted like text.
+            ids = torch.stack((time, torch.zeros_like(time) if self.picture else time, time)) + self.start
+            self.highest = max([self.highest, *ids[0].tolist()])
+        return Piece(embeds, ids, AUDIO, numbers / self.per_second)
+
+    def _released(self, count: int) -> Tensor:
+        """Ids of the next positions of the span in the released layout, whatever they are."""
+        assert self.promised is not None
+        height, width = self.sides
+        pictures = patch_ids(torch.arange(self.promised), height, width, self.ids_per_patch)
+        numbers = torch.arange(self.placed, self.placed + count)
+        self.placed += count
+        beyond = numbers - pictures.shape[1]
+        text = int(pictures.max()) + 1 + beyond
+        ids = torch.where(beyond < 0, pictures[:, numbers.clamp(max=pictures.shape[1] - 1)], text) + self.start
+        self.highest = max([self.highest, *ids.flatten().tolist()])
+        return ids
+
+
+def _frames(duration: float, fps: float) -> int:
+    """Frames that a stream of so many seconds has."""
+    return -int(-duration * fps // 1)

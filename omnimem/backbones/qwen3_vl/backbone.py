@@ -1,0 +1,47 @@
+"""Qwen3-VL on stock transformers classes: video without sound."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
+from omnimem.backbones.qwen import QwenBackbone
+from omnimem.backbones.qwen3_vl.stream_encoder import TimestampEncoder
+from omnimem.backbones.qwen3_vl.tiny import build_tiny
+
+
+class Qwen3VL(QwenBackbone):
+    """Sees a stream, answers in text; the time is written between the pictures."""
+
+    name = "qwen3_vl"
+    model_types = ("qwen3_vl",)
+    model_class = Qwen3VLForConditionalGeneration
+    processor_class = Qwen3VLProcessor
+    projectors: ClassVar[dict[str, str]] = {"visual": "visual.merger"}
+    whole: ClassVar[tuple[str, ...]] = ("model.visual", "lm_head")
+    hears = False
+    build_tiny = staticmethod(build_tiny)
+
+    def stream_encoder(
+        self,
+        *,
+        picture: bool,
+        sound: bool,
+        fps: float,
+        duration: float | None = None,
+        time_scale: float | str = "auto",
+        max_pixels: int | None = None,
+        position_layout: str = "train",
+        timestamps: int | None = None,
+    ) -> TimestampEncoder:
+        """Begin a stream; see `Backbone.stream_encoder`. Ids do not follow the clock: no time scale."""
+        return TimestampEncoder(
+            self,
+            picture=picture,
+            sound=sound,
+            fps=fps,
+            duration=duration,
+            max_pixels=max_pixels,
+            timestamps=timestamps,
+        )

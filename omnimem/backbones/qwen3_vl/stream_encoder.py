@@ -1,0 +1,148 @@
+"""A stream as groups of patches with the time written before each: the layout of Qwen3-VL and models built on it.
+
+``<12.5 seconds><|vision_start|>[patches of the group][their sound]<|vision_end|>`` and so on; as trained, a group is
+one temporal patch. Text stays in memory for good, so for long streams patches are grouped until there are at most
+`timestamps` groups (video-SALMONN 2+ does so, with 256). Rotary ids: text and sound count on; patches of a group are at
+(i, h, w) behind the text, and what follows is one past their largest id.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from omnimem.backbones.base import ChunkInputs
+from omnimem.backbones.ear import Ear
+from omnimem.backbones.layout import LayoutEncoder, Piece, patch_ids
+from omnimem.backbones.vision import Patches, encode_frames
+from omnimem.media import Chunk
+from omnimem.modality import AUDIO, VISUAL
+
+
+class TimestampEncoder(LayoutEncoder):
+    """Encoder of one stream; see `Backbone.stream_encoder` for what is not listed.
+
+    Parameters
+    ----------
+    timestamps : int or None
+        Groups that a stream of `duration` seconds has at most; None, or an unknown duration: one a temporal patch.
+    ear : Ear, optional
+        Turns sound into embeddings, for a model that hears.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        *,
+        picture: bool,
+        sound: bool,
+        fps: float,
+        duration: float | None = None,
+        max_pixels: int | None = None,
+        timestamps: int | None = None,
+        ear: Ear | None = None,
+    ) -> None:
+        super().__init__(backbone, picture=picture, sound=sound, alignment=backbone.chunk_alignment(fps, sound))
+        self.ear = ear if sound else None
+        self.per_second = 1.0 if ear is None else ear.per_second
+        self.fps, self.limits = fps, backbone.pixel_limits(max_pixels)
+        self.frames_per_patch = backbone.temporal_patch
+        self.patches_per_group = 1
+        if timestamps is not None and duration is not None:
+            patches = math.ceil(math.ceil(duration * fps) / self.frames_per_patch)
+            self.patches_per_group = max(1, math.ceil(patches / timestamps))
+        self.waiting = torch.empty(0, backbone.config.get_text_config().hidden_size)
+        self.audio_seen = 0
+        self.patches_seen = 0
+        self.in_group: int | None = None  # patches of the group that is open
+        self.group_start = 0
+
+    def prefix(self) -> ChunkInputs:
+        """System and user turn; a stream without picture begins here."""
+        pieces = [self.text(self.backbone.text_ids(self.backbone.opening))]
+        if not self.picture:
+            pieces.append(self._mark(self.backbone.vision_start))
+        return self.join(pieces)
+
+    def closing(self) -> ChunkInputs:
+        """Sound of the group that is open and was not yet due, and its end."""
+        pieces, position = [], int(self.next_position)
+        if self.picture and self.in_group is None:
+            return self.join(pieces)
+        numbers = torch.arange(len(self.waiting)) + position
+        pieces.append(Piece(self.waiting, numbers.expand(3, -1), AUDIO, numbers * torch.nan))
+        position += len(self.waiting)
+        pieces.append(self.text(torch.tensor([[self.backbone.vision_end]]), [position]))
+        return self.join(pieces, position + 1)
+
+    def encode(self, chunk: Chunk) -> ChunkInputs:
+        """Encode a chunk that starts where the last one ended.
+
+        Parameters
+        ----------
+        chunk : Chunk
+            Frames uint8 ``[T, H, W, 3]`` and 16 kHz sound of ``[t0, t1)``.
+
+        Returns
+        -------
+        ChunkInputs
+            One row. A group may go on in the next chunk; its sound comes behind its last patch.
+
+        Raises
+        ------
+        OmniMemError
+            The chunk does not begin at a boundary of the encoders.
+        """
+        self.check_start(chunk)
+        pieces: list[Piece] = []
+        if self.ear is not None and chunk.audio is not None:
+            self.waiting = torch.cat((self.waiting.to(self.backbone.device), self.ear(chunk)))
+        if self.picture and len(chunk.frames):
+            patches = encode_frames(self.backbone, chunk.frames, self.limits)
+            for i in range(len(patches)):
+                first = i * self.frames_per_patch
+                last = min(first + self.frames_per_patch, len(chunk.frames)) - 1
+                if self.patches_seen % self.patches_per_group == 0:
+                    pieces += self._next_group((chunk.frame_times[first] + chunk.frame_times[last]) / 2)
+                pieces.append(self._patch(patches, i))
+                if self.in_group == self.patches_per_group:
+                    until = int(self.patches_seen * self.frames_per_patch / self.fps * self.per_second)
+                    pieces.append(self._sound(until - self.audio_seen))
+        # Where the picture has ended there is no other patch that the sound could wait for.
+        expected = round((chunk.t1 - chunk.t0) * self.fps) if self.picture else 0
+        if chunk.last or len(chunk.frames) < expected or not self.picture:
+            pieces.append(self._sound(len(self.waiting)))
+        return self.join([piece for piece in pieces if len(piece)])
+
+    def _next_group(self, seconds: float) -> list[Piece]:
+        """End of the group before, if there is one, time and beginning of the next."""
+        end = [] if self.in_group is None else [self._mark(self.backbone.vision_end)]
+        time = self.text(self.backbone.text_ids(f"<{seconds:.1f} seconds>"))
+        start = self._mark(self.backbone.vision_start)
+        self.in_group, self.group_start = 0, int(self.next_position)
+        return [*end, time, start]
+
+    def _patch(self, patches: Patches, i: int) -> Piece:
+        assert self.in_group is not None
+        ids = patch_ids(torch.tensor([self.in_group]), patches.height, patches.width) + self.group_start
+        seconds = torch.tensor(self.patches_seen * self.frames_per_patch / self.fps)
+        self.in_group += 1
+        self.patches_seen += 1
+        self.next_position = self.group_start + max(self.in_group, patches.height, patches.width)
+        deepstack = None if patches.deepstack is None else patches.deepstack[:, i]
+        return Piece(patches.embeds[i], ids, VISUAL, seconds.expand(ids.shape[1]).float(), deepstack)
+
+    def _sound(self, count: int) -> Piece:
+        """The next `count` positions that wait, or as many as there are, counted like text."""
+        count = min(max(0, count), len(self.waiting))
+        embeds, self.waiting = self.waiting[:count], self.waiting[count:]
+        numbers = torch.arange(self.audio_seen, self.audio_seen + count)
+        self.audio_seen += count
+        ids = torch.arange(count) + int(self.next_position)
+        self.next_position += count
+        return Piece(embeds, ids.expand(3, -1), AUDIO, numbers / self.per_second)
+
+    def _mark(self, token: int) -> Piece:
+        return self.text(torch.tensor([[token]]))

@@ -2,11 +2,15 @@
 
     {"media": "clip.mp4", "questions": [{"question": "Who speaks?", "answer": "A pilot.", "time": 12.5}]}
     {"media": "silent.mp4", "question": "What colour is the car?", "answer": "Red.", "audio": false}
+    {"media": "talk.mp4", "sound": "talk.wav", "question": "Who?", "answer": "Ada.", "rejected": "A man."}
 
-`time` is the second of the stream at which the question is asked; null or absent: at its end. Every row is
-checked before training starts, because a missing clip is better found now than after six hours. Media is
-looked at on disk only, not decoded. Parquet (one file, or a folder of shards, read by `datasets` as a stream) has
-columns of the same names; an empty cell is an absent key.
+`time` is the second of the stream at which the question is asked; null or absent: at its end. `audio` false: its
+sound is not heard; `sound`: a file that is heard instead of it. `rejected` is the worse answer of a preference
+pair. `omnimem data convert` writes manifests from the formats of other projects.
+
+Every row is checked before training starts, because a missing clip is better found now than after six hours.
+Media is looked at on disk only, not decoded. Parquet (one file, or a folder of shards, read by `datasets` as a
+stream) has columns of the same names; an empty cell is an absent key.
 
 Try it: `python train.py recipe=quickstart data.path=my.jsonl dry_run=true`.
 """
@@ -29,27 +33,37 @@ QUICKSTART = Path(__file__).resolve().parents[1] / "tests" / "media" / "quicksta
 
 LONGEST = 1e9  # seconds; beyond any stream, it catches milliseconds since 1970 and infinities
 
+ASKED = ("question", "answer", "time", "rejected")  # keys of a question
+
 log = logging.getLogger("omnimem.data")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question; `time` is the second of the stream at which it is asked, None for its end."""
+    """One question; `time` is the second of the stream at which it is asked, None for its end.
+
+    `rejected` is an answer known to be worse: kept for training on preferences, unused by training on answers.
+    """
 
     question: str
     answer: str
     time: float | None = None
+    rejected: str | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One stream; `name` is the media path relative to the root, `line` its line in the manifest."""
+    """One stream; `name` is the media path relative to the root, `line` its line in the manifest.
+
+    `sound` is a file that is heard along with the pictures of `media`, instead of its own sound.
+    """
 
     media: Path
     questions: tuple[Question, ...]
     audio: bool
     line: int
     name: str
+    sound: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,7 @@ class Manifest:
     problems: list[str]
 
 
-class _BadRow(Exception):
+class BadRow(Exception):
     """Why a row cannot be used, without file and line."""
 
 
@@ -93,8 +107,8 @@ def read_manifest(
         if not line.strip():
             continue
         try:
-            rows.append(_read_row(line, number, folder))
-        except _BadRow as reason:
+            rows.append(read_row(line, number, folder))
+        except BadRow as reason:
             problems.append(f"{file}:{number}: {reason}")
 
     if problems and on_bad_row == "error":
@@ -127,18 +141,18 @@ def _parquet_lines(file: Path, shards: list[Path]) -> Iterator[bytes]:
     try:
         stream = load_dataset("parquet", data_files=[str(shard) for shard in shards], split="train", streaming=True)
         for row in stream:
-            yield json.dumps(_filled(row), ensure_ascii=False, default=str).encode()
+            yield json.dumps(filled(row), ensure_ascii=False, default=str).encode()
     except (OSError, ValueError) as error:  # what pyarrow and datasets raise
         raise OmniMemError(
             f"manifest {file}: not readable as Parquet ({' '.join(str(error).split())[:200]})"
         ) from error
 
 
-def _filled(value: Any) -> Any:
+def filled(value: Any) -> Any:
     """Without the keys that have no value: a column is there for every row."""
     if isinstance(value, dict):
-        return {key: _filled(one) for key, one in value.items() if one is not None}
-    return [_filled(one) for one in value] if isinstance(value, list) else value
+        return {key: filled(one) for key, one in value.items() if one is not None}
+    return [filled(one) for one in value] if isinstance(value, list) else value
 
 
 def media_root(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Path:
@@ -157,38 +171,58 @@ def manifest_fingerprint(rows: Iterable[Row]) -> str:
     """
     digest = hashlib.sha256()
     for row in rows:
-        questions = [asdict(question) for question in row.questions]
-        content = [row.name, row.media.stat().st_size, row.audio, questions]
+        content = [row.name, row.media.stat().st_size, row.audio, [_content(question) for question in row.questions]]
+        if row.sound is not None:
+            # Seen from the media, because a row does not know its root.
+            name = Path(os.path.relpath(row.sound, row.media.parent)).as_posix()
+            content.append([name, row.sound.stat().st_size])
         digest.update(json.dumps(content, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
 
-def _read_row(line: bytes, number: int, root: Path) -> Row:
+def _content(question: Question) -> dict[str, Any]:
+    """What a question adds to the fingerprint; what came later counts only where it is given."""
+    return {key: value for key, value in asdict(question).items() if key != "rejected" or value is not None}
+
+
+def read_row(line: bytes, number: int, root: Path) -> Row:
+    """Read and check one line of a manifest whose media lie below `root`, a folder without links in its path.
+
+    Raises
+    ------
+    BadRow
+        Why it cannot be used.
+    """
     row = _decode(line)
-    _check_keys(row, ("media", "audio", "questions", "question", "answer", "time"))
-    media = _find_media(row.get("media"), root)
+    _check_keys(row, ("media", "sound", "audio", "questions", *ASKED))
+    media = find_media(row.get("media"), root)
+    sound = None if row.get("sound") is None else find_media(row["sound"], root, "sound")
     audio = row.get("audio", True)
     if not isinstance(audio, bool):
-        raise _BadRow(f"audio must be true or false, got {audio!r}")
+        raise BadRow(f"audio must be true or false, got {audio!r}")
+    if sound is not None and not audio:
+        raise BadRow("both sound and audio false; leave one of them out")
+    if sound == media:
+        raise BadRow("sound is the media file itself, which is heard anyway; leave sound out")
     if "questions" not in row:
         if not {"question", "answer"} & set(row):
-            raise _BadRow("no questions; give question and answer, or a list of them in questions")
-        questions = [{key: row[key] for key in ("question", "answer", "time") if key in row}]
-    elif both := [key for key in ("question", "answer", "time") if key in row]:
-        raise _BadRow(f"both questions and {both[0]}; put everything into questions")
+            raise BadRow("no questions; give question and answer, or a list of them in questions")
+        questions = [{key: row[key] for key in ASKED if key in row}]
+    elif both := [key for key in ASKED if key in row]:
+        raise BadRow(f"both questions and {both[0]}; put everything into questions")
     else:
         questions = row["questions"]
     if not isinstance(questions, list) or not questions:
-        raise _BadRow("questions must be a list of at least one question")
+        raise BadRow("questions must be a list of at least one question")
     parsed = tuple(_read_question(entry) for entry in questions)
-    return Row(media, parsed, audio, number, media.relative_to(root).as_posix())
+    return Row(media, parsed, audio, number, media.relative_to(root).as_posix(), sound)
 
 
 def _decode(line: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         row = dict(pairs)
         if len(row) < len(pairs):  # JSON lets the last one win, and an answer would vanish without a word
-            raise _BadRow("the same key is given twice")
+            raise BadRow("the same key is given twice")
         return row
 
     try:
@@ -196,13 +230,13 @@ def _decode(line: bytes) -> dict[str, Any]:
         # A lone surrogate escape is valid JSON and breaks later, in a path or in the tokenizer.
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
-        raise _BadRow(f"not UTF-8 at byte {error.start}") from error
+        raise BadRow(f"not UTF-8 at byte {error.start}") from error
     except json.JSONDecodeError as error:
-        raise _BadRow(f"not valid JSON: {error.msg} at column {error.colno} (one object a line)") from error
+        raise BadRow(f"not valid JSON: {error.msg} at column {error.colno} (one object a line)") from error
     except (ValueError, RecursionError) as error:
-        raise _BadRow(f"not a row: {error}") from error
+        raise BadRow(f"not a row: {error}") from error
     if not isinstance(row, dict):
-        raise _BadRow(f"a row is an object with media and questions, got {_short(row)}")
+        raise BadRow(f"a row is an object with media and questions, got {short(row)}")
     return row
 
 
@@ -211,51 +245,63 @@ def _check_keys(entry: dict[str, Any], known: tuple[str, ...]) -> None:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise _BadRow(f"unknown key {_short(key)}; {hint}")
+            raise BadRow(f"unknown key {short(key)}; {hint}")
 
 
-def _find_media(media: Any, root: Path) -> Path:
-    """Return the absolute path of a file that lies inside `root` once links and `..` are followed."""
+def find_media(media: Any, root: Path, key: str = "media") -> Path:
+    """Return the absolute path of a file that lies inside `root` once links and `..` are followed.
+
+    Raises
+    ------
+    BadRow
+        It lies elsewhere, is missing, empty, not a file, or not ours to read; `key` opens the reason.
+    """
     if media is None:
-        raise _BadRow("no media; give the path of the clip")
+        raise BadRow(f"no {key}; give the path of the clip")
     if not isinstance(media, str) or not media.strip() or "\0" in media:
-        raise _BadRow(f"media must be a path, got {_short(media)}")
+        raise BadRow(f"{key} must be a path, got {short(media)}")
     path = Path(os.path.realpath(root / media))
     if not path.is_relative_to(root):
-        raise _BadRow(f"media {_short(media)} lies outside {root}; set data.root to a folder that holds all media")
+        raise BadRow(f"{key} {short(media)} lies outside {root}; the data root (data.root, --root) must hold all media")
     try:
         size = path.stat().st_size
     except OSError as error:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
         reason = f"does not exist in {root}" if missing else f"cannot be read: {error.strerror}"
-        raise _BadRow(f"media {_short(media)} {reason}") from error
+        raise BadRow(f"{key} {short(media)} {reason}") from error
     if not path.is_file():
-        raise _BadRow(f"media {_short(media)} is not a file")
+        raise BadRow(f"{key} {short(media)} is not a file")
     if size == 0:
-        raise _BadRow(f"media {_short(media)} is an empty file")
+        raise BadRow(f"{key} {short(media)} is an empty file")
     if not os.access(path, os.R_OK):
-        raise _BadRow(f"media {_short(media)} cannot be read: permission denied")
+        raise BadRow(f"{key} {short(media)} cannot be read: permission denied")
     return path
 
 
 def _read_question(entry: Any) -> Question:
     if not isinstance(entry, dict):
-        raise _BadRow(f"a question is an object with question and answer, got {_short(entry)}")
-    _check_keys(entry, ("question", "answer", "time"))
+        raise BadRow(f"a question is an object with question and answer, got {short(entry)}")
+    _check_keys(entry, ASKED)
     for key in ("question", "answer"):
         text = entry.get(key)
         if not isinstance(text, str) or not text.strip():
-            raise _BadRow(f"{key} must be text that is not empty, got {_short(text)}")
+            raise BadRow(f"{key} must be text that is not empty, got {short(text)}")
     time = entry.get("time")
     if time is not None:
         number = isinstance(time, int | float) and not isinstance(time, bool)
         if not number or not 0 <= time < LONGEST:  # NaN, which Python's JSON reads, fails the comparison
-            raise _BadRow(f"time must be seconds from the start, at least 0, or null; got {_short(time)}")
+            raise BadRow(f"time must be seconds from the start, at least 0, or null; got {short(time)}")
         time = float(time)
-    return Question(entry["question"], entry["answer"], time)
+    rejected = entry.get("rejected")
+    if rejected is not None:
+        if not isinstance(rejected, str) or not rejected.strip():
+            raise BadRow(f"rejected must be text that is not empty, or null; got {short(rejected)}")
+        if rejected.strip() == entry["answer"].strip():
+            raise BadRow("rejected is the same as answer; a preference needs two different answers")
+    return Question(entry["question"], entry["answer"], time, rejected)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """Show a value of the file in an error line: in one line, and not all of a novel."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)  # columns of Parquet hold dates and bytes
     return text if len(text) <= 80 else text[:77] + "..."

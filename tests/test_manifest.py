@@ -76,6 +76,24 @@ def test_a_link_that_stays_inside_is_followed(data):
     assert row.media.name == "clip.mp4"
 
 
+def test_sound_beside_the_media_and_the_worse_answer_of_a_pair(data):
+    plain, beside = read_manifest(data(GOOD, {**GOOD, "sound": "more/other.mp4", "rejected": "Bob."})).rows
+    assert beside.sound == beside.media.parent / "more" / "other.mp4" and plain.sound is None
+    assert beside.questions == (Question("Who?", "Ada.", None, "Bob."),) and beside.audio
+    (row,) = read_manifest(data({**question(rejected="Bob.", time=2), "sound": None})).rows
+    assert row.questions == (Question("Who?", "Ada.", 2.0, "Bob."),) and row.sound is None
+
+
+def test_fingerprint_counts_sound_and_rejected_only_where_they_are(data):
+    def fingerprint(row):
+        return manifest_fingerprint(read_manifest(data(row)).rows)
+
+    # What a manifest had before there were either: runs in progress are compared with it.
+    assert fingerprint(GOOD) == "6b77f097a1db31a92b811427db671f3a563bf6f6e0bc5d4c83e28129870a39f2"
+    more = [{**GOOD, "sound": "more/other.mp4"}, {**GOOD, "rejected": "Bob."}, {**GOOD, "rejected": "Bea."}]
+    assert len({fingerprint(row) for row in [GOOD, *more]}) == 4
+
+
 def question(**changes):
     return {"media": "clip.mp4", "questions": [{"question": "Who?", "answer": "Ada.", **changes}]}
 
@@ -103,6 +121,13 @@ BAD = [
     ({**GOOD, "media": "../secret.mp4"}, 'media "../secret.mp4" lies outside '),
     ({**GOOD, "media": "link_out.mp4"}, 'media "link_out.mp4" lies outside '),
     ({**GOOD, "audio": 1}, "audio must be true or false, got 1"),
+    ({**GOOD, "sound": "gone.wav"}, 'sound "gone.wav" does not exist in '),
+    ({**GOOD, "sound": "../secret.mp4"}, 'sound "../secret.mp4" lies outside '),
+    ({**GOOD, "sound": "more/../clip.mp4"}, "sound is the media file itself"),
+    ({**GOOD, "sound": "more/other.mp4", "audio": False}, "both sound and audio false; leave one of them out"),
+    ({**GOOD, "rejected": " "}, "rejected must be text that is not empty, or null; got "),
+    ({**GOOD, "rejected": "Ada. "}, "rejected is the same as answer"),
+    ({**question(), "rejected": "x"}, "both questions and rejected; put everything into questions"),
     ({"media": "clip.mp4"}, "no questions; give question and answer"),
     ({"media": "clip.mp4", "questions": []}, "questions must be a list of at least one question"),
     ({"media": "clip.mp4", "questions": {}}, "questions must be a list of at least one question"),

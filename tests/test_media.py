@@ -810,3 +810,51 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     sampler = VideoSampler(inspect(path), Fraction(2), None, on_fault=pytest.fail)
     assert sum(1 for _ in sampler.frames()) == 160
     assert sampler.stats.held <= 2 * 50 + 10
+
+
+# ---------------------------------------------------------------- sound from a file beside the video
+
+
+@pytest.mark.parametrize(("video", "sound"), [(RABBIT, JFK), (APOLLO, COMMENTARY), (VFR, COMMENTARY)])
+def test_sound_beside_the_video_is_that_file_read_alone(video, sound):
+    """Pictures and samples are those of each file read by itself; the stream lasts as long as the longer one."""
+    options = {"fps": 1, "short_side": 64}
+    chunks = list(open_media(video, sound=sound, **options))
+    seen, heard = list(open_media(video, audio=False, **options)), list(open_media(sound, **options))
+    assert len(chunks) == max(len(seen), len(heard)) and chunks[-1].t1 == max(seen[-1].t1, heard[-1].t1)
+    for chunk, other in zip(chunks, seen, strict=False):
+        np.testing.assert_array_equal(chunk.frames, other.frames)
+        np.testing.assert_array_equal(chunk.frame_times, other.frame_times)
+    assert sum(len(chunk.frames) for chunk in chunks) == sum(len(chunk.frames) for chunk in seen)
+    for chunk, other in zip(chunks, heard, strict=False):
+        for name in ("audio", "audio_before", "audio_after"):
+            np.testing.assert_array_equal(getattr(chunk, name), getattr(other, name))
+    assert sum(len(chunk.audio) for chunk in chunks) == sum(len(chunk.audio) for chunk in heard)
+    info, own, beside = open_media(video, sound=sound).info, probe(video), probe(sound)
+    assert info.has_video and info.has_audio and info.duration == max(own.duration, beside.duration)
+    assert (info.video_codec, info.audio_codec) == (own.video_codec, beside.audio_codec)
+    assert (info.video_offset, info.audio_offset) == (0, 0)
+
+
+def test_sound_beside_the_video_is_left_alone_when_not_wanted(tmp_path):
+    (chunk, *_) = open_media(RABBIT, sound=tmp_path / "missing.wav", audio=False)
+    assert chunk.audio is None and not open_media(RABBIT, sound=JFK, audio=False).info.audio_codec
+    blind = list(open_media(RABBIT, sound=JFK, video=False))
+    assert sum(len(chunk.frames) for chunk in blind) == 0 and blind[-1].t1 == pytest.approx(11)
+    assert list(open_media(RABBIT, sound=JFK, max_seconds=5))[-1].t1 == 5
+    (copy,) = [pickle.loads(pickle.dumps(open_media(RABBIT, sound=JFK)))]
+    assert copy.info.has_audio and next(iter(copy)).audio is not None
+
+
+def test_sound_beside_the_video_says_which_file_is_wrong(caplog):
+    with pytest.raises(MediaError, match=f"^{VFR.name}: no audio stream"):
+        open_media(RABBIT, sound=VFR)
+    with pytest.raises(MediaError, match=f"^{JFK.name}: no video stream"):
+        open_media(JFK, sound=COMMENTARY)
+    with pytest.raises(MediaError, match=f"^{CUT_OFF.name}: cut off or damaged"):
+        list(open_media(CUT_OFF, sound=JFK))
+    with pytest.raises(MediaError, match=f"^{CUT_OFF.name}: cut off or damaged"):
+        list(open_media(HEVC, sound=CUT_OFF, short_side=32))
+    with caplog.at_level(logging.WARNING, logger="omnimem.media"):
+        assert list(open_media(CUT_OFF, sound=JFK, on_truncated="warn"))[-1].t1 == pytest.approx(11)
+    assert len(caplog.records) == 1 and CUT_OFF.name in caplog.text

@@ -14,7 +14,9 @@ import math
 import os
 from collections.abc import Generator
 from contextlib import closing
+from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -41,11 +43,14 @@ class MediaReader:
     Parameters
     ----------
     path : str or PathLike
+    sound : str or PathLike, optional
+        Another file, whose sound is heard instead of that of ``path``; each begins at its own first picture or
+        sound. Data sets bring the extracted sound of a video as a file beside it.
     fps : float
         Sampling instants per second; ``chunk_seconds * fps`` must be a whole number.
     chunk_seconds : float
     audio, video : bool
-        Whether to read sound, and pictures.
+        Whether to read sound, and pictures. Without sound the file ``sound`` is not opened.
     short_side : int, optional
         Scale pictures down (never up) so that the shorter displayed side is at most this; sides become even.
     audio_track : int, optional
@@ -61,6 +66,7 @@ class MediaReader:
     Attributes
     ----------
     info : MediaInfo
+        With ``sound``: the pictures of one file and the sound of the other; ``duration`` is the longer one's.
 
     Raises
     ------
@@ -75,6 +81,7 @@ class MediaReader:
         self,
         path: str | os.PathLike[str],
         *,
+        sound: str | os.PathLike[str] | None = None,
         fps: float = 1.0,
         chunk_seconds: float = 2.0,
         audio: bool = True,
@@ -102,15 +109,25 @@ class MediaReader:
         if not (audio or video):
             raise ValueError("audio and video are both off: nothing to read")
         self._on_truncated = on_truncated
-        self._source = inspect(Path(path), video=video, audio=audio, audio_track=audio_track, short_side=short_side)
+        # The file of the pictures and that of the sound: the same one, unless the sound lies beside it.
+        if sound is not None and audio:
+            self._sound = inspect(Path(sound), video=False, audio_track=audio_track)
+            self._source = inspect(Path(path), audio=False, short_side=short_side) if video else self._sound
+        else:
+            self._source = self._sound = inspect(
+                Path(path), video=video, audio=audio, audio_track=audio_track, short_side=short_side
+            )
 
     @property
     def info(self) -> MediaInfo:
-        """What is in the file."""
-        return self._source.info
+        """What is in the file, or in both."""
+        if self._sound is self._source:
+            return self._source.info
+        return _joined(self._source.info, self._sound.info)
 
     def __iter__(self) -> Generator[Chunk, None, None]:
-        clip = _Pass(self._source, self._fps, self._limit, self._context, self._on_truncated == "warn")
+        tolerant = self._on_truncated == "warn"
+        clip = _Pass(self._source, self._sound, self._fps, self._limit, self._context, tolerant)
         with closing(clip):
             for index in itertools.count():
                 chunk = clip.chunk(index, self._span)
@@ -122,17 +139,21 @@ class MediaReader:
 class _Pass:
     """One run through a clip: its pictures and its sound, in step."""
 
-    def __init__(self, source: Source, fps: Fraction, limit: Fraction | None, context: int, tolerant: bool) -> None:
+    def __init__(
+        self, source: Source, heard: Source, fps: Fraction, limit: Fraction | None, context: int, tolerant: bool
+    ) -> None:
         self._source = source
+        self._heard = heard
         self._fps = fps
         self._limit = limit
         self._tolerant = tolerant
-        self._faulty = False
+        self._faulty: set[Path] = set()
         self._video = self._line = None
         if source.layout is not None:
-            self._video = VideoSampler(source, fps, None if limit is None else math.ceil(limit * fps), self._fault)
-        if source.info.audio_index is not None:
-            self._line = SoundLine(source, self._fault)
+            count = None if limit is None else math.ceil(limit * fps)
+            self._video = VideoSampler(source, fps, count, partial(self._fault, source))
+        if heard.info.audio_index is not None:
+            self._line = SoundLine(heard, partial(self._fault, heard))
         self._pictures = Ahead(self._video.frames() if self._video else nothing())
         sound_end = None if limit is None else round(limit * RATE)
         self._sound = SoundWindow(self._line.blocks() if self._line else nothing(), context, sound_end)
@@ -170,43 +191,65 @@ class _Pass:
         """Raise (or log) if a cut-off file does not hold all of the interval up to ``t1``."""
         heard = Fraction(self._sound.length, RATE)
         if self._line is not None and self._line.cut_short and heard < t1:
-            self._fault(heard, "the file ends early")
+            self._fault(self._heard, heard, "the file ends early")
         if self._video is not None and self._video.end is not None and self._video.end < t1:
             if self._video.cut_short:
-                self._fault(self._video.end, "the file ends early")
+                self._fault(self._source, self._video.end, "the file ends early")
             self._pictures.raise_error()
 
     def _end(self) -> Fraction:
-        """Seconds after time zero at which the clip ends; checks it against what the header promises."""
-        ends = [Fraction(self._sound.length, RATE)]
-        cut_short = self._line is not None and self._line.cut_short
-        if self._video is not None:
-            if self._video.end is None:  # stopped at max_seconds
-                return self._limit or Fraction(0)
-            ends.append(self._video.end)
-            cut_short = cut_short or self._video.cut_short
-        end, promised = max(ends), self._source.promised_end
-        if self._limit is None or end + TOLERANCE < self._limit:
-            missing = Fraction(0) if promised is None else promised - self._source.zero - end
-            if cut_short or missing > max(MISSING_SECONDS, MISSING_SHARE * (end + missing)):
-                self._fault(end, "the file ends early")
+        """Seconds after time zero at which the clip ends; checks every file against what its header promises."""
+        sound_end = Fraction(self._sound.length, RATE)
+        sound_cut = self._line is not None and self._line.cut_short
+        if self._video is None:
+            self._check_end(self._heard, sound_end, sound_cut)
+            return sound_end
+        if self._video.end is None:  # stopped at max_seconds
+            return self._limit or Fraction(0)
+        end = max(sound_end, self._video.end)
+        if self._heard is self._source:
+            self._check_end(self._source, end, sound_cut or self._video.cut_short)
+        else:
+            self._check_end(self._source, self._video.end, self._video.cut_short)
+            self._check_end(self._heard, sound_end, sound_cut)
         return end
 
-    def _fault(self, reached: Fraction, cause: str) -> None:
-        """The clip is readable up to ``reached`` seconds only: raise, or log it once."""
-        duration = self._source.info.duration
+    def _check_end(self, source: Source, end: Fraction, cut_short: bool) -> None:
+        """Raise (or log) if ``source``, read up to ``end``, should have gone on."""
+        if self._limit is None or end + TOLERANCE < self._limit:
+            missing = Fraction(0) if source.promised_end is None else source.promised_end - source.zero - end
+            if cut_short or missing > max(MISSING_SECONDS, MISSING_SHARE * (end + missing)):
+                self._fault(source, end, "the file ends early")
+
+    def _fault(self, source: Source, reached: Fraction, cause: str) -> None:
+        """A file is readable up to ``reached`` seconds only: raise, or log it once."""
+        duration = source.info.duration
         total = "" if duration is None else f" of {duration:.1f} s"
         what = f"cut off or damaged: readable up to {float(reached):.1f} s{total} ({cause})"
         if not self._tolerant:
             advice = "copy it again, or accept the readable part (omnimem answer --allow-truncated)"
-            raise MediaError.about(self._source.path, what, advice)
-        if not self._faulty:
-            log.warning("%s: %s; the readable part is used", self._source.path.name, what)
-        self._faulty = True
+            raise MediaError.about(source.path, what, advice)
+        if source.path not in self._faulty:
+            log.warning("%s: %s; the readable part is used", source.path.name, what)
+        self._faulty.add(source.path)
 
 
 open_media = MediaReader
 """Open a clip for reading chunk by chunk: the verb under which other rooms know the class."""
+
+
+def _joined(picture: MediaInfo, sound: MediaInfo) -> MediaInfo:
+    """The facts about a clip whose pictures and sound come from a file each."""
+    durations = [info.duration for info in (picture, sound) if info.duration is not None]
+    return replace(
+        picture,
+        duration=max(durations) if len(durations) == 2 else None,  # a header that is silent may hide the longer one
+        has_audio=sound.has_audio,
+        audio_codec=sound.audio_codec,
+        audio_index=sound.audio_index,
+        audio_tracks=sound.audio_tracks,
+        audio_offset=sound.audio_offset,
+    )
 
 
 def _rational(value: float) -> Fraction:

@@ -1,0 +1,71 @@
+"""Rows of `datasets`: saved to disk, Parquet or Arrow files, or on the hub; their columns are one of the formats.
+
+Media columns are not decoded: their path is what counts. Parquet and the hub are read as streams.
+
+    omnimem data convert owner/name --split train --root clips --to train.jsonl
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep.manifest import filled
+from omnimem.errors import OmniMemError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SAVED = ("dataset_info.json", "dataset_dict.json")
+
+
+def is_dataset(source: str) -> bool:
+    """Whether `source` is what this module reads, judged by its name and the files in it."""
+    path = Path(source)
+    if path.is_dir() or path.suffix in (".parquet", ".arrow"):
+        return True
+    return not path.exists() and not path.suffix.startswith((".js", ".csv", ".tsv")) and is_hub(source)
+
+
+def is_hub(source: str) -> bool:
+    """Whether `source` has the form of a hub id and is no local path."""
+    return HUB_ID.fullmatch(source) is not None and not Path(source).exists()
+
+
+def rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield a place, `source[index]`, and a row without its empty cells, one after the other.
+
+    Raises
+    ------
+    OmniMemError
+        No such data set or split, or one that cannot be read.
+    """
+    try:
+        for index, row in enumerate(_open(source, split)):
+            yield f"{source}[{index}]", filled(row)
+    except (OSError, ValueError, ImportError) as error:  # what pyarrow, datasets and the hub raise
+        words = " ".join(str(error).split())[:200]
+        raise OmniMemError(f"{source}: not readable as a data set ({words}); see --split and --from") from error
+
+
+def _open(source: str, split: str) -> Any:
+    import datasets
+
+    path = Path(source)
+    if any((path / name).exists() for name in SAVED):
+        data = datasets.load_from_disk(source)
+        if isinstance(data, datasets.DatasetDict):
+            if split not in data:
+                raise OmniMemError(f"{source}: no split {split}; choose --split among {', '.join(map(str, data))}")
+            data = data[split]
+        data = data.to_iterable_dataset()
+    elif path.is_dir() or path.suffix in (".parquet", ".arrow"):
+        kind = "arrow" if path.suffix == ".arrow" else "parquet"
+        shards = sorted(str(shard) for shard in path.rglob("*.parquet")) if path.is_dir() else [source]
+        if not shards:
+            raise OmniMemError(f"{source}: a folder without *.parquet, and not one written by save_to_disk")
+        data = datasets.load_dataset(kind, data_files=shards, split="train", streaming=True)
+    else:
+        data = datasets.load_dataset(source, split=split, streaming=True)
+    # A column of videos is turned into their paths only where the set says what its columns are.
+    return data.decode(False) if data.features is not None else data

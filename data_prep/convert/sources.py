@@ -1,0 +1,146 @@
+"""Where rows come from, one at a time and each with its place, and which format a row is in.
+
+A place is `file:line` (JSON Lines, tables) or `file[index]` (a JSON array, a data set).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep.manifest import BadRow, short
+from omnimem.errors import OmniMemError
+
+from . import huggingface, sharegpt, swift, table, video_salmonn2
+from .options import Reading
+from .sample import Sample
+
+FORMATS = ("auto", "video_salmonn2", "sharegpt", "swift", "csv", "huggingface")
+
+LONGEST_CELL = 2**24  # characters of a table cell; the default of csv is 128 KiB
+
+Found = tuple[str, Any]  # a place, and a row or why there is none
+
+
+def read_rows(source: str, name: str, split: str) -> Iterator[Found]:
+    """Yield the place and the row of everything in `source`; a BadRow instead of a row that cannot be parsed.
+
+    Parameters
+    ----------
+    source : str
+        File, folder of a data set, or hub id.
+    name : str
+        One of FORMATS.
+    split : str
+        Of a data set that has splits.
+
+    Raises
+    ------
+    OmniMemError
+        The file as a whole cannot be read.
+    """
+    path = Path(source)
+    if name == "huggingface" or (name != "csv" and huggingface.is_dataset(source)):
+        return huggingface.rows(source, split)
+    if not path.is_file():
+        raise OmniMemError(f"{source}: no such file; give a file, a data set folder, or a hub id owner/name")
+    if name == "csv" or path.suffix.lower() in (".csv", ".tsv"):
+        return _table_rows(path)
+    return _json_rows(path)
+
+
+def read_sample(row: Any, source: str, name: str, answers: Reading) -> Sample:
+    """Read a row in the format `name`, or in the one its keys show.
+
+    Raises
+    ------
+    BadRow
+        Why it is refused.
+    """
+    if not isinstance(row, Mapping):
+        raise BadRow(f"a row is an object, got {short(row)}")
+    name = name if name not in ("auto", "huggingface") else detect(row, source)
+    if name == "csv":
+        return table.read(row, answers)
+    return {"video_salmonn2": video_salmonn2, "sharegpt": sharegpt, "swift": swift}[name].read(row)
+
+
+def detect(row: Mapping[str, Any], source: str) -> str:
+    """Name the format of a row.
+
+    `messages` are read as ms-swift's in JSON Lines, and where a row has keys of it; else as LLaMA-Factory's.
+
+    Raises
+    ------
+    BadRow
+        None of them.
+    """
+    keys = set(row)
+    if "media" in keys and keys & {"question", "questions"}:
+        raise BadRow("it is a row of a manifest already; omnimem data validate checks those")
+    if keys & {"rejected_response", "rejected_messages", "query"} and not table.has_columns(row):
+        return "swift"
+    if "conversations" in keys:
+        return "video_salmonn2" if not keys & {"videos", "audios"} and keys & {"video", "audio"} else "sharegpt"
+    if "messages" in keys:
+        return "swift" if source.endswith(".jsonl") else "sharegpt"
+    if keys & {"videos", "audios"} and keys & {"conversation", "instruction"}:
+        return "sharegpt"
+    if table.has_columns(row):
+        return "csv"
+    raise BadRow(f"format not recognised; its keys are {short(', '.join(map(str, row)))}; name it with --from")
+
+
+def _json_rows(path: Path) -> Iterator[Found]:
+    """Rows of a JSON array, read at once, or of JSON Lines, read line by line."""
+    try:
+        with path.open("rb") as file:
+            if file.read(3) != b"\xef\xbb\xbf":
+                file.seek(0)
+            start = file.tell()
+            head = file.read(4096).lstrip()
+            file.seek(start)
+            if head[:1] == b"[":
+                rows = json.load(file)
+                yield from ((f"{path}[{index}]", row) for index, row in enumerate(rows))
+                return
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", _parsed(line)
+    except OSError as error:
+        raise OmniMemError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise OmniMemError(
+            f"{path}: not a JSON array ({error}); give one, or JSON Lines with an object a line"
+        ) from error
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"not valid JSON: {error} (a JSON array, or one object a line)")
+
+
+def _table_rows(path: Path) -> Iterator[Found]:
+    csv.field_size_limit(LONGEST_CELL)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            header = file.readline()
+            file.seek(0)
+            table_rows = csv.DictReader(file, delimiter=max("\t;,", key=header.count))
+            if not table.has_columns(table_rows.fieldnames or ()):
+                raise OmniMemError(
+                    f"{path}: no columns video, question and answer in its first line, which is {short(header.strip())}"
+                )
+            for row in table_rows:
+                # Text after the last column lies under None: an unquoted comma shifted the cells.
+                extra = BadRow("more cells than columns; put text with the separator in it into quotes")
+                yield f"{path}:{table_rows.line_num}", extra if None in row else row
+    except OSError as error:
+        raise OmniMemError(f"{path}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise OmniMemError(f"{path}: not a table in UTF-8 ({error})") from error

@@ -182,6 +182,13 @@ class Backbone(ABC):
     whole: ClassVar[tuple[str, ...]]
     hears: ClassVar[bool] = True
 
+    model_types: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def claims(cls, config: dict[str, Any]) -> bool:
+        """Whether a checkpoint with this configuration file is one of this backbone's."""
+        return config.get("model_type") in cls.model_types
+
     @property
     @abstractmethod
     def language_model(self) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from omnimem.errors import OmniMemError
@@ -44,22 +44,20 @@ def quiet_stock(progress: bool = False) -> Iterator[None]:
 
 def load_stock(
     model_class: Any,
-    processor_class: Any,
     path: str | Path,
     dtype: torch.dtype,
     device: torch.device | str,
     quantized: Sequence[str] | None = None,
-) -> tuple[Any, Any]:
-    """Load model and processor from a folder or the hub.
+) -> Any:
+    """Load a model from a folder or the hub.
 
     With `quantized`, linear layers become NF4 (doubly quantised, computing in `dtype`), but for those below the modules
     of these names.
 
     Returns
     -------
-    tuple
-        The model in evaluation mode on `device`, and its processor. On the ``meta`` device no weight is read:
-        the model has shapes only, for plans.
+    PreTrainedModel
+        In evaluation mode on `device`. On the ``meta`` device no weight is read: it has shapes only, for plans.
 
     Raises
     ------
@@ -69,11 +67,10 @@ def load_stock(
     folder = Path(path)
     local = folder.is_dir()
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if local else SHOW_PROGRESS_ABOVE
-    try:
+    with _explained(path):
         if torch.device(device).type == "meta":
             with quiet_stock(), torch.device("meta"):
-                skeleton = model_class(model_class.config_class.from_pretrained(path))
-            return skeleton.to(dtype).eval(), processor_class.from_pretrained(path)
+                return model_class(model_class.config_class.from_pretrained(path)).to(dtype).eval()
         with quiet_stock(progress=size >= SHOW_PROGRESS_ABOVE):
             model, info = model_class.from_pretrained(
                 path,
@@ -83,20 +80,60 @@ def load_stock(
                 device_map=_device_map(device),
                 quantization_config=None if quantized is None else _nf4(dtype, quantized),
             )
-            processor = processor_class.from_pretrained(path)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        hint = (
-            "the folder must hold config.json, *.safetensors and the processor's and tokenizer's files"
-            if local
-            else "no such folder; for a hub id without a network, download config.json, *.safetensors and the "
-            "processor's and tokenizer's files and give that folder (model.path)"
-        )
-        raise OmniMemError(f"cannot load {path}: {hint} ({type(error).__name__}: {reason})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise OmniMemError(f"cannot load {path}: {_named(problem, info[problem])}")
-    return model.eval(), processor
+    return model.eval()
+
+
+def load_processor(processor_class: Any, path: str | Path) -> Any:
+    """Load a processor from a folder or the hub.
+
+    Raises
+    ------
+    OmniMemError
+        Nothing there, or not readable.
+    """
+    with _explained(path), quiet_stock():
+        return processor_class.from_pretrained(path)
+
+
+@contextmanager
+def _explained(path: str | Path) -> Iterator[None]:
+    """One line for whatever stock loading raises."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        if not Path(path).is_dir():
+            raise OmniMemError(unreachable(path)) from error
+        reason = " ".join(str(error).split())[:300]
+        raise OmniMemError(
+            f"cannot load {path}: the folder must hold config.json, *.safetensors and the processor's and tokenizer's "
+            f"files ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The configuration file of a folder or hub id, as it is written.
+
+    Raises
+    ------
+    OmniMemError
+        There is none, or it cannot be reached.
+    """
+    try:
+        return PreTrainedConfig.get_config_dict(path)[0]
+    except (OSError, ValueError) as error:
+        raise OmniMemError(unreachable(path)) from error
+
+
+def unreachable(path: str | Path) -> str:
+    """One line for a model that is neither here nor to be had: which files it takes and where they go."""
+    return (
+        f"cannot load {path}: no such folder, and not a hub id that can be reached; where there is a network, fetch "
+        "config.json, *.safetensors, preprocessor_config.json and the tokenizer's files "
+        f"(hf download {path} --local-dir DIR) and give model.path=DIR here"
+    )
 
 
 def _nf4(dtype: torch.dtype, whole: Sequence[str]) -> BitsAndBytesConfig:

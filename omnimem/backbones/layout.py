@@ -70,7 +70,7 @@ class LayoutEncoder(StreamEncoder):
     Raises
     ------
     OmniMemError
-        Neither picture nor sound.
+        Neither picture nor sound, or sound alone for a model that does not hear.
     """
 
     id_dtype = torch.int64
@@ -79,6 +79,9 @@ class LayoutEncoder(StreamEncoder):
     def __init__(self, backbone: Any, *, picture: bool, sound: bool, alignment: float) -> None:
         if not picture and not sound:
             raise OmniMemError("nothing to stream: the media has neither picture nor sound (or both are switched off)")
+        if not picture and not backbone.hears:
+            raise OmniMemError(f"nothing to stream: {backbone.name} takes no sound, and the media has no picture")
+        sound = sound and backbone.hears
         self.backbone = backbone
         self.picture, self.sound, self.alignment = picture, sound, alignment
         self.position_limit: int = backbone.config.get_text_config().max_position_embeddings

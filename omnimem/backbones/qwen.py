@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from omnimem.backbones.base import Backbone
-from omnimem.backbones.checkpoint import load_stock
+from omnimem.backbones.checkpoint import load_processor, load_stock
 from omnimem.backbones.layout import common_multiple
 from omnimem.backbones.vision import PixelLimits
 from omnimem.memory import attach
@@ -42,7 +42,6 @@ class QwenBackbone(Backbone):
 
     model_class: ClassVar[Any]
     processor_class: ClassVar[Any]
-    model_types: ClassVar[tuple[str, ...]]
     system_prompt: ClassVar[str | None] = None
     frame_tokens: ClassVar[tuple[int, int]] = (128, 768)
 
@@ -57,8 +56,8 @@ class QwenBackbone(Backbone):
     ) -> QwenBackbone:
         """Load a checkpoint folder or hub id; every weight must be there (see `load_stock`)."""
         quantized = cls.whole if quantize else None
-        model, processor = load_stock(cls.model_class, cls.processor_class, path, dtype, device, quantized)
-        return cls(model, processor, str(path))
+        model = load_stock(cls.model_class, path, dtype, device, quantized)
+        return cls(model, load_processor(cls.processor_class, path), str(path))
 
     @property
     def language_model(self) -> Any:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from omnimem.backbones.checkpoint import quiet_stock
-from omnimem.files import atomic_directory
+from omnimem.files import atomic_directory, atomic_write_json
 
 CORPUS = [
     "system user assistant",
@@ -73,6 +74,7 @@ def write_tiny(
     processor: Any,
     config: Any = None,
     hub_name: Callable[[str], str] = lambda name: name,
+    hub_parts: Callable[[str, Tensor], Mapping[str, Tensor]] = lambda name, weight: {name: weight},
 ) -> Path:
     """Write a random checkpoint; an existing folder is replaced.
 
@@ -84,22 +86,33 @@ def write_tiny(
         Seed of the weights.
     make : callable
         Builds the model.
-    processor : ProcessorMixin
+    processor : object with ``save_pretrained``, or several
         Saved beside it.
     config : PreTrainedConfig or dict, optional
-        Of the published checkpoint, where that is not the model's own.
+        Of the published checkpoint, where that is not the model's own; a dict is written as it is.
     hub_name : callable
         Key of a weight in the published checkpoint.
+    hub_parts : callable
+        What the published checkpoint holds instead of a weight, before it is named.
     """
     with quiet_stock():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = make().eval()
         with atomic_directory(path, overwrite=True) as folder:
-            (config or model.config).save_pretrained(folder)
-            processor.save_pretrained(folder)
+            if isinstance(config, dict):
+                atomic_write_json(folder / "config.json", config)
+            else:
+                (config or model.config).save_pretrained(folder)
+            for one in processor if isinstance(processor, tuple) else (processor,):
+                one.save_pretrained(folder)
             tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-            weights = {hub_name(k): v.contiguous() for k, v in model.state_dict().items() if k not in tied}
+            weights = {
+                hub_name(name): part.contiguous()
+                for key, weight in model.state_dict().items()
+                if key not in tied
+                for name, part in hub_parts(key, weight).items()
+            }
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return Path(path)
 

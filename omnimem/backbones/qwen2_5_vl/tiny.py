@@ -64,7 +64,7 @@ def tiny_parameters(tokenizer: PreTrainedTokenizerFast, layers: int, hidden: int
 def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """Ids that configurations of vision-language models name."""
     names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
-    return {f"{name}_id": tokenizer.convert_tokens_to_ids(VISION_TOKENS[name]) for name in names}
+    return {f"{name}_id": int(tokenizer.convert_tokens_to_ids(VISION_TOKENS[name])) for name in names}  # pyright: ignore
 
 
 def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 64) -> Path:

@@ -105,7 +105,7 @@ class TimestampEncoder(LayoutEncoder):
                 first = i * self.frames_per_patch
                 last = min(first + self.frames_per_patch, len(chunk.frames)) - 1
                 if self.patches_seen % self.patches_per_group == 0:
-                    pieces += self._next_group((chunk.frame_times[first] + chunk.frame_times[last]) / 2)
+                    pieces += self._next_group(float(chunk.frame_times[first] + chunk.frame_times[last]) / 2)
                 pieces.append(self._patch(patches, i))
                 if self.in_group == self.patches_per_group:
                     until = int(self.patches_seen * self.frames_per_patch / self.fps * self.per_second)

@@ -1,0 +1,75 @@
+"""The audio branch of video-SALMONN 2+: 30 s of log-mel features become 60 decoder inputs.
+
+Whisper's encoder reads a segment of 30 s; every window of 25 of its 1,500 frames (0.5 s) is condensed by a Q-Former
+with one query, and projected to the decoder's width. The same in both families.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Blip2QFormerModel, PreTrainedModel
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from omnimem.backbones.video_salmonn2.configuration import VideoSalmonn2AudioConfig
+
+SEGMENT_SECONDS = 30
+"""Seconds that Whisper's encoder reads at once."""
+
+
+class AudioConnector(nn.Module):
+    """Windows of encoder states to decoder inputs; a module of its own, so that it is trained and saved whole."""
+
+    def __init__(self, config: VideoSalmonn2AudioConfig) -> None:
+        super().__init__()
+        qformer: Any = config.qformer_config
+        self.q_tokens = nn.Parameter(torch.zeros(1, config.query_length, qformer.hidden_size))
+        self.qformer = Blip2QFormerModel._from_config(qformer)
+        self.audio_proj = nn.Linear(qformer.hidden_size, config.output_dim)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Windows ``[W, 25, d]`` to ``[W, queries, C]``."""
+        query = self.q_tokens.expand(len(windows), -1, -1)
+        states = self.qformer(query_embeds=query, encoder_hidden_states=windows).last_hidden_state
+        return self.audio_proj(states)
+
+
+class VideoSalmonn2AudioModel(PreTrainedModel):
+    """Encoder and connector."""
+
+    config_class = VideoSalmonn2AudioConfig
+    config: VideoSalmonn2AudioConfig
+    main_input_name = "input_features"
+    input_modalities = ["audio"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: VideoSalmonn2AudioConfig) -> None:
+        super().__init__(config)
+        self.encoder = WhisperEncoder._from_config(config)
+        self.connector = AudioConnector(config)
+        frames = config.max_source_positions
+        self.window = round(frames * config.second_per_window / SEGMENT_SECONDS)
+        self.stride = round(frames * config.second_stride / SEGMENT_SECONDS)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, AudioConnector):
+            module.q_tokens.normal_(std=module.qformer.config.initializer_range)
+
+    @property
+    def tokens_per_segment(self) -> int:
+        """Decoder inputs that 30 s become: 60."""
+        windows = (self.config.max_source_positions - self.window) // self.stride + 1
+        return windows * self.config.query_length
+
+    def forward(self, input_features: Tensor) -> Tensor:
+        """Segments of log-mel features ``[S, bins, 3000]`` to ``[S, 60, C]``."""
+        states = self.encoder(input_features.to(self.dtype)).last_hidden_state
+        windows = states.unfold(1, self.window, self.stride).transpose(2, 3)
+        segments, count = windows.shape[:2]
+        return self.connector(windows.flatten(0, 1)).view(segments, count * self.config.query_length, -1)

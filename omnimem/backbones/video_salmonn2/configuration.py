@@ -1,0 +1,94 @@
+"""Configurations of video-SALMONN 2+: a stock vision-language configuration with an audio branch.
+
+Published files are read as they are: flat (3B, 7B, 72B) or nested (4B, 8B), the Q-Former in the words of BERT.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import Blip2QFormerConfig, Qwen2_5_VLConfig, Qwen3VLConfig, WhisperConfig
+
+
+class VideoSalmonn2AudioConfig(WhisperConfig):
+    """Whisper encoder, windows of its output, one Q-Former query a window, a projection to the decoder's width."""
+
+    model_type = "video_salmonn2_audio"
+    base_config_key = "audio_config"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {"qformer_config": Blip2QFormerConfig}
+
+    qformer_config: dict | Blip2QFormerConfig | None = None
+    query_length: int = 1
+    second_per_window: float = 0.5
+    second_stride: float = 0.5
+    output_dim: int = 3584
+    is_encoder_decoder: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Take over what the published files say in BERT's words."""
+        if isinstance(self.qformer_config, dict) and "encoder_width" in self.qformer_config:
+            published = self.qformer_config
+            self.query_length = published.get("query_length", self.query_length)
+            self.output_dim = published.get("out_hidden_size", self.output_dim)
+            known = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
+            more = ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps")
+            self.qformer_config = {key: published[key] for key in (*known, *more) if key in published} | {
+                "encoder_hidden_size": published["encoder_width"],
+                "cross_attention_frequency": published.get("cross_attention_freq", 1),
+                "use_qformer_text_input": False,
+            }
+        super().__post_init__(**kwargs)
+
+
+class _OwnType:
+    """Published files call themselves by the type of the vision-language model they were made from."""
+
+    model_type: ClassVar[str]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return super().from_dict({**config_dict, "model_type": cls.model_type}, **kwargs)  # pyright: ignore
+
+
+class VideoSalmonn2Config(_OwnType, Qwen3VLConfig):
+    """The Qwen3-VL family (4B, 8B)."""
+
+    model_type = "video_salmonn2"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        **Qwen3VLConfig.sub_configs_defaults,
+        "audio_config": VideoSalmonn2AudioConfig,
+    }
+
+    audio_config: dict | VideoSalmonn2AudioConfig | None = None
+    audio_token_id: int = 151669
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Sound is projected to the decoder's width, whatever the file says."""
+        super().__post_init__(**kwargs)
+        self.audio_config.output_dim = self.text_config.hidden_size  # pyright: ignore
+
+
+class VideoSalmonn2Qwen2_5Config(_OwnType, Qwen2_5_VLConfig):
+    """The Qwen2.5-VL family (3B, 7B, 72B)."""
+
+    model_type = "video_salmonn2_qwen2_5"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        **Qwen2_5_VLConfig.sub_configs_defaults,
+        "audio_config": VideoSalmonn2AudioConfig,
+    }
+
+    audio_config: dict | VideoSalmonn2AudioConfig | None = None
+    audio_token_id: int = 151665
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Defaults of the published code for what a flat file leaves out; sound as in `VideoSalmonn2Config`."""
+        if self.text_config is None:
+            kwargs = {"rms_norm_eps": 1e-6, "max_position_embeddings": 128_000, **kwargs}
+        super().__post_init__(**kwargs)
+        self.audio_config.output_dim = self.text_config.hidden_size  # pyright: ignore
+
+
+def is_qwen2_5(config: dict[str, Any]) -> bool:
+    """Whether a configuration file is of the Qwen2.5-VL family: flat as published, nested if saved again."""
+    text = config.get("text_config")
+    return text is None or "qwen2_5" in text.get("model_type", "")

@@ -1,0 +1,218 @@
+"""video-SALMONN 2+ on stock vision-language classes: an audio branch beside the vision tower, its own rotary ids.
+
+Registered with transformers' auto classes when `omnimem.backbones.video_salmonn2` is imported::
+
+    import omnimem.backbones.video_salmonn2
+    model = AutoModelForImageTextToText.from_pretrained("my-export")
+
+Weights are stored under the names of the published checkpoints, which are translated on the way in and back on the way
+out (`keys`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLModel,
+    Qwen2_5_VLPreTrainedModel,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
+    Qwen3VLPreTrainedModel,
+)
+
+from omnimem.backbones.video_salmonn2.audio import VideoSalmonn2AudioModel
+from omnimem.backbones.video_salmonn2.configuration import VideoSalmonn2Config, VideoSalmonn2Qwen2_5Config
+from omnimem.backbones.video_salmonn2.keys import IGNORED
+from omnimem.backbones.video_salmonn2.positions import MediaTokens, group_ids, span_ids
+from omnimem.errors import OmniMemError
+
+
+class HearingModel(nn.Module):
+    """What both families add to their stock model."""
+
+    config: Any
+    audio: VideoSalmonn2AudioModel
+    rope_deltas: Tensor | None
+
+    def get_audio_features(self, input_features: Tensor) -> Tensor:
+        """Segments of log-mel features ``[S, bins, 3000]`` to decoder inputs ``[S, 60, C]``."""
+        return self.audio(input_features)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_features: Tensor | None = None,
+        position_layout: str = "train",
+        **kwargs: Any,
+    ) -> Any:
+        """The stock forward, with sound.
+
+        Parameters
+        ----------
+        input_ids, inputs_embeds, position_ids, attention_mask, **kwargs
+            As in the stock model.
+        input_features : Tensor, optional
+            Log-mel features ``[S, bins, 3000]`` of all segments of 30 s, in the order of the prompt.
+        position_layout : {"train", "release"}
+            See `SpanEncoder`; the Qwen3-VL family has one.
+        """
+        media = input_features is not None or kwargs.get("pixel_values_videos") is not None
+        if input_ids is not None and media:
+            if position_ids is None:
+                position_ids, self.rope_deltas = self.get_rope_index(
+                    input_ids, attention_mask=attention_mask, position_layout=position_layout, **kwargs
+                )
+            if input_features is not None:
+                embed: Any = self.get_input_embeddings()  # pyright: ignore
+                inputs_embeds = self._with_sound(input_ids, embed(input_ids), input_features)
+                input_ids = None
+        return super().forward(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+
+    def _with_sound(self, input_ids: Tensor, embeds: Tensor, input_features: Tensor) -> Tensor:
+        sound = self.get_audio_features(input_features).flatten(0, 1).to(embeds.device, embeds.dtype)
+        places = input_ids == self.config.audio_token_id
+        if int(places.sum()) != len(sound):
+            raise OmniMemError(
+                f"{int(places.sum())} audio tokens in the prompt for {len(sound)} of sound; every started 30 s are "
+                f"{self.audio.tokens_per_segment}"
+            )
+        return embeds.masked_scatter(places[..., None], sound)
+
+    def get_rope_index(
+        self,
+        input_ids: Tensor,
+        image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        second_per_grid_ts: Tensor | list[float] | None = None,
+        attention_mask: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        position_layout: str = "train",
+        **_: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Rotary ids ``[3, B, T]`` of whole prompts, and what to add to the count of tokens behind them ``[B, 1]``."""
+        if image_grid_thw is not None:
+            more = {} if second_per_grid_ts is None else {"second_per_grid_ts": second_per_grid_ts}
+            return super().get_rope_index(  # pyright: ignore
+                input_ids,
+                image_grid_thw=image_grid_thw,
+                video_grid_thw=video_grid_thw,
+                attention_mask=attention_mask,
+                mm_token_type_ids=mm_token_type_ids,
+                **more,
+            )
+        tokens = MediaTokens(
+            self.config.video_token_id, self.config.audio_token_id, self.config.vision_config.spatial_merge_size
+        )
+        positions = torch.zeros(3, *input_ids.shape, dtype=torch.int64)
+        deltas, first = [], 0
+        for i, row in enumerate(input_ids.cpu()):
+            real = torch.ones_like(row, dtype=torch.bool) if attention_mask is None else attention_mask[i].bool().cpu()
+            count = self._videos(row[real])
+            videos = slice(first, first + count)
+            first += count
+            grids = None if video_grid_thw is None or count == 0 else video_grid_thw[videos].cpu()
+            seconds = torch.ones(count) if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts)[videos]
+            found = self._ids(row[real], grids, seconds.cpu(), tokens, position_layout)
+            positions[:, i, real] = found
+            deltas.append(int(found[:, -1].max()) + 1 - len(row))
+        device = input_ids.device
+        return positions.to(device), torch.tensor(deltas, device=device)[:, None]
+
+    def _videos(self, ids: Tensor) -> int:
+        """How many videos a prompt has."""
+        raise NotImplementedError
+
+    def _ids(self, ids: Tensor, grids: Tensor | None, seconds: Tensor, tokens: MediaTokens, layout: str) -> Tensor:
+        raise NotImplementedError
+
+
+class VideoSalmonn2Model(HearingModel, Qwen3VLModel):
+    """Qwen3-VL family (4B, 8B) without the output projection."""
+
+    config_class = VideoSalmonn2Config
+
+    def __init__(self, config: VideoSalmonn2Config) -> None:
+        super().__init__(config)
+        self.audio = VideoSalmonn2AudioModel._from_config(config.audio_config)
+        self.post_init()
+
+    def _videos(self, ids: Tensor) -> int:
+        # Every video is cut into groups, each behind its own start token: only with one row is it known whose they are.
+        return self._given if (ids == self.config.video_token_id).any() else 0
+
+    def get_rope_index(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As `HearingModel.get_rope_index`; a batch must have one video a row, or none."""
+        grids = kwargs.get("video_grid_thw")
+        rows = int((input_ids == self.config.video_token_id).any(1).sum())
+        self._given = 0 if grids is None or rows == 0 else len(grids) // rows
+        return super().get_rope_index(input_ids, *args, **kwargs)
+
+    def _ids(self, ids: Tensor, grids: Tensor | None, seconds: Tensor, tokens: MediaTokens, layout: str) -> Tensor:
+        return group_ids(ids, grids, tokens)
+
+
+class VideoSalmonn2Qwen2_5Model(HearingModel, Qwen2_5_VLModel):
+    """Qwen2.5-VL family (3B, 7B, 72B) without the output projection."""
+
+    config_class = VideoSalmonn2Qwen2_5Config
+
+    def __init__(self, config: VideoSalmonn2Qwen2_5Config) -> None:
+        super().__init__(config)
+        self.audio = VideoSalmonn2AudioModel._from_config(config.audio_config)
+        self.post_init()
+
+    def _videos(self, ids: Tensor) -> int:
+        starts = (ids[:-1] == self.config.vision_start_token_id).nonzero()[:, 0]
+        return int((ids[starts + 1] == self.config.video_token_id).sum())
+
+    def _ids(self, ids: Tensor, grids: Tensor | None, seconds: Tensor, tokens: MediaTokens, layout: str) -> Tensor:
+        return span_ids(ids, grids, seconds * self.config.vision_config.tokens_per_second, tokens, layout)
+
+
+class _Generating:
+    """Sound goes in once, with the prompt."""
+
+    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict:
+        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)  # pyright: ignore
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs["input_features"] = None
+        return inputs
+
+
+class VideoSalmonn2ForConditionalGeneration(_Generating, Qwen3VLForConditionalGeneration):
+    """video-SALMONN 2+ 4B and 8B."""
+
+    config_class = VideoSalmonn2Config
+    _keys_to_ignore_on_load_unexpected = IGNORED
+
+    def __init__(self, config: VideoSalmonn2Config) -> None:
+        Qwen3VLPreTrainedModel.__init__(self, config)
+        self.model = VideoSalmonn2Model(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)  # pyright: ignore
+        self.post_init()
+
+
+class VideoSalmonn2Qwen2_5ForConditionalGeneration(_Generating, Qwen2_5_VLForConditionalGeneration):
+    """video-SALMONN 2+ 3B, 7B and 72B."""
+
+    config_class = VideoSalmonn2Qwen2_5Config
+    _keys_to_ignore_on_load_unexpected = IGNORED
+
+    def __init__(self, config: VideoSalmonn2Qwen2_5Config) -> None:
+        Qwen2_5_VLPreTrainedModel.__init__(self, config)
+        self.model = VideoSalmonn2Qwen2_5Model(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)  # pyright: ignore
+        self.post_init()

@@ -1,0 +1,179 @@
+"""Whole prompts with picture and sound for video-SALMONN 2+: what its streams lay out chunk by chunk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoTokenizer,
+    BatchFeature,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLVideoProcessor,
+    WhisperFeatureExtractor,
+)
+from transformers.utils import PROCESSOR_NAME
+from transformers.utils.hub import cached_file
+
+from omnimem.backbones.video_salmonn2.audio import SEGMENT_SECONDS
+from omnimem.backbones.video_salmonn2.configuration import is_qwen2_5
+from omnimem.errors import OmniMemError
+
+TOKENS_PER_SECOND = 2
+"""Decoder inputs a second of sound becomes."""
+
+VIDEO, AUDIO, START, END = "<|video_pad|>", "<|audio_pad|>", "<|vision_start|>", "<|vision_end|>"
+
+
+class VideoSalmonn2Processor(ProcessorMixin):
+    """Prompts in which ``<|video_pad|>`` or ``<|audio_pad|>``, each once, stand for one video or one sound.
+
+    Parameters
+    ----------
+    image_processor, video_processor
+        Stock ones of the vision-language model.
+    feature_extractor : WhisperFeatureExtractor
+        Log-mel features of 30 s, 128 bins.
+    tokenizer
+        With the four special tokens of media.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        video_processor: Any = None,
+        feature_extractor: WhisperFeatureExtractor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(image_processor, video_processor, feature_extractor, tokenizer, chat_template=chat_template)
+        # Times are written between the pictures in the Qwen3-VL family.
+        self.timestamps = isinstance(video_processor, Qwen3VLVideoProcessor)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> VideoSalmonn2Processor:  # pyright: ignore
+        """Read our own file, or put together what published folders hold: tokenizer and picture processors.
+
+        Their sound is read with the settings of Whisper-large-v3, as the published code does.
+        """
+        file = cached_file(path, PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False)
+        saved = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+        if saved.get("processor_class") == cls.__name__:
+            return super().from_pretrained(path, **kwargs)  # pyright: ignore
+        config, _ = PreTrainedConfig.get_config_dict(path)
+        video = Qwen2VLVideoProcessor if is_qwen2_5(config) else Qwen3VLVideoProcessor
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        return cls(
+            image_processor=Qwen2VLImageProcessor.from_pretrained(path),
+            video_processor=video.from_pretrained(path),
+            feature_extractor=WhisperFeatureExtractor(feature_size=128, chunk_length=SEGMENT_SECONDS),
+            tokenizer=tokenizer,
+            chat_template=tokenizer.chat_template,
+        )
+
+    def __call__(
+        self,
+        text: str,
+        frames: torch.Tensor | None = None,
+        fps: float = 1.0,
+        audio: np.ndarray | None = None,
+        patches_per_group: int = 1,
+        size: dict[str, int] | None = None,
+    ) -> BatchFeature:
+        """One prompt.
+
+        Parameters
+        ----------
+        text : str
+            With a placeholder for the media, if any.
+        frames : Tensor, optional
+            uint8 ``[T, 3, H, W]``, sampled at `fps`.
+        fps : float
+            Frames a second.
+        audio : ndarray, optional
+            float32 ``[S]``, 16 kHz mono; of the video, or alone.
+        patches_per_group : int
+            Temporal patches between two timestamps.
+        size : dict, optional
+            Pixel limits in the words of the video processor.
+
+        Returns
+        -------
+        BatchFeature
+            ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` and, where there is such media,
+            ``pixel_values_videos``, ``video_grid_thw``, ``second_per_grid_ts``, ``input_features``.
+
+        Raises
+        ------
+        OmniMemError
+            Placeholders and media do not match.
+        """
+        data: dict[str, Any] = {}
+        sounds = 0
+        if audio is not None:
+            data["input_features"] = segments(self.feature_extractor, audio)
+            sounds = len(data["input_features"]) * SEGMENT_SECONDS * TOKENS_PER_SECOND
+        placeholder = VIDEO if frames is not None else AUDIO
+        if text.count(VIDEO) + text.count(AUDIO) != text.count(placeholder) or text.count(placeholder) != (
+            frames is not None or audio is not None
+        ):
+            raise OmniMemError(f"the prompt needs one placeholder for its media and no other, got {text[:80]!r}")
+        if frames is not None:
+            limits = {} if size is None else {"size": size}
+            data |= self.video_processor(
+                videos=[frames], do_sample_frames=False, cap_pixels_per_frame=False, return_tensors="pt", **limits
+            )
+            step = self.video_processor.temporal_patch_size
+            if not self.timestamps:
+                data["second_per_grid_ts"] = torch.tensor([step / fps])
+            count, height, width = data["video_grid_thw"][0].tolist()
+            patch = height * width // self.video_processor.merge_size**2
+            times = [(step * i + min(step * (i + 1), len(frames)) - 1) / 2 / fps for i in range(count)]
+            laid_out = self._video(count, patch, times, sounds, step / fps, patches_per_group)
+            whole = f"{START}{VIDEO}{END}"
+            text = text.replace(whole, laid_out) if whole in text else text.replace(VIDEO, laid_out)
+        elif audio is not None:
+            text = text.replace(AUDIO, AUDIO * sounds)
+        ids = self.tokenizer(text, return_tensors="pt")
+        kinds = torch.zeros_like(ids["input_ids"])
+        kinds[ids["input_ids"] == self.tokenizer.convert_tokens_to_ids(VIDEO)] = 2
+        return BatchFeature({**ids, "mm_token_type_ids": kinds, **data})
+
+    def _video(self, patches: int, patch: int, times: Sequence[float], sounds: int, seconds: float, group: int) -> str:
+        """Placeholders of all patches and of the sound between them; what is left of the sound comes last."""
+        if not self.timestamps:
+            group = patches
+        parts, given = [], 0
+        for first in range(0, patches, group):
+            inside = range(first, min(first + group, patches))
+            spans = [range(i, i + 1) for i in inside] if not self.timestamps else [inside]
+            body = ""
+            for span in spans:
+                until = sounds if span.stop == patches else min(sounds, int(span.stop * seconds * TOKENS_PER_SECOND))
+                body += VIDEO * (patch * len(span)) + AUDIO * (until - given)
+                given = until
+            time = f"<{times[first]:.1f} seconds>" if self.timestamps else ""
+            parts.append(f"{time}{START}{body}{END}")
+        return "".join(parts)
+
+
+def segments(extractor: Any, audio: np.ndarray) -> torch.Tensor:
+    """Log-mel features float32 ``[S, bins, 3000]`` of every started 30 s, each by itself, padded with silence."""
+    size = SEGMENT_SECONDS * extractor.sampling_rate
+    count = math.ceil(len(audio) / size)
+    pieces = [np.ascontiguousarray(audio[i * size : (i + 1) * size]) for i in range(count)]
+    features = [
+        extractor(piece, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
+        for piece in pieces
+    ]
+    return torch.cat(features) if features else torch.empty(0, extractor.feature_size, extractor.nb_max_frames)

@@ -65,6 +65,15 @@ class Row:
     name: str
     sound: Path | None = None
 
+    def content(self) -> list[Any]:
+        """What the row adds to the fingerprint of a manifest."""
+        content = [self.name, self.media.stat().st_size, self.audio, [_content(one) for one in self.questions]]
+        if self.sound is not None:
+            # Seen from the media, because a row does not know its root.
+            name = Path(os.path.relpath(self.sound, self.media.parent)).as_posix()
+            content.append([name, self.sound.stat().st_size])
+        return content
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -171,12 +180,7 @@ def manifest_fingerprint(rows: Iterable[Row]) -> str:
     """
     digest = hashlib.sha256()
     for row in rows:
-        content = [row.name, row.media.stat().st_size, row.audio, [_content(question) for question in row.questions]]
-        if row.sound is not None:
-            # Seen from the media, because a row does not know its root.
-            name = Path(os.path.relpath(row.sound, row.media.parent)).as_posix()
-            content.append([name, row.sound.stat().st_size])
-        digest.update(json.dumps(content, sort_keys=True).encode() + b"\n")
+        digest.update(json.dumps(row.content(), sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
 

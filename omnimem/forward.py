@@ -40,6 +40,7 @@ class Stream:
     def __init__(self, backbone: Backbone, cache: CompressedCache) -> None:
         self.backbone = backbone
         self.cache = cache
+        cache.frame_anchored = backbone.frame_anchored
 
     def step(self, inputs: ChunkInputs, rewindable: bool = False) -> list[Kept | None]:
         """Take a chunk in and bring every layer back to its budget; returns what `CompressedCache.compress` does."""

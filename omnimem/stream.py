@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -28,7 +29,7 @@ from omnimem.backbones.base import StreamEncoder
 from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
-from omnimem.media import MediaReader, open_media
+from omnimem.media import MediaInfo, MediaReader, open_media, probe
 from omnimem.memory import CompressedCache
 from omnimem.selection import build_selection
 
@@ -53,6 +54,10 @@ class StreamSettings:
         Stop reading here.
     time_scale : float or "auto"
         Factor on the rotary ids a second; ``auto`` lowers it when a stream would leave the trained range.
+    position_layout : {"train", "release"}
+        Rotary ids as trained, or as the published inference code of video-SALMONN 2+ 3B/7B/72B counts them.
+    timestamps : int or None
+        Most times written between the pictures, for models that do so (they stay in memory); None: one a patch.
     on_truncated : {"error", "warn"}
         What a file that ends before its header says does.
     """
@@ -64,6 +69,8 @@ class StreamSettings:
     audio: bool = True
     max_seconds: float | None = None
     time_scale: float | str = "auto"
+    position_layout: str = "train"
+    timestamps: int | None = 256
     on_truncated: str = "error"
 
     def check(self, backbone: Backbone) -> None:
@@ -86,8 +93,10 @@ class StreamSettings:
         """What a profile records: what shapes the positions, not how one file was cut short."""
         return {k: v for k, v in asdict(self).items() if k not in ("max_seconds", "on_truncated")}
 
-    def open(self, path: str | Path, backbone: Backbone) -> tuple[MediaReader, StreamEncoder]:
-        """Open a file and begin a stream of it.
+    def open(
+        self, path: str | Path, backbone: Backbone, sound: str | Path | None = None
+    ) -> tuple[MediaReader, StreamEncoder]:
+        """Open a file and begin a stream of it; `sound` is a file that is heard instead of its own sound.
 
         Raises
         ------
@@ -95,28 +104,35 @@ class StreamSettings:
             The chunk length does not fit the encoders, or the file cannot be read.
         """
         self.check(backbone)
+        if not backbone.hears and not probe(path).has_video:
+            raise OmniMemError(f"{path}: no picture, and {backbone.name} takes no sound")
         reader = open_media(
             path,
+            sound=sound,
             fps=self.fps,
             chunk_seconds=self.chunk_seconds,
-            audio=self.audio,
+            audio=self.audio and backbone.hears,
             short_side=self.short_side,
             max_seconds=self.max_seconds,
             on_truncated="warn" if self.on_truncated == "warn" else "error",
         )
-        info = reader.info
+        return reader, self.begin(reader.info, backbone)
+
+    def begin(self, info: MediaInfo, backbone: Backbone) -> StreamEncoder:
+        """Begin a stream of a clip, whoever reads it."""
         duration = info.duration
         if self.max_seconds is not None:
             duration = self.max_seconds if duration is None else min(duration, self.max_seconds)
-        encoder = backbone.stream_encoder(
+        return backbone.stream_encoder(
             picture=info.has_video,
-            sound=info.has_audio and self.audio,
+            sound=info.has_audio and self.audio and backbone.hears,
             fps=self.fps,
             duration=duration,
             time_scale=self.time_scale,
             max_pixels=self.max_pixels,
+            position_layout=self.position_layout,
+            timestamps=self.timestamps,
         )
-        return reader, encoder
 
 
 @dataclass(frozen=True)
@@ -237,7 +253,8 @@ class StreamingSession:
             load_adapter(backbone, adapter)
         if profile is None or mean_budget is not None or ratio is not None:
             recorded = {} if profile is None else {"selection": profile.selection, "stream": profile.stream}
-            uniform = BudgetProfile.uniform(backbone.config, mean_budget or 8192, ratio or 5.0, backbone.model_id)
+            ratio = (ratio or 5.0) if backbone.hears else math.inf
+            uniform = BudgetProfile.uniform(backbone.config, mean_budget or 8192, ratio, backbone.model_id)
             profile = replace(uniform, **recorded)
         recorded = dict(profile.selection)
         recorded_method = recorded.pop("method", "omnimem")

@@ -43,7 +43,7 @@ class ModelConfig:
 class DataConfig:
     """What is read, and how it is cut into chunks."""
 
-    path: str = "quickstart"  # manifest, or `quickstart`: the clips shipped with the tests
+    path: str = "quickstart"  # manifest, prepared folder, or `quickstart`: the clips shipped with the tests
     root: str | None = None  # folder media paths are relative to; null: the manifest's folder
     fps: float = 1.0
     chunk_seconds: float = 10.0
@@ -52,6 +52,8 @@ class DataConfig:
     max_seconds: float | None = None
     max_pixels: int | None = None  # per frame, after the backbone's resize
     time_scale: str | float = "auto"
+    position_layout: Literal["train", "release"] = "train"  # video-SALMONN 2+ 3B/7B/72B
+    timestamps: int | None = 256  # most times written between pictures (Qwen3-VL family); null: one a temporal patch
     on_bad_row: Literal["error", "skip"] = "error"
     shuffle: bool = True
     decode_ahead: int = 2  # chunks of every clip that a thread decodes before they are needed
@@ -146,7 +148,9 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     offload: Literal["none", "host", "disk"] = "host"  # where what left the memory waits for the way back
     window: int | None = None  # chunks before a question that its gradient reaches; null: all
-    from_layer: int = 0  # first layer that learns from chunks which no question follows (the paper's cut: 18)
+    from_layer: float = (
+        0  # first layer that learns from chunks no question follows; below 1: a share (the paper's: 0.5)
+    )
     to_layer: int | None = None  # layer from which on such chunks teach nothing; null: all do
     seed: int = 0
     log_every: int = 1  # steps
@@ -295,6 +299,8 @@ def validate(recipe: Recipe) -> None:
     positive = scale > 0 if isinstance(scale, float) else scale == "auto"
     _require(recipe, positive, "data.time_scale", "auto or a number above 0")
 
+    cut = recipe.train.from_layer
+    _require(recipe, cut < 1 or cut == int(cut), "train.from_layer", "a whole number, or a share of the layers below 1")
     frames = recipe.data.fps * recipe.data.chunk_seconds
     if round(frames) < 1 or not math.isclose(frames, round(frames), rel_tol=1e-9):
         raise OmniMemError(
@@ -339,7 +345,8 @@ AT_LEAST: dict[int, tuple[str, ...]] = {
         *("distill.weight", "train.lr", "train.weight_decay", "train.from_layer", "train.projector_lr"),
     ),
     1: (
-        *("data.short_side", "data.max_pixels", "memory.mean_budget", "selection.sketch_dim", "selection.mass_stride"),
+        *("data.short_side", "data.max_pixels", "data.timestamps", "memory.mean_budget"),
+        *("selection.sketch_dim", "selection.mass_stride"),
         *("lora.r", "lora.alpha"),
         *("train.max_steps", "train.batch_size", "train.accumulation", "train.log_every", "train.save_every"),
         *("train.keep_checkpoints", "train.threads", "selection.window", "selection.kernel", "gate.margin"),

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from data_prep.manifest import Manifest, Row, read_manifest
-from omnimem.backbones import Backbone
+from data_prep.prepared import PreparedRow, frame_step, is_prepared, read_prepared, read_settings
+from data_prep.prepared_reader import PreparedReader
+from omnimem.backbones import Backbone, StreamEncoder
 from omnimem.errors import OmniMemError
-from omnimem.media import probe
+from omnimem.media import Chunk, MediaInfo, open_media
+from omnimem.stream import StreamSettings
 from train.config import DataConfig, TrainConfig
 
 log = logging.getLogger("omnimem.train")
@@ -44,21 +48,32 @@ class Sample:
         return sum(len(asked.answer) for asked in self.asked)
 
 
-def load_rows(config: DataConfig) -> Manifest:
+def load_rows(config: DataConfig, hears: bool = True) -> Manifest:
     """Read the manifest and open every clip once, so that an unusable one is found before training begins.
+
+    Of a prepared folder no clip is opened: `omnimem data prepare` has read them to their end. For a model that does not
+    hear (`hears` false) a clip needs a picture.
 
     Raises
     ------
     OmniMemError
-        As `read_manifest`; a clip that cannot be opened under ``on_bad_row=error``; no usable row.
+        As `read_manifest` and `read_prepared`; a clip that cannot be opened under ``on_bad_row=error``; no usable
+        row; a folder that was prepared in another way.
     """
-    manifest = read_manifest(config.path, config.root, config.on_bad_row)
+    if is_prepared(config.path):
+        settings, _ = read_settings(config.path)
+        wanted = {key: getattr(config, key) for key in ("fps", "short_side", "max_seconds")}
+        frame_step(settings, f"data.path={config.path}", audio=config.audio and hears, **wanted)
+        manifest = read_prepared(config.path, config.on_bad_row)
+    else:
+        manifest = read_manifest(config.path, config.root, config.on_bad_row)
     rows, problems = [], list(manifest.problems)
     for row in manifest.rows:
         try:
-            info = probe(row.media)
-            if not info.has_video and not (info.has_audio and row.audio and config.audio):
-                raise OmniMemError(f"{row.name}: neither picture nor (wanted) sound")
+            info = info_of(row)
+            if not info.has_video and not (info.has_audio and row.audio and config.audio and hears):
+                missing = "neither picture nor (wanted) sound" if hears else "no picture, and the model does not hear"
+                raise OmniMemError(f"{row.name}: {missing}")
             rows.append(row)
             for question in row.questions:
                 if question.time is not None and info.duration is not None and question.time > info.duration:
@@ -74,6 +89,35 @@ def load_rows(config: DataConfig) -> Manifest:
     if not rows:
         raise OmniMemError(f"{config.path}: no usable row: {problems[0]}")
     return Manifest(rows, problems)
+
+
+def info_of(row: Row) -> MediaInfo:
+    """The facts about a row's clip; a prepared one is not opened for them."""
+    return row.info if isinstance(row, PreparedRow) else open_media(row.media, sound=row.sound).info
+
+
+def open_row(row: Row, settings: StreamSettings, backbone: Backbone) -> tuple[Iterable[Chunk], StreamEncoder]:
+    """Open a row's clip, or what was prepared of it, and begin a stream of it.
+
+    Raises
+    ------
+    OmniMemError
+        As `StreamSettings.open` and `PreparedReader`.
+    """
+    settings = replace(settings, audio=settings.audio and row.audio)
+    if not isinstance(row, PreparedRow):
+        return settings.open(row.media, backbone, row.sound)
+    settings.check(backbone)
+    reader = PreparedReader(
+        row.media,
+        name=row.name,
+        fps=settings.fps,
+        chunk_seconds=settings.chunk_seconds,
+        audio=settings.audio and backbone.hears,
+        short_side=settings.short_side,
+        max_seconds=settings.max_seconds,
+    )
+    return reader, settings.begin(reader.info, backbone)
 
 
 def tokenise(row: Row, backbone: Backbone) -> Sample:

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from data_prep.manifest import Row
+from omnimem.backbones import backbone_class
 from omnimem.budget import BudgetProfile
 from omnimem.files import atomic_directory, atomic_write_json, remove_directory
 from train.checkpoint import save_adapter
@@ -35,7 +36,8 @@ def held_out_rows(recipe: Recipe) -> list[Row]:
     """Rows of ``eval.path``, checked like those of the training; none without it."""
     if recipe.eval.path is None:
         return []
-    return load_rows(replace(recipe.data, path=recipe.eval.path, root=recipe.eval.root)).rows
+    data = replace(recipe.data, path=recipe.eval.path, root=recipe.eval.root)
+    return load_rows(data, backbone_class(recipe.model.backbone).hears).rows
 
 
 def _numbers(folder: Path) -> dict[str, Any]:

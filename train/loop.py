@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from data_prep.manifest import Row
+from omnimem.backbones import backbone_class
 from omnimem.backbones.adapter import RECIPE_FILE
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
@@ -70,7 +71,7 @@ def run(recipe: Recipe) -> None:
         torch.set_num_threads(recipe.train.threads)
     for line in without_effect(recipe):
         log.warning(line)
-    manifest = load_rows(recipe.data)
+    manifest = load_rows(recipe.data, backbone_class(recipe.model.backbone).hears)
     held_out = held_out_rows(recipe)
     skeleton, profile = check_recipe(recipe)
     if recipe.dry_run:
@@ -125,7 +126,7 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
         recipe.distill,
         skip_damaged=recipe.data.on_bad_row == "skip",
         store=store_of(recipe, output_dir, accelerator),
-        truncation=truncation_of(recipe),
+        truncation=truncation_of(recipe, len(profile.layers)),
         processes=processes,
         encoders_learn=bool(recipe.train.projectors),
         decode_ahead=recipe.data.decode_ahead,

@@ -7,9 +7,9 @@ outcome.backward(1 / targets)
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -22,7 +22,7 @@ from omnimem.backbones import Backbone, ChunkInputs, StreamEncoder
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
-from omnimem.media import Chunk, MediaError, MediaReader
+from omnimem.media import Chunk, MediaError
 from omnimem.memory import CompressedCache, SelectionGradient
 from omnimem.memory.store import Store
 from omnimem.memory.table import count
@@ -32,7 +32,7 @@ from omnimem.selection.full import Full
 from omnimem.stream import StreamSettings
 from omnimem.tape import Tape, Truncation
 from train.config import DistillConfig
-from train.data import Asked, Sample
+from train.data import Asked, Sample, open_row
 from train.feed import ahead
 from train.processes import Processes
 from train.teacher import TeacherAnswers
@@ -171,12 +171,7 @@ class StreamObjective:
             known = None if self._answers is None else self._answers.load(samples)
             if processes.any(known is None):
                 teacher, known = Stream(self._backbone, CompressedCache(self._profile, Full())), None
-        opened = [
-            replace(self._settings, audio=self._settings.audio and sample.row.audio).open(
-                sample.row.media, self._backbone
-            )
-            for sample in samples
-        ]
+        opened = [open_row(sample.row, self._settings, self._backbone) for sample in samples]
         encoders = [encoder for _, encoder in opened]
         waiting = [list(sample.asked) for sample in samples]
         readers = [self._chunks(reader, queue) for (reader, _), queue in zip(opened, waiting, strict=True)]
@@ -259,7 +254,7 @@ class StreamObjective:
                 return
             yield (None,) * len(readers) if chunks is None else chunks
 
-    def _chunks(self, reader: MediaReader, queue: list[Asked]) -> Iterator[Chunk]:
+    def _chunks(self, reader: Iterable[Chunk], queue: list[Asked]) -> Iterator[Chunk]:
         """Chunks of a clip; if it breaks off and may be skipped, nothing more is asked about it."""
         try:
             yield from ahead(reader, self._ahead)

@@ -14,11 +14,10 @@ from rich.table import Table
 from data_prep.manifest import Row
 from omnimem.backbones import Backbone
 from omnimem.budget import BudgetProfile, ModelFingerprint
-from omnimem.media import probe
 from omnimem.selection import SelectionMethod
 from omnimem.stream import StreamSettings
 from train.config import Recipe
-from train.data import Schedule, tokenise
+from train.data import Schedule, info_of, tokenise
 from train.setup import add_lora, selection_of, settings_of
 
 ADAM_BYTES = 4 + 4 + 8
@@ -52,7 +51,7 @@ class StreamPlan:
 
 def plan_stream(row: Row, backbone: Backbone, settings: StreamSettings) -> StreamPlan:
     """Positions a row's media will become, from its header; a file that does not say how long it is counts as 0 s."""
-    info = probe(row.media)
+    info = info_of(row)
     seconds = min(info.duration or 0.0, settings.max_seconds or math.inf)
     frame = None
     if info.has_video:
@@ -100,7 +99,10 @@ def memory_plan(
     margin = min(recipe.gate.margin or chunk, chunk) if learning else 0
     # Kept for the backward of one position and layer: two normalised inputs, residuals, q, k, v, attention output,
     # and the three wide tensors of the feed-forward block.
-    activation = (8 * text.hidden_size + 3 * text.intermediate_size) * itemsize + 2 * kv
+    inner = 3 * text.intermediate_size
+    if experts := getattr(text, "num_experts_per_tok", 0):
+        inner = experts * (text.hidden_size + 3 * text.moe_intermediate_size)
+    activation = (8 * text.hidden_size + inner) * itemsize + 2 * kv
     states = kv + (features if learning else 0)
     # Every position of the stream, less what is still in the memory when its way back begins.
     left = max(0, longest.positions * layers - retained)

@@ -56,6 +56,7 @@ def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
         backbone=recipe.model.backbone,
         dtype=recipe.model.dtype,
         device="meta",
+        known_shapes=recipe.dry_run,
     )
     settings.check(skeleton)
     check_lora_targets(recipe, skeleton)
@@ -73,10 +74,12 @@ def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
         except MediaError as error:
             raise OmniMemError(f"finish.media: {error}") from error
     profile = profile_of(recipe, skeleton, method, settings)
-    count, cut = len(profile.layers), recipe.train
+    count = len(profile.layers)
+    cut = truncation_of(recipe, count)
     if not cut.from_layer < (count if cut.to_layer is None else min(cut.to_layer, count)):
         raise OmniMemError(
-            f"train.from_layer={cut.from_layer} and train.to_layer={cut.to_layer} leave none of the {count} layers"
+            f"train.from_layer={recipe.train.from_layer:g} and train.to_layer={cut.to_layer} leave none of the {count} "
+            "layers"
         )
     CompressedCache(profile, method, gradient_of(recipe, 0.0))  # refuses a selection that no gradient can reach
     for mean in (recipe.memory.start_budget, *(recipe.memory.random_budget or ())):
@@ -104,11 +107,14 @@ def add_lora(recipe: Recipe, backbone: Backbone) -> PeftModel:
     """Put fresh adapters on the language model; of the encoders only the projectors a recipe names are trained."""
     torch.manual_seed(recipe.train.seed)
     projectors = [backbone.projectors[name] for name in recipe.train.projectors]
+    targets = backbone.lora_targets(recipe.lora.targets)
     config = LoraConfig(
         r=recipe.lora.r,
         lora_alpha=recipe.lora.alpha,
         lora_dropout=recipe.lora.dropout,
-        target_modules=backbone.lora_targets(recipe.lora.targets),
+        target_modules=targets,
+        # For mixtures of experts PEFT shortens the expression to bare names, which the encoders have too.
+        exclude_modules=rf"(?!{targets}$).*",
         task_type="CAUSAL_LM",
         modules_to_save=projectors or None,
     )
@@ -186,9 +192,10 @@ def store_of(recipe: Recipe, output_dir: Path, accelerator: Accelerator) -> Stor
     return HostStore(accelerator.device)
 
 
-def truncation_of(recipe: Recipe) -> Truncation:
-    """Where gradients end."""
-    return Truncation(recipe.train.window, recipe.train.from_layer, recipe.train.to_layer)
+def truncation_of(recipe: Recipe, layers: int) -> Truncation:
+    """Where gradients end, in a model of so many layers."""
+    cut = recipe.train.from_layer
+    return Truncation(recipe.train.window, int(cut * layers if cut < 1 else cut), recipe.train.to_layer)
 
 
 def settings_of(recipe: Recipe) -> StreamSettings:
@@ -208,7 +215,8 @@ def profile_of(recipe: Recipe, backbone: Backbone, method: SelectionMethod, sett
     """
     memory = recipe.memory
     if memory.profile is None:
-        profile = BudgetProfile.uniform(backbone.config, memory.mean_budget, memory.ratio)
+        ratio = memory.ratio if backbone.hears else math.inf
+        profile = BudgetProfile.uniform(backbone.config, memory.mean_budget, ratio)
     else:
         profile = BudgetProfile.load(memory.profile)
         profile.check_model(backbone.config)

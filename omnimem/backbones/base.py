@@ -169,6 +169,8 @@ class Backbone(ABC):
         Modules between the encoders and the decoder that may be trained, by the name recipes know them by.
     whole : tuple of str
         Modules whose linear layers are never quantised.
+    frame_anchored : bool
+        Whether height and width ids of pictures count from the present place of the stream, not from its start.
     hears : bool
         Whether it takes sound; of media for one that does not only the picture is read.
     """
@@ -181,6 +183,7 @@ class Backbone(ABC):
     projectors: ClassVar[dict[str, str]]
     whole: ClassVar[tuple[str, ...]]
     hears: ClassVar[bool] = True
+    frame_anchored: ClassVar[bool] = False
 
     model_types: ClassVar[tuple[str, ...]]
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub.constants import ENDPOINT as HF_HUB_ENDPOINT
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -122,17 +126,30 @@ def read_config(path: str | Path) -> dict[str, Any]:
         There is none, or it cannot be reached.
     """
     try:
-        return PreTrainedConfig.get_config_dict(path)[0]
+        # Where there is no network at all, the hub's client would try again for half a minute.
+        return PreTrainedConfig.get_config_dict(path, local_files_only=not Path(path).is_dir() and _offline())[0]
     except (OSError, ValueError) as error:
         raise OmniMemError(unreachable(path)) from error
 
 
+def _offline() -> bool:
+    """Whether the hub's name is unknown here; a proxy may know it all the same."""
+    if getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urlparse(HF_HUB_ENDPOINT).hostname, None)
+    except OSError:
+        return True
+    return False
+
+
 def unreachable(path: str | Path) -> str:
     """One line for a model that is neither here nor to be had: which files it takes and where they go."""
+    command = f" (hf download {path} --local-dir DIR)" if str(path).count("/") == 1 else ""
     return (
-        f"cannot load {path}: no such folder, and not a hub id that can be reached; where there is a network, fetch "
-        "config.json, *.safetensors, preprocessor_config.json and the tokenizer's files "
-        f"(hf download {path} --local-dir DIR) and give model.path=DIR here"
+        f"cannot load {path}: no such folder, and not a hub id (owner/name) that can be reached; where there is a "
+        "network, fetch config.json, *.safetensors, preprocessor_config.json and the tokenizer's files"
+        f"{command}, and give model.path=DIR"
     )
 
 

@@ -1,9 +1,10 @@
 """Log-mel features of a sound stream, block by block, equal to those of the whole clip.
 
-The stock extractor sees a whole clip: reflected at the start, zeros behind the end, and a floor 8 decades below the
-*loudest* point of the clip. A stream does not know its loudest point. `floor="running"` uses the loudest point of the
-blocks so far, so a stream is encoded the same way however it is cut into chunks, in training and at inference; a
-number fixes it (the clip's own maximum gives exactly the stock features).
+The stock extractor sees a whole clip: reflected at the start, zeros behind the end (reflected there too where the
+processor does not pad), and a floor 8 decades below the *loudest* point of the clip. A stream does not know its loudest
+point. `floor="running"` uses the loudest point of the blocks so far, so a stream is encoded the same way however it is
+cut into chunks, in training and at inference; a number fixes it (the clip's own maximum gives exactly the stock
+features).
 """
 
 from __future__ import annotations
@@ -30,15 +31,24 @@ class MelStream:
         Frames that share one running maximum and one fixed-size computation (the encoder's block).
     floor : "running" or float
         Reference of the floor: loudest log10 power so far, or this number.
+    reflect_end : bool
+        Whether the processor leaves clips at their length: reflected at the end too, and a started hop makes no frame.
     """
 
-    def __init__(self, extractor: WhisperFeatureExtractor, block_frames: int, floor: float | str = "running") -> None:
+    def __init__(
+        self,
+        extractor: WhisperFeatureExtractor,
+        block_frames: int,
+        floor: float | str = "running",
+        reflect_end: bool = False,
+    ) -> None:
         self.filters = torch.from_numpy(np.asarray(extractor.mel_filters)).float().T
         self.window = torch.hann_window(extractor.n_fft)
         self.n_fft, self.hop = extractor.n_fft, extractor.hop_length
         self.block_frames = block_frames
         self.loudest = -torch.inf if floor == "running" else float(floor)
         self.running = floor == "running"
+        self.reflect_end = reflect_end
 
     def frames(self, chunk: Chunk) -> Tensor:
         """Log-mel frames of a chunk.
@@ -51,11 +61,11 @@ class MelStream:
         Returns
         -------
         Tensor
-            float32 ``[mel bins, F]``, one frame for each started hop of 160 samples.
+            float32 ``[mel bins, F]``, one frame for each started (with `reflect_end`: whole) hop of 160 samples.
         """
         assert chunk.audio is not None
         samples = len(chunk.audio)
-        count = -(-samples // self.hop)
+        count = samples // self.hop if self.reflect_end else -(-samples // self.hop)
         if count == 0:
             return torch.empty(self.filters.shape[0], 0)
         signal = self._with_context(chunk, count)
@@ -74,6 +84,8 @@ class MelStream:
             ahead = F.pad(torch.cat((audio, after)), (0, half + 1))
             before = ahead[1 : half + 1].flip(0)
         signal = torch.cat((F.pad(before, (half - len(before), 0)), audio, after))
+        if self.reflect_end and len(after) < half:
+            signal = torch.cat((signal, signal[-half - 1 : -1].flip(0)))
         needed = (count - 1) * self.hop + self.n_fft
         return F.pad(signal, (0, max(0, needed - len(signal))))[:needed]
 

@@ -119,7 +119,7 @@ class BudgetProfile:
         mean : int
             Positions a layer keeps, visual and audio together; at least 2.
         ratio : float
-            Visual positions for each audio position (method.md §3: 5).
+            Visual positions for each audio position (method.md §3: 5); infinite for models that do not hear.
 
         Raises
         ------
@@ -128,9 +128,9 @@ class BudgetProfile:
         """
         if mean < 2:
             raise OmniMemError(f"mean budget must be at least 2 positions (one a modality), got {mean}")
-        if not 0 < ratio < math.inf:
-            raise OmniMemError(f"visual to audio ratio must be above 0 and finite, got {ratio}")
-        visual = min(max(round(mean * ratio / (1 + ratio)), 1), mean - 1)
+        if not ratio > 0:
+            raise OmniMemError(f"visual to audio ratio must be above 0, got {ratio}")
+        visual = min(max(round(mean / (1 + 1 / ratio)), 1), mean - 1)
         fingerprint = ModelFingerprint.of(model_config)
         budget = LayerBudget(visual, mean - visual)
         return cls((budget,) * fingerprint.layers, fingerprint, model_id, source="uniform")

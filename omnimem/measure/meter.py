@@ -127,21 +127,17 @@ class _MeteredSettings(StreamSettings):
     announce: Callable[[], None] = lambda: None
     loop_seconds: float | None = None
 
-    def open(self, path: str | Path, backbone: Backbone) -> tuple[MediaReader, StreamEncoder]:
+    def open(
+        self, path: str | Path, backbone: Backbone, sound: str | Path | None = None
+    ) -> tuple[MediaReader, StreamEncoder]:
         """As `StreamSettings.open`."""
         if self.loop_seconds is None:
-            reader, encoder = super().open(path, backbone)
+            reader, encoder = super().open(path, backbone, sound)
             return cast(MediaReader, _Announced(reader, reader, self.announce)), encoder
         once = replace(self, loop_seconds=None, max_seconds=min(LOOPED_SECONDS, self.max_seconds or math.inf))
-        reader, _ = StreamSettings.open(once, path, backbone)
-        encoder = backbone.stream_encoder(
-            picture=reader.info.has_video,
-            sound=reader.info.has_audio and self.audio,
-            fps=self.fps,
-            duration=self.loop_seconds,
-            time_scale=self.time_scale,
-            max_pixels=self.max_pixels,
-        )
+        reader, _ = StreamSettings.open(once, path, backbone, sound)
+        whole = replace(self, max_seconds=self.loop_seconds)
+        encoder = whole.begin(replace(reader.info, duration=self.loop_seconds), backbone)
         chunks = repeat(reader, self.fps, self.chunk_seconds, self.loop_seconds)
         return cast(MediaReader, _Announced(reader, chunks, self.announce)), encoder
 

@@ -34,7 +34,7 @@ def attach(language_model: PreTrainedModel) -> None:
     Parameters
     ----------
     language_model : PreTrainedModel
-        A stock decoder with `layers` of `self_attn` modules (Qwen2.5-Omni, Qwen3-VL and their relatives).
+        A stock decoder with `layers` of `self_attn` modules (Qwen2.5-Omni, Qwen3-VL, Qwen2 and their relatives).
 
     Raises
     ------
@@ -78,7 +78,8 @@ def _announce_step(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
         positions = positions.expand(3, *positions.shape)
     # generate() sends one row for all three axes, or a fourth in front that only serves packed sequences.
     positions = positions[-3:].expand(3, batch, -1)
-    cache.bind(Rotary(model.rotary_emb))
+    rotary = Rotary(model.rotary_emb)
+    cache.bind(rotary)
     mask = kwargs.get("attention_mask")
     cache.begin(
         positions,
@@ -87,7 +88,7 @@ def _announce_step(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
         None if mask is None else mask[:, -length:],
         kwargs.pop("next_position", None),
     )
-    kwargs["position_ids"] = positions
+    kwargs["position_ids"] = rotary.ids(positions)
     # A 4-D mask is passed through unread, so no [T, K] mask is built: the layers own theirs.
     kwargs["attention_mask"] = torch.empty(1, 1, 0, 0, device=inputs.device)
     return args, kwargs

@@ -88,6 +88,7 @@ class CompressedCache(Cache):
         self.profile = profile
         self.method = method
         self.gradient = gradient
+        self.frame_anchored = False
         self._start()
 
     def _start(self) -> None:
@@ -120,6 +121,7 @@ class CompressedCache(Cache):
         """
         if self._numbering is None:
             return positions, next_position
+        self._numbering.anchored = self.frame_anchored
         return self._numbering.place(positions, modality, valid, next_position, text)
 
     def begin(
@@ -290,7 +292,10 @@ class CompressedCache(Cache):
         """``[B, 1]`` what generate() adds to its count of tokens to get rotary positions."""
         if self.next_position is None:
             raise RuntimeError("the memory is empty: nothing has been streamed yet")
-        return (self.next_position - self.get_seq_length())[:, None]
+        following = self.next_position
+        if following.is_floating_point():
+            following = following.double()  # beside the count of a long stream float32 would round a fraction away
+        return (following - self.get_seq_length())[:, None]
 
     def retained(self, layer: int) -> PositionTable:
         """Facts of the positions stored in a layer: stream index, rotary ids, seconds, modality, validity.

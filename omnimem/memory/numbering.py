@@ -3,8 +3,9 @@
 A stream then never leaves the rotary range a model was trained on, however long it is, and what is retained stands
 close together, as in StreamingLLM. In every layer the distinct time ids of the retained media become consecutive
 numbers that end right before the next chunk; equal ids stay equal, so picture and sound stay aligned. Text before the
-media keeps its ids, and so do the height and width ids of pictures, which count from the start of the media. Keys are
-stored without rotation and rotated to their present ids in every step, so nothing accumulates.
+media keeps its ids, and so do the height and width ids of pictures, which count from the start of the media (where they
+count from the present place instead, as in the Qwen3-VL family, they move with the time ids). Keys are stored without
+rotation and rotated to their present ids in every step, so nothing accumulates.
 """
 
 from __future__ import annotations
@@ -23,9 +24,16 @@ BEYOND = 2**40
 
 
 class Reindexing:
-    """Ids of one stream (or batch of streams) under `reindexed`."""
+    """Ids of one stream (or batch of streams) under `reindexed`.
+
+    Attributes
+    ----------
+    anchored : bool
+        Whether height and width ids of pictures count from the present place of the stream.
+    """
 
     def __init__(self) -> None:
+        self.anchored = False
         self.start: Tensor | None = None
         self.next: Tensor | None = None
         self.shift: Tensor | None = None
@@ -62,7 +70,8 @@ class Reindexing:
         if self.shift is None:
             self.shift = self.next - first
         moved = positions + self.shift[None, :, None]
-        moved[1:] = torch.where(modality == VISUAL, positions[1:], moved[1:])
+        if not self.anchored:
+            moved[1:] = torch.where(modality == VISUAL, positions[1:], moved[1:])
         return moved, next_position + self.shift
 
     def renumber(self, tables: Sequence[PositionTable], batch: int) -> list[PositionTable]:
@@ -73,25 +82,28 @@ class Reindexing:
         following = self.start
         for table in tables:
             start = self.start.repeat_interleave(len(table.index) // batch)[:, None]
-            media = table.valid & (table.position[..., 0] >= start)
-            rank, count = dense_rank(table.position[..., 0], media)
-            picture = table.position[..., 1:].amax(-1).masked_fill(~media | (table.modality != VISUAL), -1)
+            time, sides = table.position[..., 0], table.position[..., 1:].amax(-1)
+            media = table.valid & (time >= start)
+            rank, count = dense_rank(time, media)
             # Text never stands inside a picture: its ids on all axes are past those of the picture's.
+            picture = start + rank + sides - time if self.anchored else sides
+            picture = picture.masked_fill(~media | (table.modality != VISUAL), -1)
             end = torch.maximum(start[:, 0] + count, torch.nn.functional.pad(picture, (0, 1), value=-1).amax(1) + 1)
             following = torch.maximum(following, end.view(batch, -1).amax(1))
-            ranks.append((media, rank, count))
+            # Before what follows there is room for all of it, or for the time ids alone where the sides stay.
+            ranks.append((media, rank, end - start[:, 0] if self.anchored else count))
         self.next, self.shift = following, None
         return [
             self._moved(table, media, rank + (following.repeat_interleave(len(count) // batch) - count)[:, None])
             for table, (media, rank, count) in zip(tables, ranks, strict=True)
         ]
 
-    @staticmethod
-    def _moved(table: PositionTable, media: Tensor, time: Tensor) -> PositionTable:
+    def _moved(self, table: PositionTable, media: Tensor, time: Tensor) -> PositionTable:
         position = time[..., None].expand_as(table.position).clone()
-        position[..., 1:] = torch.where(
-            (table.modality == VISUAL)[..., None], table.position[..., 1:], position[..., 1:]
-        )
+        sides = table.position[..., 1:]
+        if self.anchored:
+            sides = sides + (time - table.position[..., 0])[..., None]
+        position[..., 1:] = torch.where((table.modality == VISUAL)[..., None], sides, position[..., 1:])
         position = torch.where(media[..., None], position, table.position)
         return PositionTable(table.index, position, table.time, table.modality, table.valid)
 

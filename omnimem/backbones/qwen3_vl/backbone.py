@@ -21,6 +21,7 @@ class Qwen3VL(QwenBackbone):
     projectors: ClassVar[dict[str, str]] = {"visual": "visual.merger"}
     whole: ClassVar[tuple[str, ...]] = ("model.visual", "lm_head")
     hears = False
+    frame_anchored = True
     build_tiny = staticmethod(build_tiny)
 
     def stream_encoder(

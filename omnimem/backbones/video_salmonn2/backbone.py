@@ -84,6 +84,7 @@ class VideoSalmonn2(HearingBackbone):
 
     name = "video_salmonn2"
     model_types = ("video_salmonn2",)
+    frame_anchored = True
     model_class = VideoSalmonn2ForConditionalGeneration
     build_tiny = staticmethod(build_tiny)
 

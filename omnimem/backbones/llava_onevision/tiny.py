@@ -1,0 +1,92 @@
+"""A tiny offline LLaVA-OneVision, saved in the hub's layout (``language_model.*``, ``vision_tower.*``…)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import (
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+)
+
+from omnimem.backbones.tiny import tiny_tokenizer, write_tiny
+
+SPECIAL_TOKENS = {
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>",
+    "im_start_token": "<|im_start|>",
+    "image_token": "<image>",
+    "video_token": "<video>",
+}
+"""Names and spellings as in the published tokenizer."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role + ' ' }}"
+    "{% if message.content is string %}{{ '\n' + message.content }}{% else %}"
+    "{% for part in message.content if part.type == 'image' %}<image>{% endfor %}"
+    "{% for part in message.content if part.type == 'video' %}<video>{% endfor %}"
+    "{% for part in message.content if part.type == 'text' %}{{ '\n' + part.text }}{% endfor %}{% endif %}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Writes what the published one writes: pictures before text, a line feed before each text, none between turns."""
+
+SIDE, PATCH = 70, 14
+"""Five patches by side become three, so that halving rounds up as 27 becomes 14 in the published model."""
+
+
+def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 64) -> Path:
+    """Write a tiny random checkpoint in the hub's layout; returns the folder (an existing one is replaced)."""
+    tokenizer = tiny_tokenizer(SPECIAL_TOKENS)
+    size = {"height": SIDE, "width": SIDE}
+    normal = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    processor = LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=[[SIDE, SIDE]], **normal),
+        video_processor=LlavaOnevisionVideoProcessor(size=size, **normal),
+        tokenizer=tokenizer,
+        num_image_tokens=(SIDE // PATCH) ** 2,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
+    )
+    config = LlavaOnevisionConfig(
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": len(tokenizer),
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            # The published 0.02 fits width 3584; at width 64 the same signal needs 1/sqrt(64).
+            "initializer_range": hidden**-0.5,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": SIDE,
+            "patch_size": PATCH,
+            "vision_use_head": False,
+        },
+        image_token_index=processor.image_token_id,
+        video_token_index=processor.video_token_id,
+        image_grid_pinpoints=[[SIDE, SIDE]],
+        tie_word_embeddings=False,
+    )
+    return write_tiny(path, seed, lambda: LlavaOnevisionForConditionalGeneration(config), processor, hub_name=hub_name)
+
+
+def hub_name(name: str) -> str:
+    """Key of a weight in the published checkpoint."""
+    name = name.replace("model.language_model.", "language_model.model.", 1)
+    name = name.replace("lm_head.", "language_model.lm_head.", 1)
+    return name.removeprefix("model.").replace("vision_tower.", "vision_tower.vision_model.", 1)

@@ -108,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.description = "Merge the adapters of a training run into a checkpoint, with its profile and model card."
     export.add_argument("run", type=Path, metavar="RUN", help="folder of the run (its output_dir)")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    export.add_argument("--base", metavar="MODEL", help="merge into this model (default: the one the adapter names)")
     export.add_argument("--overwrite", action="store_true", help="replace DIR if it is not empty")
     export.add_argument("--dtype", choices=DTYPES, help="of the merged weights (default: as trained)")
     export.set_defaults(command=_export)
@@ -327,7 +328,7 @@ def _above_zero(text: str) -> float:
 def _export(args: argparse.Namespace) -> None:
     from train.export import export_run
 
-    checked = export_run(run=args.run, out=args.out, overwrite=args.overwrite, dtype=args.dtype)
+    checked = export_run(run=args.run, out=args.out, overwrite=args.overwrite, dtype=args.dtype, base=args.base)
     print(f"{args.out}: {checked}")
 
 

@@ -430,6 +430,12 @@ def test_row_18_an_adapter_with_older_key_names_does_not_load_as_a_no_op(tiny_pa
     older = {name.replace("model.language_model.", "model."): t for name, t in load_file(file).items()}
     assert set(older) != set(load_file(file))
     save_file(older, file)
+    loaded = load_adapter(load_backbone(tiny_path, dtype=torch.float32, device="cpu"), adapter).state_dict()
+    for name, weight in older.items():
+        present = name.replace("base_model.model.model.", "base_model.model.model.language_model.")
+        present = present.replace(".weight", ".default.weight")
+        assert torch.equal(loaded[present], weight)
+    save_file({name.replace("q_proj", "query"): weight for name, weight in older.items()}, file)
     with pytest.raises(OmniMemError, match=r"do not match|does not load") as error:
         load_adapter(load_backbone(tiny_path, dtype=torch.float32, device="cpu"), adapter)
     assert "\n" not in str(error.value)

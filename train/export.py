@@ -9,6 +9,8 @@ toolkits ran into).
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from omnimem.files import atomic_directory
 from train.card import model_card
 from train.checkpoint import FOLDER as CHECKPOINTS
 from train.config import Recipe, load_recipe
+
+log = logging.getLogger("omnimem.train")
 
 PROBE = "What is seen, what is heard, and what happened first? " * 4
 """Text whose logits are compared."""
@@ -52,7 +56,13 @@ class Verification:
         )
 
 
-def export_run(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str | None = None) -> Verification:
+def export_run(
+    run: str | Path,
+    out: str | Path,
+    overwrite: bool = False,
+    dtype: str | None = None,
+    base: str | Path | None = None,
+) -> Verification:
     """Write a merged checkpoint with processor, tokenizer, budget profile and model card.
 
     Parameters
@@ -65,6 +75,8 @@ def export_run(run: str | Path, out: str | Path, overwrite: bool = False, dtype:
         Replace a folder that is not empty.
     dtype : str, optional
         Of the merged weights; by default as trained.
+    base : str or Path, optional
+        What the adapter is merged into; by default the model it names.
 
     Raises
     ------
@@ -73,17 +85,18 @@ def export_run(run: str | Path, out: str | Path, overwrite: bool = False, dtype:
         checkpoint that does not equal base + adapter.
     """
     run, out = Path(run), Path(out)
-    base, adapter = resolve_checkpoint(run, None)
+    named, adapter = resolve_checkpoint(run, None)
+    base = named if base is None else base
     if adapter is None:
         raise OmniMemError(f"{run}: no adapter here; give the output_dir of a finished run")
     _check_out(out, run, Path(base))
-    profile = BudgetProfile.load(Path(adapter) / PROFILE_FILE)
     recipe = _recipe_of(run)
     trained_dtype = "auto" if recipe is None else parse_dtype(recipe.model.dtype)
     wanted = parse_dtype(dtype) if dtype else trained_dtype
     # Never what an adapter is merged into.
     quantized = recipe is not None and recipe.model.quantize != "none"
     backbone = load_backbone(base, dtype=wanted)
+    profile = _profile_of(Path(adapter), backbone)
     peft_model = load_adapter(backbone, adapter)
     expected = _probe_logits(backbone)
     deltas, replaced = _deltas(peft_model), _replaced(peft_model)
@@ -179,6 +192,15 @@ def _verify_logits(expected: Tensor, written: Backbone) -> Verification:
             "nothing was written"
         )
     return Verification(len(written.model.state_dict()), difference, limit)
+
+
+def _profile_of(adapter: Path, backbone: Backbone) -> BudgetProfile:
+    """Budgets saved with an adapter; one that was trained elsewhere has none and gets the default ones."""
+    file = adapter / PROFILE_FILE
+    if file.is_file() or (adapter / RECIPE_FILE).is_file():
+        return BudgetProfile.load(file)
+    log.warning("%s has no %s: the export gets 8192 positions a layer", adapter, PROFILE_FILE)
+    return BudgetProfile.uniform(backbone.config, ratio=5.0 if backbone.hears else math.inf)
 
 
 def _recipe_of(run: Path) -> Recipe | None:

@@ -1,4 +1,8 @@
-"""LoRA adapters on disk: which base they belong to, and putting them on it without a silent no-op."""
+"""LoRA adapters on disk: which base they belong to, and putting them on it without a silent no-op.
+
+Adapters saved by older libraries name modules as the published checkpoints do, list projections by bare names that
+encoders have too, and lack parameters that stand by themselves; here they are translated before they are loaded.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from omnimem.backbones.base import Backbone
 from omnimem.backbones.checkpoint import quiet_stock
 from omnimem.errors import OmniMemError
 
 ADAPTER_CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+"""What PEFT writes before the names of a model's weights."""
+
 RECIPE_FILE = "recipe.yaml"
 BASE_FOLDER = "base"
 """Where a run keeps its own base model when that was built on the spot (``model.path=tiny``)."""
@@ -78,16 +87,56 @@ def load_adapter(backbone: Backbone, adapter: str | Path) -> Any:
         raise OmniMemError(f"{adapter}: no adapter_model.safetensors; the adapter was not saved completely")
     try:
         with quiet_stock():
-            peft_model = PeftModel.from_pretrained(backbone.model, str(adapter))
-        saved = set(load_file(weights))
-    except (SafetensorError, ValueError, RuntimeError) as error:
+            config = PeftConfig.from_pretrained(str(adapter))
+            config.inference_mode = True
+            saved = _translated(load_file(weights), config, backbone)
+            peft_model = PeftModel(backbone.model, config).eval()
+            set_peft_model_state_dict(peft_model, saved)
+    except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise OmniMemError(f"{adapter}: adapter does not load onto {backbone.model_id}: {reason}") from error
     present = set(get_peft_model_state_dict(peft_model))
-    if saved != present:
-        odd = sorted(saved ^ present)
+    if set(saved) != present:
+        odd = sorted(set(saved) ^ present)
         raise OmniMemError(
             f"{adapter}: {len(odd)} adapter weights do not match {backbone.model_id}, for example {odd[0]}; "
             "use the adapter with the model it was trained on"
         )
     return peft_model
+
+
+def _translated(saved: dict[str, Tensor], config: Any, backbone: Backbone) -> dict[str, Tensor]:
+    """The weights of an adapter under our model's names; `config` then says which modules they belong to.
+
+    An adapter of our own is passed through as it is.
+    """
+    base = backbone.model.state_dict()
+    modules = {name for name, _ in backbone.model.named_modules()}
+    renamings = [
+        one for one in get_model_conversion_mapping(backbone.model, add_legacy=False) if isinstance(one, WeightRenaming)
+    ]
+
+    def ours(key: str) -> str:
+        name = key.removeprefix(PREFIX)
+        if name in base or name.partition(".lora_")[0] in modules:
+            return key
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        return PREFIX + name
+
+    found = {ours(key): weight for key, weight in saved.items()}
+    if isinstance(config.target_modules, str) and found.keys() == saved.keys():
+        return found
+    adapted = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in found if ".lora_" in key}
+    config.target_modules = sorted(adapted)
+    # Modules that were trained whole are those that recipes know as projectors.
+    whole = {key.removeprefix(PREFIX) for key in found if ".lora_" not in key}
+    replaced = [name for name in backbone.projectors.values() if any(f".{name}." in f".{key}" for key in whole)]
+    config.modules_to_save = replaced or None
+    for name in replaced:
+        for key in base:
+            _, inside, rest = f".{key}".partition(f".{name}.")
+            if inside and "." not in rest and PREFIX + key not in found:
+                # PEFT saves modules, and this parameter stands by itself.
+                found[PREFIX + key] = base[key]
+    return found

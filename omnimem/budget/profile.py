@@ -8,7 +8,6 @@ It loads without the model and without torch, so that a profile can be inspected
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any

@@ -27,7 +27,7 @@ from omnimem.files import atomic_write_json
 from omnimem.media import MediaError
 from omnimem.stream import StreamSettings
 from train.config import FinishConfig, load_recipe
-from train.plan import WAITING, StreamPlan, memory_plan, plan_stream
+from train.plan import RETAINED, WAITING, StreamPlan, memory_plan, plan_stream
 from train.setup import check_recipe, selection_of, settings_of
 
 HOUR = 3600.0
@@ -44,9 +44,6 @@ DURATIONS = (
     (float("inf"), "3 h and more"),
 )
 """Upper limits in seconds, and what the bins are called."""
-
-RETAINED = "memory (all layers at budget)"
-"""Part of the plan: states of all positions kept, with the features that a selection method stores beside them."""
 
 BAR = 40  # characters of the longest bar
 

@@ -1,4 +1,4 @@
-"""Adapters as the authors' code and older libraries save them: every weight finds its place, or the odd one is named."""
+"""Adapters as the authors' code and older libraries save them: every weight finds its place, or is named."""
 
 from __future__ import annotations
 

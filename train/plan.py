@@ -26,6 +26,9 @@ ADAM_BYTES = 4 + 4 + 8
 NF4_BYTES = 0.5 + 1 / 64 * (1 + 4 / 256)
 """Bytes of a weight in NF4: half of one, a byte of scale for each block of 64, a float for each 256 of those."""
 
+RETAINED = "memory (all layers at budget)"
+"""Name of the part that does not grow with the stream."""
+
 WAITING = "what left the memory, waiting"
 """Name of the part that grows with the stream; on the device only under ``train.offload=none``."""
 
@@ -111,7 +114,7 @@ def memory_plan(
     return {
         "weights": weights,
         "adapter, gradients, optimiser": trained * ADAM_BYTES,
-        "memory (all layers at budget)": batch * retained * (kv + features),
+        RETAINED: batch * retained * (kv + features),
         "memory, again and its gradient, on the way back": 3 * batch * (retained + layers * chunk) * states,
         "margin of evicted positions": batch * layers * margin * kv,
         "activations of a chunk": batch * layers * chunk * activation,

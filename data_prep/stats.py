@@ -88,6 +88,7 @@ def stats(
     where = [f"data.path={manifest}", *([] if root is None else [f"data.root={root}"])]
     settled = load_recipe([f"recipe={recipe}", *overrides, *where])
     settled.finish = FinishConfig()  # its clip belongs to the recipe's own data
+    settled.dry_run = True  # shapes are enough
     read = read_manifest(manifest, settled.data.root, on_bad_row="skip")
     backbone, profile = check_recipe(settled)
     streams, problems = _plan_all(read.rows, backbone, settings_of(settled))

@@ -74,6 +74,8 @@ class Stream:
         Tensor
             Last hidden states ``[B, T, C]``.
         """
+        if len(inputs) == 0:
+            return inputs.embeds  # nothing ends a media that has not begun
         positions, next_position = self.cache.place(
             inputs.positions, inputs.modality, inputs.valid, inputs.next_position, text
         )

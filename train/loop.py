@@ -73,6 +73,8 @@ def run(recipe: Recipe) -> None:
         log.warning(line)
     manifest = load_rows(recipe.data, backbone_class(recipe.model.backbone).hears)
     held_out = held_out_rows(recipe)
+    if recipe.data.path == "quickstart" and recipe.recipe != "quickstart":
+        log.info("training on the clips shipped with the tests; data.path=my.jsonl takes your own")
     skeleton, profile = check_recipe(recipe)
     if recipe.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:

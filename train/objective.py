@@ -132,6 +132,8 @@ class StreamObjective:
         self._ahead, self._answers = decode_ahead, answers
         self._distill = distill if distill is not None and distill.weight > 0 else None
         self._processes, self._encoders_learn = processes or Processes(), encoders_learn
+        decoder = backbone.language_model
+        self._encoders = [module for module in backbone.model.model.children() if module is not decoder]
         self._loss_dtype = torch.promote_types(backbone.model.dtype, torch.float32)
 
     @torch.no_grad()
@@ -171,6 +173,9 @@ class StreamObjective:
             known = None if self._answers is None else self._answers.load(samples)
             if processes.any(known is None):
                 teacher, known = Stream(self._backbone, CompressedCache(self._profile, Full())), None
+        for module in self._encoders:
+            # Even where they learn: their dropout was their own training's, and would fall otherwise on the way back.
+            module.eval()
         opened = [open_row(sample.row, self._settings, self._backbone) for sample in samples]
         encoders = [encoder for _, encoder in opened]
         waiting = [list(sample.asked) for sample in samples]
@@ -188,11 +193,11 @@ class StreamObjective:
 
         def ask(due: list[Asked | None]) -> None:
             nonlocal loss, distilled, targets
-            closing = ChunkInputs.batch([encoder.closing() for encoder in encoders])
             if not any(due):
-                teach(lambda one: _forgotten(one, closing))
-                tape.idle(closing, probes=False)
+                teach(lambda one: _forgotten(one, prefix))
+                tape.idle(prefix, probes=False)
                 return
+            closing = ChunkInputs.batch([encoder.closing() for encoder in encoders])
             nothing = torch.zeros(0, dtype=torch.int64)
             question = [nothing if asked is None else asked.question for asked in due]
             answer = [nothing if asked is None else asked.answer for asked in due]
@@ -222,9 +227,8 @@ class StreamObjective:
                 tape.step(chunk, again)
                 teach(lambda one, chunk=chunk: one.step(chunk))
             elif processes.lockstep:
-                closing = ChunkInputs.batch([encoder.closing() for encoder in encoders])
-                tape.idle(closing, probes=True)
-                teach(lambda one, closing=closing: _forgotten(one, closing))
+                tape.idle(prefix, probes=True)
+                teach(lambda one: _forgotten(one, prefix))
             for due in self._rounds(waiting, chunks):
                 ask(due)
         for due in self._rounds(waiting, None):

@@ -1,11 +1,12 @@
 """The position policy `reindexed`: retained positions are numbered densely anew after every compression.
 
 A stream then never leaves the rotary range a model was trained on, however long it is, and what is retained stands
-close together, as in StreamingLLM. In every layer the distinct time ids of the retained media become consecutive
-numbers that end right before the next chunk; equal ids stay equal, so picture and sound stay aligned. Text before the
-media keeps its ids, and so do the height and width ids of pictures, which count from the start of the media (where they
-count from the present place instead, as in the Qwen3-VL family, they move with the time ids). Keys are stored without
-rotation and rotated to their present ids in every step, so nothing accumulates.
+close together, as in StreamingLLM. In every layer the gaps that evicted positions leave between the time ids of the
+media are closed, and the ids end right before the next chunk; equal ids stay equal, so picture and sound stay aligned,
+and where nothing was evicted nothing changes. Text before the media keeps its ids, and so do the height and width ids of
+pictures, which count from the start of the media (where they count from the present place instead, as in the Qwen3-VL
+family, they move with the time ids, and what follows stays behind them). Keys are stored without rotation and rotated
+to their present ids in every step, so nothing accumulates.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from omnimem.memory.table import PositionTable
 from omnimem.modality import VISUAL
-from omnimem.selection.topk import dense_rank
 
 BEYOND = 2**40
 """An id that no position has."""
@@ -75,27 +75,26 @@ class Reindexing:
         return moved, next_position + self.shift
 
     def renumber(self, tables: Sequence[PositionTable], batch: int) -> list[PositionTable]:
-        """Number what every layer retains densely, so that all end at the same id, `next`."""
+        """Close the gaps between what every layer retains, so that all end at the same id, `next`."""
         if self.start is None:
             return list(tables)
-        ranks = []
+        closed = []
         following = self.start
         for table in tables:
-            start = self.start.repeat_interleave(len(table.index) // batch)[:, None]
+            start = self.start.repeat_interleave(len(table.index) // batch)
             time, sides = table.position[..., 0], table.position[..., 1:].amax(-1)
-            media = table.valid & (time >= start)
-            rank, count = dense_rank(time, media)
-            # Text never stands inside a picture: its ids on all axes are past those of the picture's.
-            picture = start + rank + sides - time if self.anchored else sides
-            picture = picture.masked_fill(~media | (table.modality != VISUAL), -1)
-            end = torch.maximum(start[:, 0] + count, torch.nn.functional.pad(picture, (0, 1), value=-1).amax(1) + 1)
-            following = torch.maximum(following, end.view(batch, -1).amax(1))
-            # Before what follows there is room for all of it, or for the time ids alone where the sides stay.
-            ranks.append((media, rank, end - start[:, 0] if self.anchored else count))
+            media = table.valid & (time >= start[:, None])
+            picture = media & (table.modality == VISUAL)
+            # Sides that move with the time ids take up ids of their own, which nothing else may stand on.
+            reach = torch.where(picture, torch.maximum(time, sides), time) if self.anchored else time
+            ids, end = _without_gaps(time, reach, media, start)
+            beside = end if self.anchored else torch.maximum(end, sides.masked_fill(~picture, -1).amax(1) + 1)
+            following = torch.maximum(following, beside.view(batch, -1).amax(1))
+            closed.append((media, ids, end))
         self.next, self.shift = following, None
         return [
-            self._moved(table, media, rank + (following.repeat_interleave(len(count) // batch) - count)[:, None])
-            for table, (media, rank, count) in zip(tables, ranks, strict=True)
+            self._moved(table, media, ids + (following.repeat_interleave(len(end) // batch) - end)[:, None])
+            for table, (media, ids, end) in zip(tables, closed, strict=True)
         ]
 
     def _moved(self, table: PositionTable, media: Tensor, time: Tensor) -> PositionTable:
@@ -114,3 +113,15 @@ class Reindexing:
     def restore(self, state: tuple[Tensor | None, ...]) -> None:
         """Return to a snapshot."""
         self.start, self.next, self.shift = state
+
+
+def _without_gaps(time: Tensor, reach: Tensor, media: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Number media from `start` ``[R]`` on, without ids that nothing is left on: new time ids ``[R, N]``, their end."""
+    ordered, order = time.masked_fill(~media, BEYOND).sort(dim=1)
+    member = media.gather(1, order)
+    # Before each position: one past all that the earlier ones take up. What lies between is a gap.
+    taken = torch.cat((start[:, None], reach.gather(1, order)[:, :-1] + 1), dim=1).cummax(1).values
+    gaps = (ordered - taken).clamp_min(0).masked_fill(~member, 0).cumsum(1)
+    ids = time - torch.zeros_like(gaps).scatter_(1, order, gaps)
+    end = (ids + reach - time + 1).masked_fill(~media, 0).amax(1)
+    return ids, torch.maximum(end, start)

@@ -61,7 +61,11 @@ class Golden:
         self.qwen2_5 = is_qwen2_5(self.config)
         self.backbone = _load(self.config, parts["weights"])
         self.model = self.backbone.model
-        self.layouts = ["train", "release"] if self.qwen2_5 else [""]
+        # "logits", or "logits.train" and "logits.release".
+        self.layouts = [name.partition(".")[2] for name in self.outputs if name.split(".")[0] == "logits"]
+        self.picture, self.sound = "pixel_values_videos" in self.inputs, "audio_feature" in self.inputs
+        # One video is a stream; a prompt with several is compared as a whole.
+        self.is_stream = not self.picture or len(self.inputs["video_grid_thw"]) == 1
 
     def whole(self, layout: str) -> tuple[Tensor, Tensor]:
         """Rotary ids and logits of the whole prompt."""
@@ -70,8 +74,8 @@ class Golden:
         ids, _ = self.model.model.get_rope_index(**given, position_layout=layout or "train")
         logits = self.model(
             **given,
-            pixel_values_videos=self.inputs["pixel_values_videos"],
-            input_features=self.inputs["audio_feature"],
+            pixel_values_videos=self.inputs.get("pixel_values_videos"),
+            input_features=self.inputs.get("audio_feature"),
             position_layout=layout or "train",
         ).logits
         return ids, logits
@@ -100,8 +104,9 @@ class Golden:
         texts = iter(self._texts)
         seconds = float(self.inputs["second_per_grid_ts"][0]) if "second_per_grid_ts" in self.inputs else 2.0
         self._fps = self.backbone.temporal_patch / seconds
-        patches = int(self.inputs["video_grid_thw"][0, 0])
-        self._duration = patches * seconds
+        patches = int(self.inputs["video_grid_thw"][0, 0]) if self.picture else 0
+        segments = len(self.inputs["audio_feature"]) if self.sound else 0
+        self._duration = max(patches * seconds, 0.0 if self.picture else 30.0 * segments)
         backbone = self.backbone
         limits = PixelLimits(1, 1, 1)
         with (
@@ -111,24 +116,28 @@ class Golden:
             if self.qwen2_5:
                 backbone.text_ids = lambda _: next(texts)
                 encoder: Any = backbone.stream_encoder(
-                    picture=True, sound=True, fps=self._fps, duration=self._duration, position_layout=layout
-                )
+                    picture=self.picture, sound=self.sound, fps=self._fps, duration=self._duration,
+                    position_layout=layout,
+                )  # fmt: skip
             else:
                 # All text before the first picture is the opening, so that its time is nothing more.
                 rest = iter([next(texts), torch.zeros(1, 0, dtype=torch.int64), *texts])
                 backbone.text_ids = lambda _: next(rest)
-                timestamps = -(-patches // self.group)
+                timestamps = max(1, -(-patches // self.group))
                 encoder = backbone.stream_encoder(
-                    picture=True, sound=True, fps=self._fps, duration=self._duration, timestamps=timestamps
-                )
-                assert encoder.patches_per_group == self.group
+                    picture=self.picture, sound=self.sound, fps=self._fps, duration=self._duration,
+                    timestamps=timestamps,
+                )  # fmt: skip
+                assert encoder.patches_per_group == self.group or not self.picture
+        if not self.sound:
+            return encoder
         sound = self.model.model.get_audio_features(self.inputs["audio_feature"]).flatten(0, 1)
 
         class Ear:
             per_second = 2.0
 
             def __call__(self, chunk: Chunk) -> Tensor:
-                return sound[int(chunk.t0 * 2) : None if chunk.last else int(chunk.t1 * 2)]
+                return sound[int(chunk.t0 * 2 + 1e-6) : None if chunk.last else int(chunk.t1 * 2 + 1e-6)]
 
         encoder.ear = Ear()
         return encoder
@@ -149,14 +158,18 @@ class Golden:
     def _chunks(self, patches: int) -> list[Chunk]:
         """Frames hold the number of their temporal patch; `_see` encodes the file's pixels of those."""
         step = self.backbone.temporal_patch
-        total = int(self.inputs["video_grid_thw"][0, 0])
         nothing, chunks = np.zeros(0, np.float32), []
+        sound = nothing if self.sound else None
+        if not self.picture:
+            no_frames = np.zeros((0, 1, 1, 1), np.uint8)
+            return [Chunk(0, 0.0, self._duration, no_frames, np.zeros(0), sound, nothing, nothing, True)]
+        total = int(self.inputs["video_grid_thw"][0, 0])
         for number, first in enumerate(range(0, total, patches)):
             last = min(first + patches, total)
             frames = np.repeat(np.arange(first, last, dtype=np.uint8), step)[:, None, None, None]
             times = np.arange(first * step, last * step) / self._fps
             t0, t1 = first * step / self._fps, last * step / self._fps
-            chunks.append(Chunk(number, t0, t1, frames, times, nothing, nothing, nothing, last == total))
+            chunks.append(Chunk(number, t0, t1, frames, times, sound, nothing, nothing, last == total))
         return chunks
 
     def _see(self, _backbone: Any, frames: np.ndarray, _limits: Any) -> Patches:
@@ -204,18 +217,20 @@ def compare(path: str | Path) -> dict[str, float]:
         found[name] = float((ours != theirs).sum()) if ours.shape == theirs.shape else float("inf")
 
     model, inputs, outputs = golden.model, golden.inputs, golden.outputs
-    close("audio embeddings", model.model.get_audio_features(inputs["audio_feature"]), outputs["audio_embeds"])
-    features = model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
-    close("video embeddings", torch.cat(features.pooler_output), outputs["video_embeds"])
-    for i, layer in enumerate(getattr(features, "deepstack_features", None) or ()):
-        close(f"deepstack {i}", torch.cat(layer), outputs[f"deepstack{i}"])
+    if golden.sound:
+        close("audio embeddings", model.model.get_audio_features(inputs["audio_feature"]), outputs["audio_embeds"])
+    if golden.picture:
+        features = model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+        close("video embeddings", torch.cat(features.pooler_output), outputs["video_embeds"])
+        for i, layer in enumerate(getattr(features, "deepstack_features", None) or ()):
+            close(f"deepstack {i}", torch.cat(layer), outputs[f"deepstack{i}"])
     for layout in golden.layouts:
         ending = f".{layout}" if layout else ""
         expected_ids, expected = outputs[f"position_ids{ending}"], outputs[f"logits{ending}"]
         ids, logits = golden.whole(layout)
         same(f"position ids{ending}", ids, expected_ids)
         close(f"logits{ending}", logits, expected)
-        for patches in CHUNK_PATCHES if len(inputs["video_grid_thw"]) == 1 else ():
+        for patches in CHUNK_PATCHES if golden.is_stream else ():
             ids, logits = golden.streamed(layout, patches)
             same(f"position ids{ending}, {patches} patches a chunk", ids, expected_ids)
             close(f"logits{ending}, {patches} patches a chunk", logits, expected)

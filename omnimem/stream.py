@@ -73,6 +73,15 @@ class StreamSettings:
     timestamps: int | None = 256
     on_truncated: str = "error"
 
+    @classmethod
+    def fitting(cls, backbone: Backbone, **given: Any) -> StreamSettings:
+        """Settings with, unless one is given, the shortest chunks of at least ten seconds that fit the backbone."""
+        settings = cls(**given)
+        if "chunk_seconds" in given:
+            return settings
+        alignment = backbone.chunk_alignment(settings.fps, settings.audio)
+        return replace(settings, chunk_seconds=alignment * math.ceil(settings.chunk_seconds / alignment - 1e-9))
+
     def check(self, backbone: Backbone) -> None:
         """Refuse a chunk length at whose edges the backbone's encoders would not be exact.
 
@@ -197,7 +206,7 @@ class StreamingSession:
         profile.check_model(backbone.config)
         self.backbone = backbone
         self.profile = profile
-        self.settings = settings or StreamSettings()
+        self.settings = settings or StreamSettings.fitting(backbone)
         self.method = method
         self.memory = CompressedCache(profile, build_selection(method, **options))
         self._stream = Stream(backbone, self.memory)
@@ -264,7 +273,7 @@ class StreamingSession:
             options = {**recorded, **options}
         known = {field.name for field in fields(StreamSettings)}
         given = {**{k: v for k, v in profile.stream.items() if k in known}, **(settings or {})}
-        return cls(backbone, profile, chosen, StreamSettings(**given), **options)
+        return cls(backbone, profile, chosen, StreamSettings.fitting(backbone, **given), **options)
 
     @torch.no_grad()
     def watch(self, media: str | Path, **settings: Any) -> Iterator[StreamEvent]:

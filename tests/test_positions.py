@@ -387,3 +387,9 @@ def test_silence_is_encoded_without_special_cases(tiny):
     encoder.prefix()
     for chunk in sound_chunks(np.zeros(5 * RATE, np.float32), 2):
         assert encoder.encode(chunk).embeds.isfinite().all()
+
+
+def test_without_a_chunk_length_the_shortest_of_ten_seconds_that_fits_is_taken(tiny):
+    assert StreamSettings.fitting(tiny).chunk_seconds == 10
+    assert StreamSettings.fitting(tiny, fps=1.5).chunk_seconds == 12
+    assert StreamSettings.fitting(tiny, chunk_seconds=3).chunk_seconds == 3

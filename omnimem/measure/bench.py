@@ -128,7 +128,8 @@ def load_model(task: dict[str, Any]) -> Backbone:
 def new_session(task: dict[str, Any], backbone: Backbone) -> StreamingSession:
     """An empty memory of uniform budgets."""
     profile = BudgetProfile.uniform(backbone.config, task["mean_budget"], task["ratio"])
-    return StreamingSession(backbone, profile, task["method"], StreamSettings(**task["stream"]), **task["options"])
+    settings = StreamSettings.fitting(backbone, **task["stream"])
+    return StreamingSession(backbone, profile, task["method"], settings, **task["options"])
 
 
 def _stream(session: StreamingSession, media: str, seconds: float, rounds: int) -> dict[str, Any]:

@@ -1,0 +1,363 @@
+"""Seconds and peak memory of a training step of shipped recipes, against what `dry_run=true` computes.
+
+    python tests/benchmarks/recipe_step.py --recipes video_salmonn_lora,video_salmonn_qlora,release_sft --minutes 10 \\
+        --out tests/benchmarks/results/recipe_step.json
+    python tests/benchmarks/recipe_step.py --recipes video_salmonn_qlora --set data.max_pixels=61250
+    python tests/benchmarks/recipe_step.py --shape tiny --device cpu --minutes 0.8      # does it run?
+
+The model has the published configuration and random weights, made on the device in the recipe's type (NF4 layer by
+layer); everything else is what `train.py` builds: adapter, budgets, selection, store, objective, AdamW. The stream is a
+clip of the tests, its packets repeated up to the length asked for, with one question at its end. After a step that
+warms up, two are measured. Without a GPU no memory is measured. Out of memory is a result like any other.
+
+Text is counted with a stand-in's tokenizer, which writes times between pictures (release_sft) in more tokens than the
+published one; `--set model.path=DIR`, a folder with the published configuration and tokenizer, needs no weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import tempfile
+import time
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+# The published sizes come from our own table, whatever this machine could reach.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import av
+import torch
+from accelerate import Accelerator
+from transformers.quantizers import AutoHfQuantizer
+
+from omnimem.backbones import Backbone
+from omnimem.backbones.checkpoint import _nf4, quiet_stock
+from omnimem.budget import BudgetProfile
+from omnimem.errors import OmniMemError
+from omnimem.files import atomic_write_json
+from omnimem.media import open_media
+from train.budgets import profile_at
+from train.config import Recipe, load_recipe
+from train.data import Schedule, load_rows, tokenise
+from train.environment import _version, environment
+from train.loop import rate_at
+from train.objective import StreamObjective
+from train.plan import WAITING, memory_plan, plan_stream
+from train.processes import Processes, new_accelerator, new_processes
+from train.setup import (
+    add_lora,
+    check_recipe,
+    gradient_of,
+    selection_of,
+    settings_of,
+    store_of,
+    truncation_of,
+)
+from train.teacher import TeacherAnswers
+
+CLIP = Path(__file__).resolve().parents[1] / "media" / "speech_apollo15_hammer_feather_47s.webm"
+RECIPES = "video_salmonn_lora,video_salmonn_qlora,release_sft"
+QUESTION = "What does the astronaut drop on the Moon, and which of the two lands first?"
+ANSWER = "He drops a hammer and a feather. Without air both fall at the same rate and land at the same time."
+LAST_PACKET = 0.04
+"""Seconds; no packet of the clip lasts longer, so none that begins so long before the end reaches beyond it."""
+
+MEASURED = 2
+GIB = 2**30
+
+# ---- the stream ------------------------------------------------------------------------------------------------------
+
+
+def repeat(source: Path, out: Path, seconds: float) -> None:
+    """Write the packets of a clip over and over, their times going on, until `seconds` are reached; none is decoded."""
+    with ExitStack() as files:
+        target = files.enter_context(av.open(str(out), "w"))
+        start, streams = 0.0, None
+        while start < seconds:
+            with av.open(str(source)) as container:
+                if streams is None:
+                    streams = [target.add_stream_from_template(stream) for stream in container.streams]
+                assert container.duration is not None
+                for packet in container.demux():
+                    if packet.pts is None or packet.dts is None:
+                        continue  # the end of a stream
+                    if float(packet.pts * packet.time_base) + start + LAST_PACKET > seconds:
+                        continue
+                    shift = round(start / packet.time_base)
+                    packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                    packet.stream = streams[packet.stream_index]
+                    target.mux(packet)
+                start += container.duration / av.time_base
+
+
+def read(path: Path, seconds: float) -> dict[str, Any]:
+    """Read a clip to its end and count, so that nobody measures a stream shorter than was said.
+
+    Raises
+    ------
+    SystemExit
+        Frames or sound are missing.
+    """
+    started, frames, samples = time.perf_counter(), 0, 0
+    reader = open_media(path, fps=1.0, chunk_seconds=10.0, short_side=360)
+    for chunk in reader:
+        frames += len(chunk.frames)
+        samples += 0 if chunk.audio is None else len(chunk.audio)
+    found = {
+        "clip": CLIP.name,
+        "header_seconds": reader.info.duration,
+        "frames_a_second": frames,
+        "samples": samples,
+        "read_seconds": time.perf_counter() - started,
+    }
+    if abs(frames - seconds) > 1 or abs(samples / 16_000 - seconds) > 2 * LAST_PACKET:
+        raise SystemExit(f"{path}: {found} is not {seconds:g} s of media")
+    return found
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+def with_random_weights(skeleton: Backbone, recipe: Recipe, device: torch.device) -> Backbone:
+    """A frozen model of the skeleton's sizes on the device, as `load_base` would load it: only the values differ.
+
+    Linear layers that a recipe quantises are made one at a time, so that the device never holds all of them whole.
+    """
+    dtype, nf4 = skeleton.model.dtype, recipe.model.quantize == "nf4"
+    torch.manual_seed(recipe.model.seed)
+    with quiet_stock():
+        with torch.device("meta"):
+            model: Any = type(skeleton.model)._from_config(deepcopy(skeleton.config), dtype=dtype)
+        quantizer: Any = AutoHfQuantizer.from_config(_nf4(dtype, skeleton.whole)) if nf4 else None
+        if quantizer is not None:
+            quantizer.preprocess_model(model, device_map=None)
+        for module in model.modules():
+            if hasattr(module, "quant_state"):
+                quantise(module, dtype, device)
+            else:
+                module.to_empty(device=device, recurse=False)
+        # Values of all that is empty, tables of frequencies among them; ties what the configuration ties.
+        model.init_weights()
+        if quantizer is not None:
+            quantizer.postprocess_model(model)
+    backbone: Any = type(skeleton)
+    return backbone(model.eval().requires_grad_(False), skeleton.processor, recipe.model.path)
+
+
+def quantise(linear: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Fill a layer of bitsandbytes that has shapes only, the way transformers does while it loads."""
+    from bitsandbytes.nn import Params4bit
+
+    empty = linear.weight
+    value = torch.empty(empty.shape, dtype=dtype, device=device).normal_(std=0.02)
+    linear.weight = Params4bit(value, requires_grad=False, **empty.__dict__).to(device)
+    if linear.bias is not None:
+        linear.bias = torch.nn.Parameter(torch.zeros(linear.bias.shape, dtype=dtype, device=device), False)
+    linear._is_hf_initialized = True
+
+
+# ---- a step ----------------------------------------------------------------------------------------------------------
+
+
+def take(
+    recipe: Recipe,
+    number: int,
+    schedule: Schedule,
+    objective: StreamObjective,
+    profile: BudgetProfile,
+    processes: Processes,
+) -> dict[str, Any]:
+    """One optimiser step, as `train.loop.train` takes it; positions, and whether AdamW changed the weights."""
+    processes.learning_rate(rate_at(number, schedule.steps, recipe.train))
+    gradient = gradient_of(recipe, number / max(1, schedule.steps - 1))
+    budgets = profile_at(recipe, profile, number, schedule.steps)
+    weight, loss, positions = 1 / schedule.targets(number), 0.0, 0
+    with processes.accumulating():
+        for batch in schedule.step(number, 0):
+            outcome = objective(batch, gradient, budgets)
+            outcome.backward(weight * processes.weight)
+            loss += outcome.loss.item() * weight
+            positions += outcome.positions
+    norm = processes.step(wanted=math.isfinite(loss))
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    return {"positions": positions, "retained": outcome.retained, "loss": loss if finite else None, "finite": finite}
+
+
+def plan(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
+    """The row of a recipe before it has run: what it is, and what `dry_run=true` says of the memory of a step."""
+    skeleton, profile = check_recipe(recipe)
+    rows = load_rows(recipe.data, skeleton.hears).rows
+    stream = plan_stream(rows[0], skeleton, settings_of(recipe))
+    parts = memory_plan(recipe, skeleton, profile, selection_of(recipe), [stream])
+    on_device = [size for name, size in parts.items() if WAITING not in name or recipe.train.offload == "none"]
+    return {
+        "recipe": recipe.recipe,
+        "overrides": overrides,
+        "model": recipe.model.path,
+        "dtype": recipe.model.dtype,
+        "quantize": recipe.model.quantize,
+        "plan": {
+            **asdict(stream),
+            "positions": stream.positions,
+            "parts_bytes": parts,
+            "device_bytes": sum(on_device),
+        },
+    }
+
+
+def measure(recipe: Recipe, accelerator: Accelerator, found: dict[str, Any]) -> None:
+    """Warm up and measure; what is known goes into `found` at once, so that it stays where memory runs out."""
+    device = accelerator.device
+    output_dir = Path(recipe.output_dir)
+    skeleton, profile = check_recipe(recipe)
+    found["weights_bytes"] = None
+    backbone = with_random_weights(skeleton, recipe, device)
+    found["weights_bytes"] = allocated(device)
+    peft_model = add_lora(recipe, backbone)
+    samples = [tokenise(row, backbone) for row in load_rows(recipe.data, backbone.hears).rows]
+    schedule = Schedule(samples, recipe.train, recipe.data.shuffle, processes=1)
+    processes = new_processes(accelerator, recipe, backbone, peft_model)
+    objective = StreamObjective(
+        backbone,
+        peft_model,
+        profile,
+        selection_of(recipe),
+        settings_of(recipe),
+        recipe.distill,
+        store=store_of(recipe, output_dir, accelerator),
+        truncation=truncation_of(recipe, len(profile.layers)),
+        processes=processes,
+        encoders_learn=bool(recipe.train.projectors),
+        decode_ahead=recipe.data.decode_ahead,
+        answers=TeacherAnswers.of(recipe, output_dir) if recipe.distill.cache else None,
+    )
+    peft_model.train()
+    found["step_seconds"] = []
+    for number in range(1 + MEASURED):
+        if number == 1 and device.type == "cuda":
+            # Weights, adapter and moments: what lies there between two steps.
+            found["between_steps_bytes"] = allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        started = clock(device)
+        found.update(take(recipe, number, schedule, objective, profile, processes))
+        seconds = clock(device) - started
+        if number == 0:
+            found["warm_up_seconds"] = seconds
+        else:
+            found["step_seconds"].append(seconds)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, when the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def allocated(device: torch.device) -> int | None:
+    """Bytes of tensors on a GPU now."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
+def attempt(recipe: Recipe, accelerator: Accelerator, row: dict[str, Any]) -> None:
+    """Complete the row of a recipe with what was measured until the end or until the device was full."""
+    device = accelerator.device
+    cuda = device.type == "cuda"
+    # Modules and what watches them refer to each other: the model of the last recipe is still there.
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    row["out_of_memory"] = None
+    try:
+        measure(recipe, accelerator, row)
+    except torch.OutOfMemoryError as error:
+        row["out_of_memory"] = str(error).splitlines()[0]
+    row["peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device) if cuda else None
+    row["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device) if cuda else None
+
+
+# ---- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row in words."""
+    planned, peak, reserved = row["plan"]["device_bytes"], row["peak_allocated_bytes"], row["peak_reserved_bytes"]
+    seconds = row.get("step_seconds", [])
+    time_taken = f"{sum(seconds) / len(seconds):.1f} s a step" if len(seconds) == MEASURED else "not measured"
+    if row["out_of_memory"]:
+        time_taken = "OUT OF MEMORY"
+    elif not row["finite"]:
+        time_taken += " WITHOUT AdamW (loss or gradient is not finite)"
+    memory = "peak not measured, "
+    if peak is not None:
+        memory = f"peak {peak / GIB:.2f} GiB ({reserved / GIB:.2f} reserved), {peak / planned:.2f} times the "
+    return (
+        f"{row['recipe']}: {row['plan']['chunks']} chunks, {row['plan']['positions']:,} positions: {time_taken}; "
+        f"{memory}planned {planned / GIB:.2f} GiB"
+    )
+
+
+def main() -> int:
+    """Measure and report; exit 1 when a recipe did not fit the device."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", default=RECIPES, help="names (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of the stream (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in every recipe; repeatable")
+    parser.add_argument("--shape", choices=("published", "tiny"), default="published")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, help="write the results as JSON, after every recipe")
+    args = parser.parse_args()
+    accelerator = new_accelerator()
+    device = accelerator.device
+    if device.type != args.device:
+        parser.error(f"training here runs on {device.type}, not {args.device} (CUDA_VISIBLE_DEVICES= hides GPUs)")
+    cuda = device.type == "cuda"
+    seconds = 60 * args.minutes
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        clip, manifest = folder / "clip.mkv", folder / "data.jsonl"
+        stream = {"media": clip.name, "question": QUESTION, "answer": ANSWER}
+        manifest.write_text(json.dumps(stream) + "\n", encoding="utf-8")
+        fixed = [
+            f"data.path={manifest}",
+            f"train.max_steps={1 + MEASURED}",
+            "finish.question=null",
+            "finish.media=null",
+        ]
+        fixed += ["model.path=tiny"] if args.shape == "tiny" else []
+        repeat(CLIP, clip, seconds)
+        report: dict[str, Any] = {
+            **environment(),
+            "bitsandbytes": _version("bitsandbytes"),
+            "device_bytes": torch.cuda.get_device_properties(device).total_memory if cuda else None,
+            "shape": args.shape,
+            "minutes": args.minutes,
+            "media": read(clip, seconds),
+        }
+        try:
+            # All before the first is run: a key that does not exist is better found now.
+            recipes = [
+                load_recipe([f"recipe={recipe}", f"output_dir={folder / recipe}", *fixed, *args.set, "dry_run=true"])
+                for recipe in args.recipes.split(",")
+            ]
+            rows = [plan(recipe, args.set) for recipe in recipes]
+        except OmniMemError as error:
+            parser.error(str(error))
+        for number, (recipe, row) in enumerate(zip(recipes, rows, strict=True)):
+            attempt(recipe, accelerator, row)
+            print(line(row), flush=True)
+            if args.out:
+                atomic_write_json(args.out, {**report, "rows": rows[: number + 1]})
+    return int(any(row["out_of_memory"] for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

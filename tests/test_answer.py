@@ -194,7 +194,7 @@ WRONG = {
     "unknown device": ("tiny", GOOD, ["--device", "nosuch"], "nosuch"),
     "absent device": ("tiny", GOOD, ["--device", "cuda:7"], "cuda:7"),
     "chunks off the grid": ("tiny", GOOD, ["--chunk-seconds", "3"], "multiple of 2"),
-    "half frames": ("tiny", GOOD, ["--fps", "0.3"], "multiple of"),
+    "half frames": ("tiny", GOOD, ["--fps", "0.3", "--chunk-seconds", "10"], "multiple of"),
     "sound alone without sound": ("tiny", str(MEDIA / SPEECH), ["--no-audio"], SPEECH),
     "fps 0": ("tiny", GOOD, ["--fps", "0"], "above 0"),
     "a time that is not a number": ("tiny", GOOD, ["--at", "soon"], "soon"),

@@ -132,8 +132,6 @@ class StreamObjective:
         self._ahead, self._answers = decode_ahead, answers
         self._distill = distill if distill is not None and distill.weight > 0 else None
         self._processes, self._encoders_learn = processes or Processes(), encoders_learn
-        decoder = backbone.language_model
-        self._encoders = [module for module in backbone.model.model.children() if module is not decoder]
         self._loss_dtype = torch.promote_types(backbone.model.dtype, torch.float32)
 
     @torch.no_grad()
@@ -173,9 +171,6 @@ class StreamObjective:
             known = None if self._answers is None else self._answers.load(samples)
             if processes.any(known is None):
                 teacher, known = Stream(self._backbone, CompressedCache(self._profile, Full())), None
-        for module in self._encoders:
-            # Even where they learn: their dropout was their own training's, and would fall otherwise on the way back.
-            module.eval()
         opened = [open_row(sample.row, self._settings, self._backbone) for sample in samples]
         encoders = [encoder for _, encoder in opened]
         waiting = [list(sample.asked) for sample in samples]
@@ -207,17 +202,29 @@ class StreamObjective:
                 wanted = torch.cat([known[asked] for asked in due if asked is not None])
             if teacher is not None and self._answers is not None:
                 self._answers.save(samples, due, wanted)
-            _, entropy, divergence = tape.ask(lambda: self._answered(stream, closing, question, answer, wanted))
+            ends = partial(_closed, forks, since) if learn and any(e.carries for e in encoders) else None
+
+            def answered() -> tuple[Tensor, ...]:
+                end = ends() if ends is not None and torch.is_grad_enabled() else closing
+                return self._answered(stream, end, question, answer, wanted)
+
+            _, entropy, divergence = tape.ask(answered)
             loss, distilled, targets = loss + entropy, distilled + divergence, targets + sum(map(len, answer))
 
         prefix = ChunkInputs.batch([encoder.prefix() for encoder in encoders])
+        # Where encoders learn: the last place where none of them carried anything on, and the chunks since.
+        learn = self._encoders_learn and training
+        forks: list[StreamEncoder] = []
+        since: tuple[tuple[Chunk | None, ...], ...] = ()
         tape.forward(prefix)
         teach(lambda one: one.forward(prefix, text=True))
         for chunks in self._side_by_side(readers):
             again = None
-            if self._encoders_learn and training:
-                forks = [encoder.fork() for encoder in encoders]
-                again = partial(_encoded, forks, chunks)
+            if learn:
+                if not any(encoder.carries for encoder in encoders):
+                    forks, since = [encoder.fork() for encoder in encoders], ()
+                since = (*since, chunks)
+                again = partial(_encoded_again, forks, since)
             chunk = _encoded(encoders, chunks)
             real = torch.ones_like(chunk.modality, dtype=torch.bool) if chunk.valid is None else chunk.valid
             for sample in count(chunk.modality, real):
@@ -317,6 +324,22 @@ def _encoded(encoders: Sequence[StreamEncoder], chunks: Sequence[Chunk | None]) 
     return ChunkInputs.batch(
         [e.idle() if chunk is None else e.encode(chunk) for e, chunk in zip(encoders, chunks, strict=True)]
     )
+
+
+def _encoded_again(forks: Sequence[StreamEncoder], since: Sequence[Sequence[Chunk | None]]) -> ChunkInputs:
+    """The last of these chunks, after the others."""
+    encoders = [fork.fork() for fork in forks]
+    for chunks in since[:-1]:
+        _encoded(encoders, chunks)
+    return _encoded(encoders, since[-1])
+
+
+def _closed(forks: Sequence[StreamEncoder], since: Sequence[Sequence[Chunk | None]]) -> ChunkInputs:
+    """What ends the media behind these chunks."""
+    encoders = [fork.fork() for fork in forks]
+    for chunks in since:
+        _encoded(encoders, chunks)
+    return ChunkInputs.batch([encoder.closing() for encoder in encoders])
 
 
 def _forgotten(stream: Stream, text: ChunkInputs) -> None:

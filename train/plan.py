@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from data_prep.manifest import Row
 from omnimem.backbones import Backbone
@@ -35,7 +36,10 @@ WAITING = "what left the memory, waiting"
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """One row of the data: seconds, chunks, positions by modality, the largest chunk, tokens of the longest answer."""
+    """One row of the data: seconds, chunks, positions by modality, the largest chunk, tokens of the longest answer.
+
+    The last is the text between the pictures, which stays in memory.
+    """
 
     name: str
     seconds: float
@@ -45,6 +49,7 @@ class StreamPlan:
     largest_chunk: int
     questions: int
     answer: int
+    text: int = 0
 
     @property
     def positions(self) -> int:
@@ -77,7 +82,18 @@ def plan_stream(row: Row, backbone: Backbone, settings: StreamSettings) -> Strea
         largest_chunk=max((visual + audio for visual, audio in chunks), default=0),
         questions=len(row.questions),
         answer=max(len(backbone.answer_ids(question.answer)[0]) for question in row.questions),
+        text=_timestamps(backbone, settings, seconds) if info.has_video else 0,
     )
+
+
+def _timestamps(backbone: Backbone, settings: StreamSettings, seconds: float) -> int:
+    """Tokens of the times between pictures, which models write whose pictures count from the present place."""
+    if not backbone.frame_anchored:
+        return 0
+    patches = math.ceil(math.ceil(seconds * settings.fps) / backbone.config.vision_config.temporal_patch_size)
+    together = 1 if settings.timestamps is None else max(1, math.ceil(patches / settings.timestamps))
+    # Behind the time, a token that begins the group of pictures and one that ends it.
+    return math.ceil(patches / together) * (backbone.text_ids(f"<{seconds:.1f} seconds>").shape[1] + 2)
 
 
 def memory_plan(
@@ -86,7 +102,7 @@ def memory_plan(
     """Bytes of the parts of a training step for the longest stream, computed from shapes; call before LoRA is added."""
     text = backbone.config.text_config
     itemsize = backbone.model.dtype.itemsize
-    projections = [p for p in backbone.language_model.layers.parameters() if p.ndim == 2]
+    projections = [m.weight for m in backbone.language_model.layers.modules() if isinstance(m, nn.Linear)]
     weights = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
     if recipe.model.quantize == "nf4":
         weights += round(sum(p.numel() * (NF4_BYTES - p.element_size()) for p in projections))
@@ -100,16 +116,23 @@ def memory_plan(
     layers, batch, chunk = text.num_hidden_layers, recipe.train.batch_size, longest.largest_chunk
     learning = recipe.selection.gradient != "none"
     margin = min(recipe.gate.margin or chunk, chunk) if learning else 0
+    retained += layers * longest.text
+    chunk += math.ceil(longest.text / max(1, longest.chunks))
+    whole = longest.positions + longest.text
+    queries = text.num_attention_heads * shape.head_dim
     # Kept for the backward of one position and layer: two normalised inputs, residuals, q, k, v, attention output,
     # and the three wide tensors of the feed-forward block.
     inner = 3 * text.intermediate_size
     if experts := getattr(text, "num_experts_per_tok", 0):
         inner = experts * (text.hidden_size + 3 * text.moe_intermediate_size)
-    activation = (8 * text.hidden_size + inner) * itemsize + 2 * kv
+    activation = (5 * text.hidden_size + 3 * queries + inner) * itemsize + 2 * kv
     states = kv + (features if learning else 0)
     # Every position of the stream, less what is still in the memory when its way back begins.
-    left = max(0, longest.positions * layers - retained)
-    waiting = batch * (left * states + longest.chunks * layers * margin * kv)
+    left = max(0, whole * layers - retained)
+    # And what went into the decoder, unless it is encoded again.
+    maps = 1 + len(getattr(backbone.config.vision_config, "deepstack_visual_indexes", ()))
+    inputs = 0 if recipe.train.projectors else whole * maps * text.hidden_size * itemsize
+    waiting = batch * (left * states + longest.chunks * layers * margin * kv + inputs)
     place = "on the device" if recipe.train.offload == "none" else f"in {recipe.train.offload} memory"
     return {
         "weights": weights,
@@ -119,7 +142,7 @@ def memory_plan(
         "margin of evicted positions": batch * layers * margin * kv,
         "activations of a chunk": batch * layers * chunk * activation,
         "logits of an answer": batch * longest.answer * text.vocab_size * 3 * 4,
-        "the teacher's cache": batch * layers * longest.positions * kv if recipe.distill.weight > 0 else 0,
+        "the teacher's cache": batch * layers * whole * kv if recipe.distill.weight > 0 else 0,
         f"{WAITING} {place}": waiting,
     }
 

@@ -143,6 +143,11 @@ class StreamEncoder(ABC):
         """Another encoder at the same place of the stream."""
         return copy(self)
 
+    @property
+    def carries(self) -> bool:
+        """Whether something that was read waits for a later chunk or for the end."""
+        return False
+
     @abstractmethod
     def idle(self) -> ChunkInputs:
         """A step of no positions, for a sample of a batch whose media has ended."""

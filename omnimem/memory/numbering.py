@@ -1,12 +1,12 @@
 """The position policy `reindexed`: retained positions are numbered densely anew after every compression.
 
 A stream then never leaves the rotary range a model was trained on, however long it is, and what is retained stands
-close together, as in StreamingLLM. In every layer the gaps that evicted positions leave between the time ids of the
-media are closed, and the ids end right before the next chunk; equal ids stay equal, so picture and sound stay aligned,
-and where nothing was evicted nothing changes. Text before the media keeps its ids, and so do the height and width ids of
-pictures, which count from the start of the media (where they count from the present place instead, as in the Qwen3-VL
-family, they move with the time ids, and what follows stays behind them). Keys are stored without rotation and rotated
-to their present ids in every step, so nothing accumulates.
+close together, as in StreamingLLM. In every layer the time ids that no retained position of the media stands on are
+left out, and the others end right before the next chunk; equal ids stay equal, so picture and sound stay aligned. Text
+before the media keeps its ids, and so do the height and width ids of pictures, which count from the start of the media.
+Where they count from the present place instead, as in the Qwen3-VL family, they move with the time ids and what follows
+stays behind them, so there nothing changes while nothing is evicted. Keys are stored without rotation and rotated to
+their present ids in every step, so nothing accumulates.
 """
 
 from __future__ import annotations

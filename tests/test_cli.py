@@ -98,8 +98,8 @@ def test_export_calls_its_worker(worker):
     assert main(["export", "runs/x", "--out", "y"]) == 0
     assert main(["export", "runs/x", "--out", "y", "--overwrite", "--dtype", "float32"]) == 0
     assert calls == [
-        {"run": Path("runs/x"), "out": Path("y"), "overwrite": False, "dtype": None},
-        {"run": Path("runs/x"), "out": Path("y"), "overwrite": True, "dtype": "float32"},
+        {"run": Path("runs/x"), "out": Path("y"), "overwrite": False, "dtype": None, "base": None},
+        {"run": Path("runs/x"), "out": Path("y"), "overwrite": True, "dtype": "float32", "base": None},
     ]
 
 

@@ -10,29 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor, Qwen2Config, Qwen2Model
+from transformers import LlavaOnevisionForConditionalGeneration, Qwen2Config, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from conftest import MEDIA, RABBIT, WEBB
-from omnimem.backbones import Backbone, ChunkInputs, load_backbone
+from omnimem.backbones import Backbone, load_backbone
+from omnimem.backbones.llava_onevision.backbone import LlavaOnevision
 from omnimem.backbones.llava_onevision.tiny import build_tiny
-from omnimem.budget import BudgetProfile, ModelFingerprint
-from omnimem.cli import main as omnimem
+from omnimem.budget import ModelFingerprint
 from omnimem.errors import OmniMemError
-from omnimem.forward import Stream
-from omnimem.memory import CompressedCache
 from omnimem.memory.rotary import Rotary
 from omnimem.modality import TEXT, VISUAL
-from omnimem.stream import StreamingSession, StreamSettings
-from small_runs import trained_run
+from omnimem.stream import StreamSettings
+from one_axis import LONG, check_answer_by_hand, check_strict_loading, check_trained_run, following, session_of
 from stock import QUESTION, TOLERANCE, streamed, whole_clip
 
 JFK = MEDIA / "audio_speech_jfk_11s.flac"
 PER_FRAME = 9
-LONG = StreamSettings(chunk_seconds=3, max_seconds=12)
 
 
 @pytest.fixture(scope="module")
@@ -120,48 +115,10 @@ def test_keys_are_rotated_as_a_decoder_with_one_axis_rotates_them():
     assert (rotary.unrotate(expected, ids) - states).abs().max() <= 1e-12
 
 
-def following(memory: CompressedCache) -> int:
-    assert memory.next_position is not None
-    return int(memory.next_position)
-
-
-def session_of(backbone: Backbone, method: str = "omnimem", mean: int = 24, **options: Any) -> StreamingSession:
-    budgets = BudgetProfile.uniform(backbone.config, mean=mean, ratio=2.0)
-    return StreamingSession(backbone, budgets, method, LONG, **options)
-
-
 @pytest.mark.parametrize("positions", ["original", "reindexed"])
 @pytest.mark.parametrize("method", ["omnimem", "hermes", "infinipot_v"])
 def test_an_answer_is_the_greedy_one_at_the_memorys_own_ids(llava64, method, positions):
-    session = session_of(llava64, method, positions=positions)
-    received: list[Tensor] = []
-    handle = llava64.language_model.register_forward_pre_hook(
-        lambda _model, _args, kwargs: received.append(kwargs["position_ids"].clone()), with_kwargs=True
-    )
-    memory = session.memory
-    for event in session.watch(WEBB):
-        assert event.retained["visual"] <= 24
-    tokens, used, flow = [], [], Stream(llava64, memory)
-    with torch.no_grad(), memory.scratch():
-        assert session._encoder is not None
-        flow.forward(session._encoder.closing(), text=True)
-        ids, start = llava64.question_ids(QUESTION), following(memory)
-        for _ in range(5):
-            part = ChunkInputs.text(llava64.embed(ids), start + len(used))
-            used += part.positions[0, 0].tolist()
-            hidden = llava64.language_model(
-                inputs_embeds=part.embeds, position_ids=part.positions, past_key_values=memory, use_cache=True
-            ).last_hidden_state
-            tokens.append(int(llava64.lm_head(hidden[:, -1]).argmax()))
-            ids = torch.tensor([tokens[-1:]])
-    received.clear()
-    answer = session.ask(QUESTION, max_new_tokens=5, min_new_tokens=5)
-    handle.remove()
-    assert answer == llava64.tokenizer.decode(tokens, skip_special_tokens=True)
-    closing, *asked = received
-    assert torch.cat(asked, -1)[-1].flatten().tolist() == used
-    assert int(closing.max()) + 1 == used[0]
-    assert session.ask(QUESTION, max_new_tokens=5, min_new_tokens=5) == answer
+    check_answer_by_hand(llava64, method, positions)
 
 
 def test_original_ids_leave_the_trained_range_and_say_so_and_reindexed_ones_stay(path, caplog):
@@ -206,17 +163,7 @@ def test_a_weight_that_is_missing_or_unknown_is_named(path, tmp_path):
     weights = load_file(path / "model.safetensors")
     roots = {name.split(".")[0] for name in weights}
     assert roots == {"language_model", "vision_tower", "multi_modal_projector", "image_newline"}
-    for file in path.iterdir():
-        if file.suffix != ".safetensors":
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    newline = weights.pop("image_newline")
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(OmniMemError, match=r"1 missing keys: .*image_newline"):
-        load_backbone(tmp_path, device="cpu")
-    stray = {"image_newline": newline, "vision_tower.vision_model.head.probe": newline.clone()}
-    save_file({**weights, **stray}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(OmniMemError, match=r"1 unexpected keys: .*head\.probe"):
-        load_backbone(tmp_path, device="cpu")
+    check_strict_loading(path, tmp_path, "image_newline", "vision_tower.vision_model.head.probe")
 
 
 def test_what_training_and_plans_ask_for(llava, path):
@@ -229,30 +176,9 @@ def test_what_training_and_plans_ask_for(llava, path):
     assert load_backbone(path, device="meta").language_model.dtype == torch.bfloat16
 
 
-@torch.no_grad()
 def test_a_trained_run_exports_what_the_stock_classes_load(tmp_path):
-    """Two steps with the projector; the sound of the clips is not asked for."""
-    run = trained_run(
-        tmp_path, "model.backbone=llava_onevision", "train.max_steps=2", "train.projectors=[visual]", "data.audio=false"
-    )
-    assert omnimem(["export", str(run), "--out", str(tmp_path / "merged")]) == 0
-    base = LlavaOnevisionForConditionalGeneration.from_pretrained(run / "base").eval()
-    loaded: Any = LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path / "merged", output_loading_info=True)
-    merged, info = loaded
-    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
-    names = [load_file(folder / "model.safetensors").keys() for folder in (run / "base", tmp_path / "merged")]
-    assert names[0] == names[1], "the hub's layout"
-    video = whole_clip(RABBIT, 1.0, max_seconds=3).video
-    before, after = (
-        LlavaOnevisionProcessor.from_pretrained(folder)(text="<video>\nWhat?", videos=[video], return_tensors="pt")
-        for folder in (run / "base", tmp_path / "merged")
-    )
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    plain = base(**after).logits
-    adapted = PeftModel.from_pretrained(base, str(run)).eval()(**after).logits
-    logits = merged.eval()(**after).logits
-    assert (logits - adapted).abs().max() <= 1e-4 * adapted.abs().max()
-    assert (logits - plain).abs().max() > 0.1
+    """The sound of the clips is not asked for."""
+    check_trained_run(tmp_path, LlavaOnevision, "<video>")
 
 
 def test_small_checkpoints_with_tied_embeddings_load(tmp_path):

@@ -82,18 +82,8 @@ def plan_stream(row: Row, backbone: Backbone, settings: StreamSettings) -> Strea
         largest_chunk=max((visual + audio for visual, audio in chunks), default=0),
         questions=len(row.questions),
         answer=max(len(backbone.answer_ids(question.answer)[0]) for question in row.questions),
-        text=_timestamps(backbone, settings, seconds) if info.has_video else 0,
+        text=backbone.text_positions(settings.fps, seconds, settings.timestamps) if info.has_video else 0,
     )
-
-
-def _timestamps(backbone: Backbone, settings: StreamSettings, seconds: float) -> int:
-    """Tokens of the times between pictures, which models write whose pictures count from the present place."""
-    if not backbone.frame_anchored:
-        return 0
-    patches = math.ceil(math.ceil(seconds * settings.fps) / backbone.config.vision_config.temporal_patch_size)
-    together = 1 if settings.timestamps is None else max(1, math.ceil(patches / settings.timestamps))
-    # Behind the time, a token that begins the group of pictures and one that ends it.
-    return math.ceil(patches / together) * (backbone.text_ids(f"<{seconds:.1f} seconds>").shape[1] + 2)
 
 
 def memory_plan(

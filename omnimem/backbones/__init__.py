@@ -27,6 +27,8 @@ BACKBONES = {
     "qwen3_vl": "omnimem.backbones.qwen3_vl",
     "qwen3_omni": "omnimem.backbones.qwen3_omni",
     "llava_onevision": "omnimem.backbones.llava_onevision",
+    "llava_next_video": "omnimem.backbones.llava_next_video",
+    "video_llama_3": "omnimem.backbones.video_llama_3",
 }
 """Backbone folders by name; a new backbone is a folder with a `BACKBONE` class and a line here."""
 

@@ -257,6 +257,10 @@ class Backbone(ABC):
     ) -> list[tuple[int, int]]:
         """Visual and audio positions of each chunk of a file with frames of `frame` (height, width)."""
 
+    def text_positions(self, fps: float, seconds: float, timestamps: int | None) -> int:
+        """Positions of text between the pictures of a stream (see `stream_encoder`), which stay in memory."""
+        return 0
+
     @abstractmethod
     def question_ids(self, question: str) -> Tensor:
         """int64 ``[1, Q]``: the question and the start of the assistant's turn."""

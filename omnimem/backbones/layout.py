@@ -182,6 +182,11 @@ def largest_time_scale(duration: float | None, ids_per_second: float, limit: int
     return (limit - reserve) / (duration * ids_per_second)
 
 
+def group_size(pictures: int | None, timestamps: int | None) -> int:
+    """Pictures behind one time, so that a stream of so many has at most `timestamps`; 1 where either is not known."""
+    return 1 if pictures is None or timestamps is None else max(1, -(-pictures // timestamps))
+
+
 def common_multiple(*seconds: float) -> float:
     """Shortest time that holds whole numbers of each of these."""
     parts = [Fraction(value).limit_denominator(100_000) for value in seconds]

@@ -117,6 +117,13 @@ QWEN3_OMNI = {
     "vision_config": {"out_hidden_size": 2048},
     "audio_config": {"output_dim": 2048},
 }
+VIDEO_LLAMA_3_VISION = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
 
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen/Qwen2.5-Omni-3B": ("qwen2_5_omni", _omni(TEXT_3B)),
@@ -141,16 +148,30 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen/Qwen3-VL-4B-Instruct": ("qwen3_vl", _qwen3(36, 2560, 9728, QWEN3_VISION_4B, tied=True)),
     "Qwen/Qwen3-VL-8B-Instruct": ("qwen3_vl", _qwen3(36, 4096, 12288, QWEN3_VISION_8B)),
     "Qwen/Qwen2.5-VL-7B-Instruct": ("qwen2_5_vl", _qwen2_5(TEXT_7B)),
+    "llava-hf/LLaVA-NeXT-Video-7B-hf": (
+        "llava_next_video",
+        {"text_config": _text(32, 4096, 11008, 32, 32, 32_064, model_type="llama", max_position_embeddings=4096)},
+    ),
+    "lkhl/VideoLLaMA3-7B-Image-HF": (
+        "video_llama_3",
+        {
+            "text_config": {**TEXT_7B, "model_type": "qwen2", "max_position_embeddings": 32_768},
+            "vision_config": VIDEO_LLAMA_3_VISION,
+        },
+    ),
 }
 """Backbone and configuration by hub id; where it differs from the configuration class's own defaults."""
+
+VIDEO_PROCESSORS = {"video_llama_3": {"size": {"shortest_edge": 16 * 28**2, "longest_edge": 16_384 * 28**2}}}
+"""Published settings of a video processor by backbone; where they differ from the processor class's own defaults."""
 
 
 def shapes(path: str, cls: Any, dtype: torch.dtype) -> Any:
     """A backbone of class `cls` with the shapes of a published model (``meta`` device) and a stand-in's tokenizer."""
-    _, parameters = PUBLISHED[path]
+    name, parameters = PUBLISHED[path]
     with tempfile.TemporaryDirectory() as folder:
         processor = load_processor(cls.processor_class, cls.build_tiny(Path(folder) / "tiny"))
-    processor.video_processor.size = type(processor.video_processor)().size
+    processor.video_processor = type(processor.video_processor)(**VIDEO_PROCESSORS.get(name, {}))
     with quiet_stock(), torch.device("meta"):
         model = cls.model_class(cls.model_class.config_class(**parameters)).to(dtype).eval()
     return cls(model, processor, path)

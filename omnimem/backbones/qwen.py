@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from omnimem.backbones.base import Backbone
 from omnimem.backbones.checkpoint import load_processor, load_stock
-from omnimem.backbones.layout import common_multiple
+from omnimem.backbones.layout import common_multiple, group_size
 from omnimem.backbones.vision import PixelLimits
 from omnimem.memory import attach
 
@@ -100,6 +100,14 @@ class QwenBackbone(Backbone):
             patches = math.ceil(math.ceil(length * fps) / self.temporal_patch)
             chunks.append((patches * per_patch, self.audio_positions(length) if sound and self.hears else 0))
         return chunks
+
+    def text_positions(self, fps: float, seconds: float, timestamps: int | None) -> int:
+        """The times between the pictures of models that write them, and the tokens around each group of pictures."""
+        if not self.frame_anchored:
+            return 0
+        patches = math.ceil(math.ceil(seconds * fps) / self.temporal_patch)
+        groups = math.ceil(patches / group_size(patches, timestamps))
+        return groups * (self.text_ids(f"<{seconds:.1f} seconds>").shape[1] + 2)
 
     def audio_positions(self, seconds: float) -> int:
         """Positions that so much sound becomes."""

@@ -12,6 +12,7 @@ from transformers import (
     LlavaOnevisionVideoProcessor,
 )
 
+from omnimem.backbones.llava import hub_name
 from omnimem.backbones.tiny import tiny_tokenizer, write_tiny
 
 SPECIAL_TOKENS = {
@@ -83,10 +84,3 @@ def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 6
         tie_word_embeddings=False,
     )
     return write_tiny(path, seed, lambda: LlavaOnevisionForConditionalGeneration(config), processor, hub_name=hub_name)
-
-
-def hub_name(name: str) -> str:
-    """Key of a weight in the published checkpoint."""
-    name = name.replace("model.language_model.", "language_model.model.", 1)
-    name = name.replace("lm_head.", "language_model.lm_head.", 1)
-    return name.removeprefix("model.").replace("vision_tower.", "vision_tower.vision_model.", 1)

@@ -31,7 +31,7 @@ class SpanEncoder(LayoutEncoder):
         Ids of a stream with sound. ``train``: those the models were trained with, sound (start + i, start, start + i),
         text one past the largest time id. ``release``: what the published inference code computes, which knows
         nothing of sound: the first positions of the span get the ids of all patches, whatever they are, the others
-        count on like text. For it the duration must be known.
+        count on like text. For it the duration must be known, and be that of the pictures.
     """
 
     def __init__(
@@ -147,12 +147,17 @@ class SpanEncoder(LayoutEncoder):
         """Ids of the next positions of the span in the released layout, whatever they are."""
         assert self.promised is not None
         height, width = self.sides
-        pictures = patch_ids(torch.arange(self.promised), height, width, self.ids_per_patch)
+        patch = height * width
         numbers = torch.arange(self.placed, self.placed + count)
         self.placed += count
-        beyond = numbers - pictures.shape[1]
-        text = int(pictures.max()) + 1 + beyond
-        ids = torch.where(beyond < 0, pictures[:, numbers.clamp(max=pictures.shape[1] - 1)], text) + self.start
+        # Only the patches that some of these positions fall into: a long stream has many.
+        first = min(self.placed - count, self.promised * patch) // patch
+        stop = min(-(-self.placed // patch), self.promised)
+        pictures = patch_ids(torch.arange(first, stop), height, width, self.ids_per_patch)
+        inside = pictures[:, numbers[numbers < self.promised * patch] - first * patch]
+        largest = max(int((self.promised - 1) * self.ids_per_patch), height - 1, width - 1)
+        text = numbers[numbers >= self.promised * patch] - self.promised * patch + largest + 1
+        ids = torch.cat((inside, text.expand(3, -1)), dim=1) + self.start
         self.highest = max([self.highest, *ids.flatten().tolist()])
         return ids
 

@@ -15,7 +15,7 @@ import torch
 
 from omnimem.backbones.base import ChunkInputs
 from omnimem.backbones.ear import Ear
-from omnimem.backbones.layout import LayoutEncoder, Piece, patch_ids
+from omnimem.backbones.layout import LayoutEncoder, Piece, group_size, patch_ids
 from omnimem.backbones.vision import Patches, encode_frames
 from omnimem.media import Chunk
 from omnimem.modality import AUDIO, VISUAL
@@ -49,11 +49,10 @@ class TimestampEncoder(LayoutEncoder):
         self.per_second = 1.0 if ear is None else ear.per_second
         self.fps, self.limits = fps, backbone.pixel_limits(max_pixels)
         self.frames_per_patch = backbone.temporal_patch
-        self.patches_per_group = 1
-        if timestamps is not None and duration is not None:
-            patches = math.ceil(math.ceil(duration * fps) / self.frames_per_patch)
-            self.patches_per_group = max(1, math.ceil(patches / timestamps))
-        self.waiting = torch.empty(0, backbone.config.get_text_config().hidden_size)
+        frames = None if duration is None else math.ceil(duration * fps)
+        patches = None if frames is None else math.ceil(frames / self.frames_per_patch)
+        self.patches_per_group = group_size(patches, timestamps)
+        self.waiting = backbone.embed(torch.zeros(1, 0, dtype=torch.int64))[0]  # sound of the group that is open
         self.audio_seen = 0
         self.patches_seen = 0
         self.in_group: int | None = None  # patches of the group that is open
@@ -77,6 +76,11 @@ class TimestampEncoder(LayoutEncoder):
         pieces.append(self.text(torch.tensor([[self.backbone.vision_end]]), [position]))
         return self.join(pieces, position + 1)
 
+    @property
+    def carries(self) -> bool:
+        """Sound of a group that is open."""
+        return len(self.waiting) > 0
+
     def encode(self, chunk: Chunk) -> ChunkInputs:
         """Encode a chunk that starts where the last one ended.
 
@@ -98,7 +102,7 @@ class TimestampEncoder(LayoutEncoder):
         self.check_start(chunk)
         pieces: list[Piece] = []
         if self.ear is not None and chunk.audio is not None:
-            self.waiting = torch.cat((self.waiting.to(self.backbone.device), self.ear(chunk)))
+            self.waiting = torch.cat((self.waiting, self.ear(chunk)))
         if self.picture and len(chunk.frames):
             patches = encode_frames(self.backbone, chunk.frames, self.limits)
             for i in range(len(patches)):

@@ -61,6 +61,10 @@ class VideoSalmonn2AudioModel(PreTrainedModel):
         if isinstance(module, AudioConnector):
             module.q_tokens.normal_(std=module.qformer.config.initializer_range)
 
+    def train(self, mode: bool = True) -> VideoSalmonn2AudioModel:
+        """Without dropout in training too: on the way back a chunk is heard again, and has to sound the same."""
+        return super().train(False)
+
     @property
     def tokens_per_segment(self) -> int:
         """Decoder inputs that 30 s become: 60."""
@@ -69,6 +73,8 @@ class VideoSalmonn2AudioModel(PreTrainedModel):
 
     def forward(self, input_features: Tensor) -> Tensor:
         """Segments of log-mel features ``[S, bins, 3000]`` to ``[S, 60, C]``."""
+        if not len(input_features):
+            return input_features.new_empty(0, self.tokens_per_segment, self.config.output_dim, dtype=self.dtype)
         states = self.encoder(input_features.to(self.dtype)).last_hidden_state
         windows = states.unfold(1, self.window, self.stride).transpose(2, 3)
         segments, count = windows.shape[:2]

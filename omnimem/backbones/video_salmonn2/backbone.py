@@ -12,6 +12,7 @@ from omnimem.backbones.checkpoint import read_config
 from omnimem.backbones.layout import common_multiple
 from omnimem.backbones.qwen import QwenBackbone
 from omnimem.backbones.qwen2_5_vl.stream_encoder import SpanEncoder
+from omnimem.backbones.qwen3_vl.backbone import PROJECTORS
 from omnimem.backbones.qwen3_vl.stream_encoder import TimestampEncoder
 from omnimem.backbones.video_salmonn2.audio import SEGMENT_SECONDS
 from omnimem.backbones.video_salmonn2.configuration import is_qwen2_5
@@ -84,6 +85,7 @@ class VideoSalmonn2(HearingBackbone):
 
     name = "video_salmonn2"
     model_types = ("video_salmonn2",)
+    projectors: ClassVar[dict[str, str]] = {**PROJECTORS, "audio": "audio.connector"}
     frame_anchored = True
     model_class = VideoSalmonn2ForConditionalGeneration
     build_tiny = staticmethod(build_tiny)

@@ -185,6 +185,11 @@ class VideoSalmonn2Qwen2_5Model(HearingModel, Qwen2_5_VLModel):
 class _Generating:
     """Sound goes in once, with the prompt."""
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """As stock, which refuses what its own `forward` does not name."""
+        ours = ("input_features", "position_layout")
+        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in ours})  # pyright: ignore
+
     def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict:
         inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)  # pyright: ignore
         if not is_first_iteration and kwargs.get("use_cache", True):

@@ -75,8 +75,8 @@ def span_ids(
         sound = torch.arange(int((~pictures).sum()))
         span_positions[:, ~pictures] = torch.stack((sound, torch.zeros_like(sound), sound))
         found.append(span_positions + start)
-        # Behind picture and sound by the time ids alone.
-        start += int((span_positions[0] if len(sound) else span_positions).max()) + 1
+        # Behind picture and sound by the time ids alone, but where another video follows.
+        start += int((span_positions[0] if len(sound) and not videos else span_positions).max()) + 1
     _check_all_used(videos)
     return torch.cat(found, dim=1)
 

@@ -138,7 +138,7 @@ class VideoSalmonn2Processor(ProcessorMixin):
                 data["second_per_grid_ts"] = torch.tensor([step / fps])
             count, height, width = data["video_grid_thw"][0].tolist()
             patch = height * width // self.video_processor.merge_size**2
-            times = [(step * i + min(step * (i + 1), len(frames)) - 1) / 2 / fps for i in range(count)]
+            times = [(step * i / fps + (min(step * (i + 1), len(frames)) - 1) / fps) / 2 for i in range(count)]
             laid_out = self._video(count, patch, times, sounds, step / fps, patches_per_group)
             whole = f"{START}{VIDEO}{END}"
             text = text.replace(whole, laid_out) if whole in text else text.replace(VIDEO, laid_out)

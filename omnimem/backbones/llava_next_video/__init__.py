@@ -1,0 +1,5 @@
+"""LLaVA-NeXT-Video (video without sound)."""
+
+from omnimem.backbones.llava_next_video.backbone import LlavaNextVideo as BACKBONE
+
+__all__ = ["BACKBONE"]

@@ -1,0 +1,5 @@
+"""VideoLLaMA 3 (video without sound)."""
+
+from omnimem.backbones.video_llama_3.backbone import VideoLlama3 as BACKBONE
+
+__all__ = ["BACKBONE"]

@@ -81,6 +81,7 @@ def load_stock(
                 dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # named below, like what is missing or unused
                 device_map=_device_map(device),
                 quantization_config=None if quantized is None else _nf4(dtype, quantized),
             )

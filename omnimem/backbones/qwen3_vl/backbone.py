@@ -10,7 +10,6 @@ from omnimem.backbones.qwen import QwenBackbone
 from omnimem.backbones.qwen3_vl.stream_encoder import TimestampEncoder
 from omnimem.backbones.qwen3_vl.tiny import build_tiny
 
-
 PROJECTORS = {
     "visual": "visual.merger",
     **{f"deepstack_{i}": f"visual.deepstack_merger_list.{i}" for i in range(3)},

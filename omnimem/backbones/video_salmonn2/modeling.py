@@ -116,26 +116,24 @@ class HearingModel(nn.Module):
         tokens = MediaTokens(
             self.config.video_token_id, self.config.audio_token_id, self.config.vision_config.spatial_merge_size
         )
-        positions = torch.zeros(3, *input_ids.shape, dtype=torch.int64)
-        deltas, first = [], 0
+        grids = torch.zeros(0, 3, dtype=torch.int64) if video_grid_thw is None else video_grid_thw.cpu()
+        seconds = torch.ones(len(grids)) if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts).cpu()
+        positions, deltas = torch.zeros(3, *input_ids.shape, dtype=torch.int64), []
         for i, row in enumerate(input_ids.cpu()):
             real = torch.ones_like(row, dtype=torch.bool) if attention_mask is None else attention_mask[i].bool().cpu()
-            count = self._videos(row[real])
-            videos = slice(first, first + count)
-            first += count
-            grids = None if video_grid_thw is None or count == 0 else video_grid_thw[videos].cpu()
-            seconds = torch.ones(count) if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts)[videos]
-            found = self._ids(row[real], grids, seconds.cpu(), tokens, position_layout)
+            # The videos of a prompt are those that its tokens fill; what is left over belongs to the next.
+            filled = (grids.prod(1) // tokens.merge**2).cumsum(0)
+            wanted = (row[real] == tokens.video).sum()
+            count = int((filled < wanted).sum() + (wanted > 0)) if i + 1 < len(input_ids) else len(grids)
+            found = self._ids(row[real], grids[:count], seconds[:count], tokens, position_layout)
+            grids, seconds = grids[count:], seconds[count:]
             positions[:, i, real] = found
             deltas.append(int(found[:, -1].max()) + 1 - len(row))
         device = input_ids.device
         return positions.to(device), torch.tensor(deltas, device=device)[:, None]
 
-    def _videos(self, ids: Tensor) -> int:
-        """How many videos a prompt has."""
-        raise NotImplementedError
-
-    def _ids(self, ids: Tensor, grids: Tensor | None, seconds: Tensor, tokens: MediaTokens, layout: str) -> Tensor:
+    def _ids(self, ids: Tensor, grids: Tensor, seconds: Tensor, tokens: MediaTokens, layout: str) -> Tensor:
+        """Ids ``[3, T]`` of one prompt ``[T]`` with these videos."""
         raise NotImplementedError
 
 
@@ -149,18 +147,7 @@ class VideoSalmonn2Model(HearingModel, Qwen3VLModel):
         self.audio = VideoSalmonn2AudioModel._from_config(config.audio_config)
         self.post_init()
 
-    def _videos(self, ids: Tensor) -> int:
-        # Every video is cut into groups, each behind its own start token: only with one row is it known whose they are.
-        return self._given if (ids == self.config.video_token_id).any() else 0
-
-    def get_rope_index(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As `HearingModel.get_rope_index`; a batch must have one video a row, or none."""
-        grids = kwargs.get("video_grid_thw")
-        rows = int((input_ids == self.config.video_token_id).any(1).sum())
-        self._given = 0 if grids is None or rows == 0 else len(grids) // rows
-        return super().get_rope_index(input_ids, *args, **kwargs)
-
-    def _ids(self, ids: Tensor, grids: Tensor | None, seconds: Tensor, tokens: MediaTokens, layout: str) -> Tensor:
+    def _ids(self, ids: Tensor, grids: Tensor, seconds: Tensor, tokens: MediaTokens, layout: str) -> Tensor:
         return group_ids(ids, grids, tokens)
 
 
@@ -174,11 +161,7 @@ class VideoSalmonn2Qwen2_5Model(HearingModel, Qwen2_5_VLModel):
         self.audio = VideoSalmonn2AudioModel._from_config(config.audio_config)
         self.post_init()
 
-    def _videos(self, ids: Tensor) -> int:
-        starts = (ids[:-1] == self.config.vision_start_token_id).nonzero()[:, 0]
-        return int((ids[starts + 1] == self.config.video_token_id).sum())
-
-    def _ids(self, ids: Tensor, grids: Tensor | None, seconds: Tensor, tokens: MediaTokens, layout: str) -> Tensor:
+    def _ids(self, ids: Tensor, grids: Tensor, seconds: Tensor, tokens: MediaTokens, layout: str) -> Tensor:
         return span_ids(ids, grids, seconds * self.config.vision_config.tokens_per_second, tokens, layout)
 
 

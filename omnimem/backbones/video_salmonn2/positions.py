@@ -28,7 +28,7 @@ class MediaTokens:
 
 def span_ids(
     ids: Tensor,
-    grids: Tensor | None,
+    grids: Tensor,
     ids_per_patch: Tensor,
     tokens: MediaTokens,
     position_layout: str = "train",
@@ -39,7 +39,7 @@ def span_ids(
     ----------
     ids : Tensor
         int64 ``[T]`` token ids of one prompt, without padding.
-    grids : Tensor or None
+    grids : Tensor
         int64 ``[V, 3]``: temporal patches and patches by side of each video.
     ids_per_patch : Tensor
         ``[V]`` time ids from a temporal patch to the next.
@@ -58,7 +58,7 @@ def span_ids(
     OmniMemError
         Video tokens that the grids do not explain.
     """
-    videos = [] if grids is None else [_grid(g, tokens, step) for g, step in zip(grids, ids_per_patch, strict=True)]
+    videos = [_grid(grid, tokens, step) for grid, step in zip(grids, ids_per_patch, strict=True)]
     if position_layout == "release":
         return _released(ids, videos, tokens)
     found, start = [], 0
@@ -81,9 +81,9 @@ def span_ids(
     return torch.cat(found, dim=1)
 
 
-def group_ids(ids: Tensor, grids: Tensor | None, tokens: MediaTokens) -> Tensor:
+def group_ids(ids: Tensor, grids: Tensor, tokens: MediaTokens) -> Tensor:
     """Ids of a prompt in the Qwen3-VL family (see `TimestampEncoder`): ``[3, T]`` from ``[T]`` and ``[V, 3]``."""
-    sides = [] if grids is None else [(int(t), int(h) // tokens.merge, int(w) // tokens.merge) for t, h, w in grids]
+    sides = [(t, h // tokens.merge, w // tokens.merge) for t, h, w in grids.tolist()]
     found, start = [], 0
     for key, run in groupby(ids.tolist(), lambda token: token == tokens.video):
         length = len(list(run))

@@ -161,10 +161,11 @@ def _quality(text: str) -> int:
 def _add_stats(actions: Any, shared: argparse.ArgumentParser) -> None:
     stats = actions.add_parser("stats", parents=[shared], help="hours, tokens by modality, memory, from headers alone")
     stats.description = "Count what a manifest becomes in a model: no weight is loaded, nothing is decoded."
-    stats.add_argument("manifest", metavar="MANIFEST", help="manifest, or `quickstart`")
+    stats.add_argument("manifest", metavar="MANIFEST", help="manifest, prepared folder, or `quickstart`")
     stats.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, such as data.fps=2")
     stats.add_argument("--root", type=Path, metavar="DIR", help="its media (default: beside it)")
-    stats.add_argument("--recipe", default="quickstart", metavar="R", help="name or path (default: %(default)s)")
+    named = "name or path (default: quickstart); further words are its key=value"
+    stats.add_argument("--recipe", nargs="+", default=["quickstart"], metavar=("NAME", "KEY=VALUE"), help=named)
     stats.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as JSON as well")
     stats.set_defaults(command=_stats)
 

@@ -262,9 +262,12 @@ def find_media(media: Any, root: Path, key: str = "media") -> Path:
     """
     if media is None:
         raise BadRow(f"no {key}; give the path of the clip")
-    if not isinstance(media, str) or not media.strip() or "\0" in media:
+    if not isinstance(media, str) or not media.strip():
         raise BadRow(f"{key} must be a path, got {short(media)}")
-    path = Path(os.path.realpath(root / media))
+    try:
+        path = Path(os.path.realpath(root / media))
+    except ValueError as error:  # a zero character, or half a character pair
+        raise BadRow(f"{key} must be a path, got {short(media)}") from error
     if not path.is_relative_to(root):
         raise BadRow(f"{key} {short(media)} lies outside {root}; the data root (data.root, --root) must hold all media")
     try:

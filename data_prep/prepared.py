@@ -149,12 +149,16 @@ def read_settings(folder: str | os.PathLike[str]) -> tuple[PrepareSettings, Path
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
         if known["version"] != VERSION:
-            raise OmniMemError(f"{folder}: prepared in format {known['version']}, and this is {VERSION}; prepare again")
+            raise OmniMemError(
+                f"{folder}: prepared in format {known['version']}, and this is {VERSION}; delete it and prepare again"
+            )
         return PrepareSettings(**known["settings"]), Path(os.path.realpath(folder), known["clips"])
     except OSError as error:
         raise OmniMemError(f"{folder}: not a prepared folder ({error.strerror}: {SETTINGS_FILE})") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise OmniMemError(f"{file}: not what `omnimem data prepare` wrote ({error}); prepare again") from error
+        raise OmniMemError(
+            f"{file}: not what `omnimem data prepare` wrote ({error}); delete it, prepare again"
+        ) from error
 
 
 def read_prepared(folder: str | os.PathLike[str], on_bad_row: str = "error") -> Manifest:
@@ -165,12 +169,12 @@ def read_prepared(folder: str | os.PathLike[str], on_bad_row: str = "error") -> 
     folder : path
         What `omnimem data prepare` wrote.
     on_bad_row : {"error", "skip"}
-        What is done about a row whose shard is missing.
+        What is done about a row whose shard is missing or cut off.
 
     Raises
     ------
     OmniMemError
-        Not a prepared folder; a missing shard under "error"; no row.
+        Not a prepared folder; such a shard under "error"; no row.
     """
     _, clips = read_settings(folder)
     rows: list[Row] = []
@@ -186,14 +190,17 @@ def read_prepared(folder: str | os.PathLike[str], on_bad_row: str = "error") -> 
                 info=replace(ClipFacts.of(known["clip"]).info, path=known["name"]),
                 original=known["content"],
             )
+            nbytes = known["nbytes"]
         except (KeyError, TypeError) as error:
             raise OmniMemError(
                 f"{Path(folder, ROWS_FILE)}: not what `omnimem data prepare` wrote ({error}); prepare again"
             ) from error
-        if row.media.is_file():
+        if is_whole(row.media, nbytes):
             rows.append(row)
         else:
-            problems.append(f"{folder}:{row.line}: {row.name}: its shard {row.media} is missing; prepare again")
+            problems.append(
+                f"{folder}:{row.line}: {row.name}: its shard {row.media} is missing or cut off; prepare again"
+            )
     for problem in problems:
         if on_bad_row == "error":
             raise OmniMemError(f"{problem} (data.on_bad_row=skip leaves it out)")
@@ -249,6 +256,14 @@ def frame_step(
             f"it) or prepare it again: {' '.join(f'omnimem data prepare MANIFEST --to DIR {options}'.split())}"
         )
     return int(step)
+
+
+def is_whole(shard: Path, nbytes: int) -> bool:
+    """Whether a shard is there in its size: the copy of a folder may have been interrupted."""
+    try:
+        return shard.stat().st_size == nbytes
+    except OSError:
+        return False
 
 
 def read_footer(path: Path) -> tuple[PrepareSettings, ClipFacts]:

@@ -9,7 +9,6 @@ is loaded. A position is what one token takes in the cache; picture and sound ha
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -19,14 +18,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data_prep.manifest import Row, read_manifest
 from omnimem.backbones import Backbone
 from omnimem.budget import ModelFingerprint
-from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json
-from omnimem.media import MediaError
-from omnimem.stream import StreamSettings
 from train.config import FinishConfig, load_recipe
+from train.data import load_rows
 from train.plan import RETAINED, WAITING, StreamPlan, memory_plan, plan_stream
 from train.setup import check_recipe, selection_of, settings_of
 
@@ -47,12 +43,11 @@ DURATIONS = (
 
 BAR = 40  # characters of the longest bar
 
-log = logging.getLogger("omnimem.data")
-
 
 def stats_command(args: argparse.Namespace) -> None:
     """Compute, print, and write ``--json``; see `stats` for the arguments."""
-    found = stats(args.manifest, args.root, args.recipe, args.overrides)
+    recipe, *overrides = args.recipe
+    found = stats(args.manifest, args.root, recipe, [*overrides, *args.overrides])
     if args.json is not None:
         atomic_write_json(args.json, found)
     print_stats(found, Console())
@@ -66,7 +61,8 @@ def stats(
     Parameters
     ----------
     manifest : str
-        As `read_manifest` takes it; bad rows and files that cannot be opened are left out and counted.
+        As `read_manifest` takes it, or a prepared folder; bad rows and files that cannot be opened are left out and
+        counted.
     root : path, optional
         Of its media.
     recipe : str
@@ -89,12 +85,12 @@ def stats(
     settled = load_recipe([f"recipe={recipe}", *overrides, *where])
     settled.finish = FinishConfig()  # its clip belongs to the recipe's own data
     settled.dry_run = True  # shapes are enough
-    read = read_manifest(manifest, settled.data.root, on_bad_row="skip")
+    settled.data.on_bad_row = "skip"
     backbone, profile = check_recipe(settled)
-    streams, problems = _plan_all(read.rows, backbone, settings_of(settled))
-    problems = [*read.problems, *problems]
-    if not streams:
-        raise OmniMemError(f"{manifest}: no row can be used; the first: {problems[0]}")
+    read = load_rows(settled.data, backbone.hears)
+    console = Console(stderr=True)
+    rows = track(read.rows, "planning", console=console, disable=not console.is_terminal, transient=True)
+    streams = [plan_stream(row, backbone, settings_of(settled)) for row in rows]
     position = bytes_per_position(backbone)  # before the adapter is added below
     parts = memory_plan(settled, backbone, profile, selection_of(settled), streams)
     on_device = [size for name, size in parts.items() if WAITING not in name or settled.train.offload == "none"]
@@ -105,7 +101,7 @@ def stats(
         "fps": settled.data.fps,
         "chunk_seconds": settled.data.chunk_seconds,
         "mean_budget": profile.mean_budget,
-        "rows": {"used": len(streams), "left_out": problems, "questions": sum(s.questions for s in streams)},
+        "rows": {"used": len(streams), "left_out": read.problems, "questions": sum(s.questions for s in streams)},
         **count(streams, profile.mean_budget),
         "memory": {
             "per_token": position,
@@ -116,19 +112,6 @@ def stats(
             "training_step_parts": parts,
         },
     }
-
-
-def _plan_all(rows: list[Row], backbone: Backbone, settings: StreamSettings) -> tuple[list[StreamPlan], list[str]]:
-    """The plan of every row whose file can be opened, and a line for each other."""
-    console = Console(stderr=True)
-    streams, problems = [], []
-    for row in track(rows, "reading headers", console=console, disable=not console.is_terminal, transient=True):
-        try:
-            streams.append(plan_stream(row, backbone, settings))
-        except MediaError as error:
-            problems.append(f"line {row.line}: {error}")
-            log.warning("row left out: %s", problems[-1])
-    return streams, problems
 
 
 def bytes_per_position(backbone: Backbone) -> int:

@@ -349,7 +349,7 @@ BAD = [
     ({"messages": messages("What?", "A."), "videos": []}, "no video and no audio"),
     ({"rejected_response": "A.", **SHAREGPT}, 'the rejected answer to "What?" is the same as the answer'),
     ({"rejected_response": "B.", "rejected_videos": [OTHER], **SHAREGPT}, "the rejected answer is about other videos"),
-    ({"messages": messages("<video>half \ud800", "A."), "videos": [VIDEO]}, "a text is not Unicode"),
+    ({"messages": messages("<video>half \ud800", "A."), "videos": [VIDEO]}, "a text is not UTF-8"),
     ({"video": VIDEO, "question": "What?", "options": ["a", "b"], "answer": "c"}, 'answer "c" is none of the 2'),
     ({"video": VIDEO, "question": "What?", "options": "a", "answer": "a"}, "options must be 2 to 26 texts"),
     ({"video": VIDEO, "question": "What?", "answer": "a", "time": "soon"}, "time must be seconds, mm:ss or hh:mm:ss"),
@@ -359,6 +359,10 @@ BAD = [
     ({"video": VIDEO, "question": "What?", "answer": ["a"]}, 'the answer to "What?" must be text, got ["a"]'),
     ({"instruction": "What?", "output": "A.", "history": 3, "videos": [VIDEO]}, "a question and its answer are two"),
     ([1], "a row is an object, got [1]"),
+    ({**SALMONN, "video": "\ud800.mp4"}, 'video must be a path, got "\\ud800.mp4"'),
+    ({"messages": {"role": ["user"], "content": 5}, "videos": [VIDEO]}, "a conversation is a list of turns"),
+    ({"video": VIDEO, "question": "What?"}, 'question without answer: "What?"'),
+    ({"question": "What?", "answer": "A."}, "no video and no audio"),
 ]  # fmt: skip
 
 
@@ -376,12 +380,32 @@ def test_lines_that_are_no_rows_are_refused_too(run, root):
     good = json.dumps(SHAREGPT)
     report, _ = run(f"{good}\n{{half\n\n{good}\n", name="in.jsonl")
     assert report.refused[0][0] == f"{root / 'in.jsonl'}:2" and "not valid JSON" in report.refused[0][1]
-    report, _ = run(f"video,question,answer\n{VIDEO},What?,a,b\n{VIDEO},What?,a\n", name="in.csv")
-    ((place, reason),) = report.refused
-    assert place == f"{root / 'in.csv'}:2" and reason.startswith("more cells than columns")
     assert (root / "out.refused.jsonl").exists()
+    twice = '{"from": "gpt", "value": "A.", "value": "B."}'
+    row = json.dumps(SALMONN).replace(json.dumps(SALMONN["conversations"][1]), twice)
+    report, (kept,) = run(f"[{row}, {json.dumps(SALMONN)}]")
+    assert report.refused == [(f"{root / 'in.json'}[0]", "the same key is given twice")] and len(kept.questions) == 1
     run([SALMONN])
     assert not (root / "out.refused.jsonl").exists()
+
+
+def test_answers_that_are_numbers(run):
+    rows = [{"video": VIDEO, "question": "How many?", "answer": number} for number in (1234567, 3.0, 2.25)]
+    _, (row,) = run(rows)
+    assert [one.answer for one in row.questions] == ["1234567", "3", "2.25"]
+
+
+def test_bad_lines_of_a_table_cost_no_other_line(run, root):
+    lines = ["video,question,answer", f"{VIDEO},One?,a,b", f"{VIDEO},Two?,a", f'{VIDEO},"Three"?,a', f"{VIDEO},Four?,a"]
+    latin = f"{VIDEO},Wo liegt K\xf6ln?,a".encode("latin-1")
+    table = "\n".join(lines).encode() + b"\n" + latin + f'\n{VIDEO},Six?,"a\n{VIDEO},Seven?,b\n'.encode()
+    (root / "in.csv").write_bytes(table)
+    report = convert([str(root / "in.csv")], root / "out.jsonl")
+    (row,) = read_manifest(root / "out.jsonl").rows
+    assert [one.question for one in row.questions] == ["Two?", "Four?"]
+    expected = {2: "more cells than columns", 4: "not a row of a table", 6: "a text is not UTF-8", 7: "unexpected end"}
+    for (place, reason), (line, words) in zip(report.refused, expected.items(), strict=True):
+        assert place == f"{root / 'in.csv'}:{line}" and words in reason
 
 
 def test_a_link_that_leaves_the_root_and_files_that_are_not_opened(run, root):
@@ -432,10 +456,12 @@ def test_the_command_refuses_in_one_line(root, tmp_path, capsys):
     assert "no good row among 0" in says("")
     assert "not a JSON array" in says("[1, ")
     assert "--root is where the media lie" in says([SALMONN], "--root", str(tmp_path / "none"))
-    assert "no columns video, question and answer" in says("a,b\n1,2\n", "--from", "csv")
+    assert "must name columns video, question and answer" in says("a,b\n1,2\n", "--from", "csv")
+    assert "each name once" in says("video,question,answer,answer\na,b,c,d\n", "--from", "csv")
     assert "not readable as a data set" in says("[]", "--from", "huggingface")
     for arguments, reason in (
         (["gone.json", "--to", str(out)], "gone.json: no such file"),
+        (["clips/gone.json", "--to", str(out)], "clips/gone.json: no such file"),
         ([str(source), "--to", str(source)], "ends in .jsonl"),
         ([str(source), str(tmp_path / "in.json"), "--to", str(out)], "do not lie in one folder"),
         (["owner/name", "--to", str(out)], "with --root"),

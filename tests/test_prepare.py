@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
@@ -24,7 +23,6 @@ import data_prep.prepare as preparing
 from conftest import MEDIA, RABBIT, WEBB
 from data_prep.manifest import Manifest, manifest_fingerprint, read_manifest
 from data_prep.prepare import prepare
-from data_prep.prepare.executors import in_processes
 from data_prep.prepare.shard import Prepared, Refused, Task, group_lengths, prepare_clip
 from data_prep.prepared import PreparedRow, PrepareSettings, is_prepared, read_prepared
 from data_prep.prepared_reader import PreparedReader
@@ -246,9 +244,19 @@ def test_processes_do_the_same(tmp_path):
     assert (tmp_path / "one" / "rows.jsonl").read_bytes() == (tmp_path / "two" / "rows.jsonl").read_bytes()
 
 
-def test_a_killed_worker_is_told(tmp_path):
-    with pytest.raises(OmniMemError, match="a worker was killed"):
-        list(in_processes(os._exit, [9, 9, 9], workers=2))
+def test_a_clip_whose_process_dies_is_refused_by_name(tmp_path, monkeypatch):
+    """What the pool says of a decoder that crashes: see test_validate.py."""
+
+    def dies(function, tasks, workers):
+        yield from ((task, None if task.media == RABBIT else function(task)) for task in tasks)
+
+    monkeypatch.setitem(preparing.EXECUTORS, "process", dies)
+    rows = manifest(tmp_path, FLOWER, RABBIT.name)
+    report = prepare(rows, tmp_path / "a", PrepareSettings(), on_bad_row="skip")
+    assert (report.clips, report.made) == (1, 1)
+    assert report.problems[0].startswith(f"line 2: {RABBIT.name}: the process that read it died")
+    monkeypatch.undo()
+    assert prepare(rows, tmp_path / "a", PrepareSettings(), workers=1).made == 1
 
 
 def test_a_killed_run_goes_on(tmp_path):
@@ -376,6 +384,24 @@ def test_a_missing_shard_is_found_at_the_start(folder, tmp_path):
         load_rows(DataConfig(path=str(copy)))
     kept = load_rows(DataConfig(path=str(copy), on_bad_row="skip"))
     assert len(kept.rows) == len(ROWS) - 1 and len(kept.problems) == 1
+
+
+def test_a_copy_that_was_cut_off_is_found_at_the_start_and_repaired(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    first = load_rows(DataConfig(path=str(copy))).rows[0]
+    content = first.media.read_bytes()
+    first.media.write_bytes(content[:-1000])
+    with pytest.raises(OmniMemError, match=rf"{first.name}: its shard .* is missing or cut off; prepare again"):
+        load_rows(DataConfig(path=str(copy)))
+    rows = read_manifest(write_manifest(tmp_path / "data.jsonl"), MEDIA)
+    assert prepare(rows, copy, PrepareSettings(fps=2.0), workers=1).made == 1
+    assert first.media.read_bytes() == content
+    listed = (copy / "rows.jsonl").read_text()
+    (copy / "rows.jsonl").write_text(listed[:-100])
+    with pytest.raises(OmniMemError, match="cannot be read"):
+        load_rows(DataConfig(path=str(copy)))
+    assert prepare(rows, copy, PrepareSettings(fps=2.0), workers=1).made == 0
+    assert (copy / "rows.jsonl").read_text() == listed
 
 
 def test_a_folder_of_another_version_is_refused(folder, tmp_path):

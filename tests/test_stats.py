@@ -7,6 +7,9 @@ import json
 import pytest
 
 from conftest import MEDIA, RABBIT
+from data_prep.manifest import read_manifest
+from data_prep.prepare import prepare
+from data_prep.prepared import PrepareSettings
 from data_prep.stats import count, durations, stats
 from omnimem.cli import main
 from omnimem.errors import OmniMemError
@@ -79,9 +82,22 @@ def test_several_streams_and_rows_left_out(tmp_path):
     assert found["tokens"]["audio_per_hour"] == round(195 / (7.8 + 42.4) * 3600)
     assert found["durations"] == {"under 10 s": 1, "10 to 30 s": 0, "30 to 60 s": 1}
     gone, broken = found["rows"]["left_out"]
-    assert "gone.mp4" in gone and "line 3" in broken and "without its index" in broken
-    with pytest.raises(OmniMemError, match="no row can be used"):
+    assert "gone.mp4" in gone and "set.jsonl:3: " in broken and "without its index" in broken
+    with pytest.raises(OmniMemError, match="no usable row"):
         stats(manifest(tmp_path, {"media": "broken_truncated_no_moov_nasa.mp4"}), MEDIA)
+
+
+def test_what_cannot_be_read_under_the_recipe_is_left_out(tmp_path):
+    path = manifest(tmp_path, {"media": RABBIT.name}, {"media": "audio_speech_jfk_11s.flac"})
+    found = stats(path, MEDIA, overrides=["data.audio=false"])
+    assert found["rows"]["used"] == 1 and "neither picture nor (wanted) sound" in found["rows"]["left_out"][0]
+
+
+def test_a_prepared_folder_gives_the_same(tmp_path):
+    path = manifest(tmp_path, {"media": RABBIT.name})
+    prepare(read_manifest(path, MEDIA), tmp_path / "prepared", PrepareSettings(), workers=1)
+    clips, prepared = stats(path, MEDIA), stats(str(tmp_path / "prepared"))
+    assert {**prepared, "manifest": path} == clips
 
 
 def test_headers_without_a_duration_do_not_divide_by_zero():
@@ -104,6 +120,8 @@ def test_command_line(tmp_path, capsys):
     for words in ("6 streams, 13 questions", "visual tokens an hour", "full cache, an hour", "sum on the device"):
         assert words in shown
     assert json.loads(target.read_text())["chunk_seconds"] == 2
+    assert main(["data", "stats", "quickstart", "--recipe", "quickstart", "data.fps=2"]) == 0
+    assert "2 frames/s" in capsys.readouterr().out
     for arguments, words in [
         (["quickstart", "data.fbs=2"], "did you mean data.fps"),
         (["quickstart", "--recipe", "nothing"], "nothing"),

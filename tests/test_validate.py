@@ -19,9 +19,10 @@ import pytest
 
 # Not conftest's: worker processes import this file, and torch would take them seconds.
 from data_prep.manifest import Question, Row
+from data_prep.pool import in_processes
 from data_prep.validate import run, validate
 from data_prep.validate.file import check_file
-from data_prep.validate.pool import check_all
+from data_prep.validate.record import Journal
 from data_prep.validate.rows import PLACEHOLDER, check_rows
 from data_prep.validate.tracks import is_quiet, is_variable
 from omnimem.cli import main
@@ -211,16 +212,16 @@ def slow(path: Path) -> int:
 
 def test_a_worker_that_dies_costs_one_file():
     paths = [Path(name) for name in ("a", "bb", "crash", "ccc", "dddd", "eeeee")]
-    results = dict(check_all(paths, length_or_crash, workers=2))
+    results = dict(in_processes(length_or_crash, paths, workers=2))
     assert results == {path: None if path.name == "crash" else len(path.name) for path in paths}
 
 
 def test_a_crash_is_reported_and_looked_at_again_next_time(clips, monkeypatch):
-    def dies(todo, check, workers):
+    def dies(check, todo, workers):
         for path in todo:
             yield path, None if path.name == VFR.name else check(path)
 
-    monkeypatch.setattr(run, "check_all", lambda *args: dies(*args))
+    monkeypatch.setattr(run, "in_processes", lambda *args: dies(*args))
     report = validate(str(clips))
     broken = next(entry for entry in report["files"] if entry["names"] == [VFR.name])
     assert codes(broken) == {"crashed"} and report["totals"]["with_errors"] == 1
@@ -229,8 +230,26 @@ def test_a_crash_is_reported_and_looked_at_again_next_time(clips, monkeypatch):
     assert seen == [VFR.name]
 
 
+def test_two_runs_at_once_do_not_disturb_each_other(clips):
+    with Journal(clips / "report.json") as one, Journal(clips / "report.json") as other:
+        one.finish()
+        other.finish()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    opened = Path.open
+
+    def full(path, mode="r", *others, **options):
+        return opened(Path("/dev/full") if mode == "ab" else path, mode, *others, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OmniMemError, match="no space left"), Journal(tmp_path / "report.json") as journal:
+        journal.add({})
+
+
 def test_interrupted_workers_end_at_once():
-    results = check_all([Path("a"), Path("b")], slow, workers=2)
+    results = in_processes(slow, [Path("a"), Path("b")], workers=2)
     started = time.monotonic()
     timer = subprocess.Popen([sys.executable, "-c", f"import os,time;time.sleep(2);os.kill({os.getpid()},2)"])
     with pytest.raises(KeyboardInterrupt):
@@ -266,12 +285,12 @@ def counted(monkeypatch) -> list[str]:
     """Look at files in this process, and note which."""
     seen: list[str] = []
 
-    def one_by_one(todo, check, workers):
+    def one_by_one(check, todo, workers):
         for path in todo:
             seen.append(path.name)
             yield path, check(path)
 
-    monkeypatch.setattr(run, "check_all", one_by_one)
+    monkeypatch.setattr(run, "in_processes", one_by_one)
     return seen
 
 
@@ -298,12 +317,12 @@ def test_fast_results_do_not_pass_for_full_ones(clips, monkeypatch):
 
 
 def test_an_interrupted_run_goes_on(clips, monkeypatch, capsys):
-    def breaks_off(todo, check, workers):
+    def breaks_off(check, todo, workers):
         yield todo[0], check(todo[0])
         yield todo[1], check(todo[1])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "check_all", breaks_off)
+    monkeypatch.setattr(run, "in_processes", breaks_off)
     assert main(["data", "validate", str(clips)]) == 1
     assert "2 of 3 files are checked; the same command goes on from there" in capsys.readouterr().err
     assert not Path("validated.json").exists()

@@ -82,15 +82,19 @@ class TeacherAnswers:
                     save_file({LOGITS: next(parts).contiguous()}, temporary)
 
     def _file(self, sample: Sample, asked: Asked) -> Path:
-        media = sample.row.media
-        if media not in self._digests:
-            self._digests[media] = file_digest(media)
+        row = sample.row
         known = {
             **self.settings,
-            "media": self._digests[media],
-            "audio": sample.row.audio,
+            "media": self._digest(row.media),
+            "sound": None if row.sound is None else self._digest(row.sound),
+            "audio": row.audio,
             "question": asked.question.tolist(),
             "answer": asked.answer.tolist(),
             "time": asked.time,
         }
         return self.folder / f"{hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()}.safetensors"
+
+    def _digest(self, file: Path) -> str:
+        if file not in self._digests:
+            self._digests[file] = file_digest(file)
+        return self._digests[file]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -63,9 +64,10 @@ class Report:
             yield f"refused rows with reasons: {self.refused_file}; the first: {place}: {reason}"
         for note, count in self.notes.items():
             yield f"{note}: {count}"
-        beside = self.root == Path(os.path.realpath(self.out.parent))
-        root = "" if beside else f" data.root={self.root}"
-        yield f"train: accelerate launch train.py recipe=NAME data.path={self.out}{root}"
+        words = [f"data.path={self.out}"]
+        if self.root != Path(os.path.realpath(self.out.parent)):
+            words.append(f"data.root={self.root}")
+        yield f"train: accelerate launch train.py recipe=NAME {shlex.join(words)}"
 
 
 def convert(
@@ -125,14 +127,18 @@ def convert(
         except BadRow as reason:
             if on_bad_row == "error":
                 raise OmniMemError(f"{place}: {reason} (--on-bad-row skip leaves bad rows out)") from reason
-            # A reason quotes the row, which may hold half a character pair: no terminal can show that.
-            report.refused.append((place, str(reason).encode("utf-8", "backslashreplace").decode()))
+            report.refused.append((_printable(place), _printable(str(reason))))
         else:
             streams.setdefault(key, []).extend(questions)
             report.notes.update(notes)
     report.rows, report.questions = len(streams), sum(map(len, streams.values()))
-    _write(report, streams)
+    _write(report, streams, sources)
     return report
+
+
+def _printable(text: str) -> str:
+    """A row may hold half a character pair, a file name bytes that are not UTF-8: no terminal can show those."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _data_root(sources: Sequence[str], root: str | os.PathLike[str] | None) -> Path:
@@ -219,7 +225,7 @@ def _line(key: Key, questions: list[dict[str, Any]]) -> bytes:
     Raises
     ------
     BadRow
-        Half a character pair in a text, which JSON can say and UTF-8 cannot.
+        Half a character pair in a text, which JSON can say, or bytes that were no UTF-8.
     """
     media, sound, audio = key
     row: dict[str, Any] = {"media": media}
@@ -231,10 +237,10 @@ def _line(key: Key, questions: list[dict[str, Any]]) -> bytes:
     try:
         return json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadRow(f"a text is not Unicode: {error.reason}") from error
+        raise BadRow("a text is not UTF-8; save the source in UTF-8") from error
 
 
-def _write(report: Report, streams: dict[Key, list[dict[str, Any]]]) -> None:
+def _write(report: Report, streams: dict[Key, list[dict[str, Any]]], sources: Sequence[str]) -> None:
     """Write the list of refused rows, then the manifest: each complete or not at all."""
     if report.refused:
         with atomic_file(report.refused_file) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -246,7 +252,7 @@ def _write(report: Report, streams: dict[Key, list[dict[str, Any]]]) -> None:
     if not streams:
         first = f"; the first: {report.refused[0][0]}: {report.refused[0][1]}" if report.refused else ""
         listed = f" ({report.refused_file} lists why)" if report.refused else ""
-        raise OmniMemError(f"no good row among {report.read}{listed}{first}")
+        raise OmniMemError(f"no good row among {report.read} in {', '.join(sources)}{listed}{first}")
     with atomic_file(report.out) as temporary, temporary.open("wb") as file:
         for key, questions in streams.items():
             file.write(_line(key, questions) + b"\n")

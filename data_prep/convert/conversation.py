@@ -60,7 +60,8 @@ def read_turns(value: Any, media: Media) -> list[Turn]:
     BadRow
         Not turns, or a role that has no place in a question and answer.
     """
-    if isinstance(value, Mapping):  # a column of a data set: a list by key instead of an object by turn
+    if isinstance(value, Mapping) and all(isinstance(cells, list) for cells in value.values()):
+        # A column of a data set: a list by key instead of an object by turn.
         value = [dict(zip(value, cells, strict=False)) for cells in zip(*value.values(), strict=False)]
     if not isinstance(value, list) or not value:
         raise BadRow(f"a conversation is a list of turns, got {short(value)}")

@@ -24,12 +24,14 @@ def is_dataset(source: str) -> bool:
     path = Path(source)
     if path.is_dir() or path.suffix in (".parquet", ".arrow"):
         return True
-    return not path.exists() and not path.suffix.startswith((".js", ".csv", ".tsv")) and is_hub(source)
+    return is_hub(source)
 
 
 def is_hub(source: str) -> bool:
-    """Whether `source` has the form of a hub id and is no local path."""
-    return HUB_ID.fullmatch(source) is not None and not Path(source).exists()
+    """Whether `source` has the form of a hub id and is no local path, nor one that is mistyped."""
+    path = Path(source)
+    file = path.suffix.startswith((".js", ".csv", ".tsv", ".parquet", ".arrow"))
+    return HUB_ID.fullmatch(source) is not None and not file and not path.exists()
 
 
 def rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:

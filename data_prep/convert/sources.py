@@ -89,7 +89,7 @@ def detect(row: Mapping[str, Any], source: str) -> str:
         return "swift" if source.endswith(".jsonl") else "sharegpt"
     if keys & {"videos", "audios"} and keys & {"conversation", "instruction"}:
         return "sharegpt"
-    if table.has_columns(row):
+    if table.has_columns(row, least=2):  # an empty cell of a data set is no key
         return "csv"
     raise BadRow(f"format not recognised; its keys are {short(', '.join(map(str, row)))}; name it with --from")
 
@@ -104,7 +104,7 @@ def _json_rows(path: Path) -> Iterator[Found]:
             head = file.read(4096).lstrip()
             file.seek(start)
             if head[:1] == b"[":
-                rows = json.load(file)
+                rows = json.load(file, object_pairs_hook=_once)
                 yield from ((f"{path}[{index}]", row) for index, row in enumerate(rows))
                 return
             for number, line in enumerate(file, start=1):
@@ -120,27 +120,48 @@ def _json_rows(path: Path) -> Iterator[Found]:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         return BadRow(f"not valid JSON: {error} (a JSON array, or one object a line)")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Any:
+    """An object; a BadRow instead where it, or one in it, has a key twice: an answer would vanish without a word."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        return BadRow("the same key is given twice")
+    values = (one for value in row.values() for one in (value if isinstance(value, list) else [value]))
+    return next((one for one in values if isinstance(one, BadRow)), row)
 
 
 def _table_rows(path: Path) -> Iterator[Found]:
     csv.field_size_limit(LONGEST_CELL)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        # Bytes that are not UTF-8 cost their row, as does a quote in a wrong place, and not the whole table.
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             header = file.readline()
             file.seek(0)
-            table_rows = csv.DictReader(file, delimiter=max("\t;,", key=header.count))
-            if not table.has_columns(table_rows.fieldnames or ()):
+            table_rows = csv.DictReader(file, delimiter=max("\t;,", key=header.count), strict=True)
+            names = table_rows.fieldnames or ()
+            if not table.has_columns(names) or len(set(names)) < len(names):
                 raise OmniMemError(
-                    f"{path}: no columns video, question and answer in its first line, which is {short(header.strip())}"
+                    f"{path}: the first line must name columns video, question and answer (in UTF-8), each name once; "
+                    f"it is {short(header.strip())}"
                 )
-            for row in table_rows:
-                # Text after the last column lies under None: an unquoted comma shifted the cells.
-                extra = BadRow("more cells than columns; put text with the separator in it into quotes")
-                yield f"{path}:{table_rows.line_num}", extra if None in row else row
-    except OSError as error:
-        raise OmniMemError(f"{path}: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise OmniMemError(f"{path}: not a table in UTF-8 ({error})") from error
+            while True:
+                before = table_rows.reader.line_num
+                try:
+                    row, number = next(table_rows), table_rows.line_num
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    why = f"not a row of a table ({error}); a quote may be missing"
+                    row, number = BadRow(why), before + 1  # where it begins: without its quote it takes in the others
+                else:
+                    # Text after the last column lies under None: an unquoted comma shifted the cells.
+                    if None in row:
+                        row = BadRow("more cells than columns; put text with the separator in it into quotes")
+                yield f"{path}:{number}", row
+    except (OSError, csv.Error) as error:
+        why = error.strerror if isinstance(error, OSError) else f"not a table ({error})"
+        raise OmniMemError(f"{path}: {why}") from error

@@ -38,11 +38,11 @@ BY_COLUMN = (tuple(f"option_{letter}" for letter in "abcdefgh"), tuple(f"option{
 CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)")
 
 
-def has_columns(names: Iterable[str]) -> bool:
-    """Whether there are columns for a stream, a question and an answer."""
+def has_columns(names: Iterable[str], least: int = 3) -> bool:
+    """Whether there are columns for a stream, a question and an answer, or for so many of the three."""
     columns = {name.strip().lower() for name in names}
     found = {meaning for meaning, aliases in COLUMNS.items() if columns & set(aliases)}
-    return {"question", "answer"} <= found and bool(found & {"video", "audio"})
+    return bool(found & {"video", "audio"}) + ("question" in found) + ("answer" in found) >= least
 
 
 def read(row: Mapping[str, Any], answers: Reading = "auto") -> Sample:
@@ -69,7 +69,7 @@ def read(row: Mapping[str, Any], answers: Reading = "auto") -> Sample:
         if found["rejected"] is not None:
             found["rejected"], _ = answer_letter(found["rejected"], options, answers)
     elif isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = f"{answer:g}"
+        answer = str(answer).removesuffix(".0")  # a column with gaps has floats for whole numbers
     entry = asked(question, answer, found["rejected"], seconds(found["time"]))
     own_sound = found["use_audio"] is None or _truth(found["use_audio"])
     video, sound, audio, more = one_stream(listed(found["video"]), listed(found["audio"]), own_sound)

@@ -21,7 +21,7 @@ from typing import Any
 
 from data_prep.manifest import Manifest, Row
 from data_prep.prepare.executors import EXECUTORS
-from data_prep.prepare.shard import Prepared, Refused, Task, prepare_clip, source
+from data_prep.prepare.shard import Prepared, Refused, Task, died, prepare_clip, source
 from data_prep.prepared import (
     CLIPS,
     ROWS_FILE,
@@ -30,6 +30,7 @@ from data_prep.prepared import (
     ClipFacts,
     PrepareSettings,
     is_prepared,
+    is_whole,
     read_records,
     read_settings,
 )
@@ -101,23 +102,23 @@ def prepare(
     folder = Path(os.path.realpath(folder))
     store = folder / CLIPS if clips is None else Path(os.path.realpath(clips))
     _check_folder(folder, store, settings)
-    tasks = {_key(row, settings): _task(row, settings, store) for row in manifest.rows}
-    outcomes: dict[tuple[Any, ...], Prepared | Refused] = {}
+    tasks = [_task(row, settings, store) for row in manifest.rows]  # rows with the same clip have the same
     with _writing(store):
         known = _known(folder, store)
-        outcomes = {key: known[seen] for key, task in tasks.items() if (seen := _seen(task)) in known}
-        left = [key for key in tasks if key not in outcomes]
+        outcomes: dict[Task, Prepared | Refused] = {
+            task: known[seen] for task in set(tasks) if (seen := _seen(task)) in known
+        }
+        left = [task for task in dict.fromkeys(tasks) if task not in outcomes]
         began(len(left))
-        numbered = [(number, tasks[key]) for number, key in enumerate(left)]
-        with closing(EXECUTORS[executor](_numbered, numbered, workers)) as results:
-            for number, outcome in results:
-                outcomes[left[number]] = outcome
-                done(outcome)
+        with closing(EXECUTORS[executor](prepare_clip, left, workers)) as results:
+            for task, outcome in results:
+                outcomes[task] = outcome or died(task)
+                done(outcomes[task])
 
     problems = list(manifest.problems)
     kept: list[tuple[Row, Prepared]] = []
-    for row in manifest.rows:
-        outcome = outcomes[_key(row, settings)]
+    for row, task in zip(manifest.rows, tasks, strict=True):
+        outcome = outcomes[task]
         if isinstance(outcome, Prepared):
             kept.append((row, outcome))
         else:
@@ -130,6 +131,7 @@ def prepare(
         )
     if not kept:
         raise OmniMemError(f"no clip could be prepared; {problems[0]}")
+    _check_folder(folder, store, settings)  # once more: another run may have finished in it since
     with atomic_file(folder / ROWS_FILE) as temporary:
         lines = (json.dumps(_record(row, one, settings), ensure_ascii=False) + "\n" for row, one in kept)
         temporary.write_text("".join(lines), encoding="utf-8")
@@ -149,20 +151,9 @@ def prepare(
         clips=len(different),
         made=sum(not one.reused for one in different),
         seconds=sum(one.facts.end for one in different),
-        nbytes=sum((store / one.shard).stat().st_size for one in different),
+        nbytes=sum(one.nbytes for one in different),
         problems=problems,
     )
-
-
-def _numbered(task: tuple[int, Task]) -> tuple[int, Prepared | Refused]:
-    """A module's own function, so that other processes find it; results come in any order."""
-    number, clip = task
-    return number, prepare_clip(clip)
-
-
-def _key(row: Row, settings: PrepareSettings) -> tuple[Any, ...]:
-    """Rows of one key have the same shard."""
-    return row.media, row.sound, settings.audio and row.audio
 
 
 def _task(row: Row, settings: PrepareSettings, store: Path) -> Task:
@@ -207,13 +198,15 @@ def _writing(store: Path) -> Iterator[None]:
 
 def _known(folder: Path, store: Path) -> dict[str, Prepared]:
     """What an earlier run with these settings prepared, by what its files looked like then."""
-    if not is_prepared(folder):
-        return {}
-    found = {}
-    for known in read_records(folder):
-        if (store / known["shard"]).is_file():
-            one = Prepared(known["shard"], known["sources"], ClipFacts.of(known["clip"]), reused=True)
-            found[_look(known["sources"], known["heard"])] = one
+    found: dict[str, Prepared] = {}
+    if is_prepared(folder):
+        # Lines that are not whole are those of a copy that is not: their shards are found by content.
+        with suppress(OmniMemError, KeyError, TypeError):
+            for known in read_records(folder):
+                if is_whole(store / known["shard"], known["nbytes"]):
+                    facts = ClipFacts.of(known["clip"])
+                    one = Prepared(known["shard"], known["nbytes"], known["sources"], facts, reused=True)
+                    found[_look(known["sources"], known["heard"])] = one
     return found
 
 
@@ -234,6 +227,7 @@ def _record(row: Row, prepared: Prepared, settings: PrepareSettings) -> dict[str
         "questions": [asdict(question) for question in row.questions],
         "content": row.content(),
         "shard": prepared.shard,
+        "nbytes": prepared.nbytes,
         "heard": settings.audio and row.audio,
         "sources": prepared.sources,
         "clip": asdict(prepared.facts),

@@ -7,83 +7,45 @@ omnimem data prepare train.jsonl --to prepared --executor ray
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import signal
 import socket
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
 from itertools import islice
 from typing import Any, TypeVar
 
+from data_prep.pool import in_processes, processors
 from omnimem.errors import OmniMemError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 WAITING = 2
-"""Tasks handed out for each worker: one at work, one so that it need not wait."""
+"""Tasks handed to Ray for each worker: one at work, one so that it need not wait."""
 
 log = logging.getLogger("omnimem.data")
 
 
-def default_workers() -> int:
-    """CPU cores of this machine."""
-    return os.cpu_count() or 1
-
-
-def in_processes(
+def on_this_machine(
     function: Callable[[Item], Result], tasks: Iterable[Item], workers: int | None = None
-) -> Generator[Result, None, None]:
-    """Results of a function of this package, as they come; of one worker in this process itself.
-
-    Raises
-    ------
-    OmniMemError
-        A worker was killed.
-    """
-    workers = default_workers() if workers is None else workers
-    if workers == 1:
-        yield from map(function, tasks)
-        return
-    others = set(multiprocessing.active_children())
-    # Not forked: threads of this process (a progress bar, an allocator) would leave their locks behind.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=signal.signal, initargs=_NO_INTERRUPTS)
-    try:
-        remaining = iter(tasks)
-        waiting: set[Future[Result]] = {pool.submit(function, task) for task in islice(remaining, WAITING * workers)}
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            waiting |= {pool.submit(function, task) for task in islice(remaining, len(done))}
-            for future in done:
-                yield future.result()
-        pool.shutdown()
-    except BrokenProcessPool as error:
-        raise OmniMemError(
-            "a worker was killed, perhaps for want of memory: lower --workers; what is prepared stays"
-        ) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()) - others:
-            child.terminate()  # an interruption does not wait for the clips at work
-
-
-_NO_INTERRUPTS = (signal.SIGINT, signal.SIG_IGN)
-"""Ctrl-C reaches every process of a terminal; the one that asked for the work ends the others."""
+) -> Generator[tuple[Item, Result | None], None, None]:
+    """Tasks with their results as they come, None where the process died; of one worker in this process itself."""
+    workers = workers or processors()
+    if workers > 1:
+        yield from in_processes(function, tasks, workers)
+    else:
+        yield from ((task, function(task)) for task in tasks)
 
 
 def on_ray(
     function: Callable[[Item], Result], tasks: Iterable[Item], workers: int | None = None
-) -> Generator[Result, None, None]:
+) -> Generator[tuple[Item, Result | None], None, None]:
     """The same on the Ray cluster there is, else on one started here; paths must mean the same on all its machines.
 
     Raises
     ------
     OmniMemError
-        Ray is not installed, the cluster of ``RAY_ADDRESS`` does not answer, or a worker died.
+        Ray is not installed, or the cluster of ``RAY_ADDRESS`` does not answer, or not any more.
     """
     try:
         ray: Any = import_module("ray")
@@ -92,16 +54,23 @@ def on_ray(
     ours = not ray.is_initialized()
     if ours:
         _join(ray, workers)
-    waiting: list[Any] = []
+    waiting: dict[Any, Item] = {}
     try:
         remote = ray.remote(function)
         count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         remaining = iter(tasks)
-        waiting = [remote.remote(task) for task in islice(remaining, WAITING * count)]
-        while waiting:
-            done, waiting = ray.wait(waiting)
-            waiting += [remote.remote(task) for task in islice(remaining, len(done))]
-            yield from ray.get(done)
+        while True:
+            for task in islice(remaining, WAITING * count - len(waiting)):
+                waiting[remote.remote(task)] = task
+            if not waiting:
+                return
+            for done in ray.wait(list(waiting))[0]:
+                task = waiting.pop(done)
+                try:
+                    result = ray.get(done)
+                except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+                    result = None  # after Ray has tried it again
+                yield task, result
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
@@ -139,4 +108,4 @@ def _knock(address: str) -> None:
             raise ConnectionError(address) from error
 
 
-EXECUTORS = {"process": in_processes, "ray": on_ray}
+EXECUTORS = {"process": on_this_machine, "ray": on_ray}

@@ -43,6 +43,7 @@ class Prepared:
     """A shard that is there, what it was made from, the facts about its clip, and whether it had been there before."""
 
     shard: str
+    nbytes: int
     sources: list[dict[str, Any]]
     facts: ClipFacts
     reused: bool
@@ -53,6 +54,12 @@ class Refused:
     """Why a clip cannot be used."""
 
     reason: str
+
+
+def died(task: Task) -> Refused:
+    """The outcome of a clip whose process died of it."""
+    reason = "the process that read it died (a crash in a decoder, or no memory left: lower --workers)"
+    return Refused(f"{task.media.name}: {reason}")
 
 
 def prepare_clip(task: Task) -> Prepared | Refused:
@@ -66,7 +73,7 @@ def prepare_clip(task: Task) -> Prepared | Refused:
     shard = shard_name([known["digest"] for known in sources], task.settings)
     path = task.clips / shard
     try:
-        return Prepared(shard, sources, read_footer(path)[1], reused=True)
+        return Prepared(shard, path.stat().st_size, sources, read_footer(path)[1], reused=True)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or not whole: it is written
     try:
@@ -74,7 +81,7 @@ def prepare_clip(task: Task) -> Prepared | Refused:
             facts = write_shard(temporary, task)
     except MediaError as error:
         return Refused(str(error))
-    return Prepared(shard, sources, facts, reused=False)
+    return Prepared(shard, path.stat().st_size, sources, facts, reused=False)
 
 
 def source(path: Path) -> dict[str, Any]:

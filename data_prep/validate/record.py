@@ -74,7 +74,8 @@ class Journal:
         self.path = report.with_name(f"{report.stem}.partial.jsonl")
         self.entries = self._read()
         try:
-            self._file = self.path.open("ab")
+            # Unbuffered: what a full disk did not take must not be written once more on closing.
+            self._file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise OmniMemError(f"cannot write {self.path}: {error.strerror}; name a place with --report") from error
 
@@ -91,12 +92,11 @@ class Journal:
         with explained_disk_errors(self.path):
             # A line of its own even after a line that a killed run left unfinished.
             self._file.write(b"\n" + json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-            self._file.flush()
 
     def finish(self) -> None:
         """The report is written: the journal is no longer needed."""
         self._file.close()
-        self.path.unlink()
+        self.path.unlink(missing_ok=True)  # another run of the same command may have finished first
 
     def _read(self) -> list[dict[str, Any]]:
         try:

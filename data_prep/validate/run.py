@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_prep.manifest import Manifest, read_manifest
+from data_prep.pool import in_processes, processors
+from data_prep.prepared import is_prepared
 from data_prep.validate.file import AUDIO_SUFFIXES, VIDEO_SUFFIXES, check_file, suffixes
 from data_prep.validate.findings import CODES, Finding, worst
-from data_prep.validate.pool import check_all
 from data_prep.validate.record import Journal, identity, printable, read_report, serves
 from data_prep.validate.rows import check_rows
 from data_prep.validate.show import WIDE, print_report
@@ -128,6 +129,8 @@ def _find(
 ) -> tuple[dict[Path, list[str]], list[dict[str, str]], Manifest | None]:
     """The files to look at with the names they go by, what is passed over, and the manifest if it is one."""
     path = Path(target)
+    if is_prepared(path):
+        raise OmniMemError(f"{target} is a prepared folder, whose clips were read to their end; name their manifest")
     if target == "quickstart" or _is_manifest(path):
         manifest = _read_quietly(target, root)
         return _files_of_manifest(manifest), [], manifest
@@ -200,8 +203,8 @@ def _look_at(
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("media files", total=len(files), completed=len(entries))
         try:
-            count = min(workers or _processors(), len(todo))
-            with closing(check_all(todo, partial(check_file, fast=fast), count)) as results:
+            count = min(workers or processors(), len(todo))
+            with closing(in_processes(partial(check_file, fast=fast), todo, count)) as results:
                 for path, result in results:
                     entry = {**wanted[path], **(crashed() if result is None else result)}
                     journal.add(entry)
@@ -219,10 +222,6 @@ def crashed() -> dict[str, Any]:
     message = "the process that looked at it died (a crash in a decoder, or no memory left)"
     nothing = {"digest": None, "seconds": None, "picture": False, "sound": "none", "streams": []}
     return {**nothing, "findings": [Finding("crashed", message).record()]}
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _report(

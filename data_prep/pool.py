@@ -1,7 +1,9 @@
-"""Many files looked at by worker processes, and going on when one of them dies.
+"""Many files read by worker processes, and going on when one of them dies.
 
 A decoder that crashes, or that takes all memory, takes its process along, and with it Python's whole pool. Whatever was
-being looked at then is looked at again, each file alone: the one whose process dies again is the one.
+at work then is done again, each file alone: the one whose process dies again is the one.
+
+    python -m pytest tests/test_validate.py -k "crash or interrupted"
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -20,31 +23,36 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-AHEAD = 2  # files handed to each worker before it asks: it need not wait, and few are looked at twice
+AHEAD = 2  # files handed to each worker before it asks: it need not wait, and few are read twice
 
 
-def check_all(
-    items: Iterable[Item], check: Callable[[Item], Result], workers: int
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def in_processes(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Generator[tuple[Item, Result | None], None, None]:
-    """Call `check` on every item in worker processes; yield results as they come, None where the process died.
+    """Call `function` on every item in worker processes; yield results as they come, None where the process died.
 
     Parameters
     ----------
+    function : callable
+        Of a module (workers are spawned and import it). What it raises ends the work.
     items : iterable
         Taken as workers ask for them; picklable.
-    check : callable
-        A function of a module (workers are spawned and import it), which does not raise.
     workers : int
     """
     waiting = iter(items)
-    while suspects := (yield from _until_one_dies(waiting, check, workers)):
+    while suspects := (yield from _until_one_dies(function, waiting, workers)):
         for item in suspects:
-            if (yield from _until_one_dies(iter([item]), check, 1)):
+            if (yield from _until_one_dies(function, iter([item]), 1)):
                 yield item, None
 
 
 def _until_one_dies(
-    waiting: Iterator[Item], check: Callable[[Item], Result], workers: int
+    function: Callable[[Item], Result], waiting: Iterator[Item], workers: int
 ) -> Generator[tuple[Item, Result], None, list[Item]]:
     """Yield results until all are done; return the items in flight if a worker died."""
     first = list(islice(waiting, 1))
@@ -59,7 +67,7 @@ def _until_one_dies(
         while True:
             for item in [*first, *islice(waiting, AHEAD * workers - len(running) - len(first))]:
                 try:
-                    running[pool.submit(check, item)] = item
+                    running[pool.submit(function, item)] = item
                 except BrokenProcessPool:
                     return [*running.values(), item]
             first = []

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-import train.objective
+import train.lesson
 from small_runs import RABBIT, arguments
 from train.config import load_recipe
 from train.data import load_rows, tokenise
@@ -60,14 +60,14 @@ def measured(recipe, profile, tmp_path, monkeypatch) -> int:
     objective = StreamObjective(
         backbone, model, profile, selection_of(recipe), settings_of(recipe), distill=recipe.distill
     )
-    encode = train.objective._encoded
+    encode = train.lesson._encoded
 
     def outside(*args):
         """Encoders and what they are given are no part of the plan."""
         with _disable_current_modes():
             return encode(*args)
 
-    monkeypatch.setattr(train.objective, "_encoded", outside)
+    monkeypatch.setattr(train.lesson, "_encoded", outside)
     with Live() as live:
         objective(samples, gradient_of(recipe, 0.0)).backward(1.0)
     return live.peak

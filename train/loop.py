@@ -32,7 +32,6 @@ from train.environment import environment
 from train.evaluation import Evaluation, held_out_rows
 from train.finish import finish
 from train.metrics import BarHandler, Metrics, Once, peak_gib
-from train.objective import StreamObjective
 from train.plan import print_plan
 from train.processes import new_accelerator, new_processes, zero_stage
 from train.rundir import prepare_run_directory
@@ -42,13 +41,9 @@ from train.setup import (
     check_recipe,
     gradient_of,
     load_base,
-    selection_of,
-    settings_of,
-    store_of,
-    truncation_of,
+    objective_of,
 )
 from train.stop import StopRequest
-from train.teacher import TeacherAnswers
 
 log = logging.getLogger("omnimem.train")
 
@@ -119,21 +114,7 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
     if saved:
         load_progress(saved[-1], accelerator, processes)
         log.info("resuming after step %d from %s", done, saved[-1])
-    objective = StreamObjective(
-        backbone,
-        peft_model,
-        profile,
-        selection_of(recipe),
-        settings_of(recipe),
-        recipe.distill,
-        skip_damaged=recipe.data.on_bad_row == "skip",
-        store=store_of(recipe, output_dir, accelerator),
-        truncation=truncation_of(recipe, len(profile.layers)),
-        processes=processes,
-        encoders_learn=bool(recipe.train.projectors),
-        decode_ahead=recipe.data.decode_ahead,
-        answers=TeacherAnswers.of(recipe, output_dir) if recipe.distill.cache else None,
-    )
+    objective = objective_of(recipe, output_dir, accelerator, backbone, peft_model, profile, processes)
     evaluation = Evaluation(recipe, output_dir, [tokenise(row, backbone) for row in held_out])
     metrics = Metrics(output_dir, done, schedule.steps, accelerator.is_main_process, recipe)
 

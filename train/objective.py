@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from omnimem.backbones import Backbone, ChunkInputs, StreamEncoder
+from omnimem.backbones import Backbone
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
 from omnimem.media import Chunk, MediaError
 from omnimem.memory import CompressedCache, SelectionGradient
 from omnimem.memory.store import Store
-from omnimem.memory.table import count
 from omnimem.modality import EVICTABLE
 from omnimem.selection import SelectionMethod
 from omnimem.selection.full import Full
@@ -34,6 +31,7 @@ from omnimem.tape import Tape, Truncation
 from train.config import DistillConfig
 from train.data import Asked, Sample, open_row
 from train.feed import ahead
+from train.lesson import BatchEncoder, Lesson, Teacher
 from train.processes import Processes
 from train.teacher import TeacherAnswers
 
@@ -154,10 +152,9 @@ class StreamObjective:
         """
         training: bool = self.model.training
         cache = CompressedCache(profile or self._profile, self._method, gradient)
-        stream = Stream(self._backbone, cache)
         processes = self._processes
         tape = Tape(
-            stream,
+            Stream(self._backbone, cache),
             self._store,
             self._truncation,
             processes.call,
@@ -165,95 +162,47 @@ class StreamObjective:
             record=training,
             lockstep=processes.lockstep,
         )
-        # What is measured in evaluation are the answers alone.
-        teacher, known = None, None
-        if self._distill is not None and training:
-            known = None if self._answers is None else self._answers.load(samples)
-            if processes.any(known is None):
-                teacher, known = Stream(self._backbone, CompressedCache(self._profile, Full())), None
         opened = [open_row(sample.row, self._settings, self._backbone) for sample in samples]
-        encoders = [encoder for _, encoder in opened]
+        encoders = BatchEncoder([encoder for _, encoder in opened], learn=self._encoders_learn and training)
         waiting = [list(sample.asked) for sample in samples]
         readers = [self._chunks(reader, queue) for (reader, _), queue in zip(opened, waiting, strict=True)]
-        loss = torch.zeros((), dtype=self._loss_dtype, device=self._backbone.device)
-        distilled = torch.zeros_like(loss)
-        targets = positions = 0
-        streamed = dict.fromkeys(EVICTABLE, 0)
-
-        def teach(step: Callable[[Stream], Any]) -> Any:
-            """Let the teacher see what the student sees."""
-            if (present := teacher) is not None:
-                with self._teaching():
-                    return processes.call(lambda: step(present))
-
-        def ask(due: list[Asked | None]) -> None:
-            nonlocal loss, distilled, targets
-            if not any(due):
-                teach(lambda one: _forgotten(one, prefix))
-                tape.idle(prefix, probes=False)
-                return
-            closing = ChunkInputs.batch([encoder.closing() for encoder in encoders])
-            nothing = torch.zeros(0, dtype=torch.int64)
-            question = [nothing if asked is None else asked.question for asked in due]
-            answer = [nothing if asked is None else asked.answer for asked in due]
-            if known is None:
-                wanted = teach(lambda one: one.answer_logits(closing, question, answer)[0].cpu())
-            else:
-                wanted = torch.cat([known[asked] for asked in due if asked is not None])
-            if teacher is not None and self._answers is not None:
-                self._answers.save(samples, due, wanted)
-            ends = partial(_closed, forks, since) if learn and any(e.carries for e in encoders) else None
-
-            def answered() -> tuple[Tensor, ...]:
-                end = ends() if ends is not None and torch.is_grad_enabled() else closing
-                return self._answered(stream, end, question, answer, wanted)
-
-            _, entropy, divergence = tape.ask(answered)
-            loss, distilled, targets = loss + entropy, distilled + divergence, targets + sum(map(len, answer))
-
-        prefix = ChunkInputs.batch([encoder.prefix() for encoder in encoders])
-        # Where encoders learn: the last place where none of them carried anything on, and the chunks since.
-        learn = self._encoders_learn and training
-        forks: list[StreamEncoder] = []
-        since: tuple[tuple[Chunk | None, ...], ...] = ()
-        tape.forward(prefix)
-        teach(lambda one: one.forward(prefix, text=True))
+        # What is measured in evaluation are the answers alone.
+        teacher = self._teacher(samples) if training else None
+        lesson = Lesson(tape, encoders, teacher, processes, self._loss_dtype)
         for chunks in self._side_by_side(readers):
-            again = None
-            if learn:
-                if not any(encoder.carries for encoder in encoders):
-                    forks, since = [encoder.fork() for encoder in encoders], ()
-                since = (*since, chunks)
-                again = partial(_encoded_again, forks, since)
-            chunk = _encoded(encoders, chunks)
-            real = torch.ones_like(chunk.modality, dtype=torch.bool) if chunk.valid is None else chunk.valid
-            for sample in count(chunk.modality, real):
-                positions += sum(sample.values())
-                streamed = {name: streamed[name] + sample[name] for name in EVICTABLE}
-            if len(chunk) > 0:
-                tape.step(chunk, again)
-                teach(lambda one, chunk=chunk: one.step(chunk))
-            elif processes.lockstep:
-                tape.idle(prefix, probes=True)
-                teach(lambda one: _forgotten(one, prefix))
+            lesson.take(chunks)
             for due in self._rounds(waiting, chunks):
-                ask(due)
+                lesson.ask(due)
         for due in self._rounds(waiting, None):
-            ask(due)
-        if self._distill is not None and training:
-            loss = loss + self._distill.weight * distilled
+            lesson.ask(due)
         retained = cache.mean_counts()
         return Outcome(
-            loss,
-            distilled,
-            targets,
-            positions,
+            lesson.loss,
+            lesson.distilled,
+            lesson.targets,
+            sum(lesson.streamed.values()),
             retained,
             # As a part of all there was, so that clips of different length can be compared.
-            {name: len(samples) * retained[name] / max(1, streamed[name]) for name in EVICTABLE},
+            {name: len(samples) * retained[name] / max(1, lesson.streamed[name]) for name in EVICTABLE},
             cache.gate_statistics(),
             cache.state_nbytes,
             backward=tape.backward,
+        )
+
+    def _teacher(self, samples: list[Sample]) -> Teacher | None:
+        """The teacher of a batch; of answers that all processes know from before it runs nothing."""
+        if self._distill is None:
+            return None
+        known = None if self._answers is None else self._answers.load(samples)
+        if not self._processes.any(known is None):
+            return Teacher(self._distill, self._processes, samples, known=known)
+        return Teacher(
+            self._distill,
+            self._processes,
+            samples,
+            Stream(self._backbone, CompressedCache(self._profile, Full())),
+            nullcontext if self._distill.adapter else self.model.disable_adapter,
+            self._answers,
         )
 
     def _side_by_side(self, readers: Sequence[Iterator[Chunk]]) -> Iterator[tuple[Chunk | None, ...]]:
@@ -275,30 +224,6 @@ class StreamObjective:
             log.warning("left out of this step: %s", error)
             queue.clear()
 
-    @contextmanager
-    def _teaching(self) -> Iterator[None]:
-        """The teacher's model: the base model's weights unless it has the adapter too."""
-        assert self._distill is not None
-        with nullcontext() if self._distill.adapter else self.model.disable_adapter():
-            yield
-
-    def _answered(
-        self, stream: Stream, closing: ChunkInputs, question: list[Tensor], answer: list[Tensor], wanted: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of answers given now: the whole of it, its cross-entropy and its divergence from the teacher's logits.
-
-        The divergence is KL(teacher ‖ student) of the answer tokens at temperature T, times T² (Hinton et al., 2015).
-        """
-        logits, targets = stream.answer_logits(closing, question, answer)
-        logits = logits.to(self._loss_dtype)
-        entropy = F.cross_entropy(logits, targets, reduction="sum")
-        if wanted is None or self._distill is None:
-            return entropy, entropy, torch.zeros_like(entropy)
-        t = self._distill.temperature
-        wanted = (wanted.to(logits.device, self._loss_dtype) / t).log_softmax(-1)
-        divergence = F.kl_div((logits / t).log_softmax(-1), wanted, reduction="sum", log_target=True) * t**2
-        return entropy + self._distill.weight * divergence, entropy, divergence
-
     def _rounds(
         self, waiting: list[list[Asked]], chunks: tuple[Chunk | None, ...] | None
     ) -> Iterator[list[Asked | None]]:
@@ -317,32 +242,3 @@ class StreamObjective:
             if not self._processes.any(any(due)):
                 return
             yield due
-
-
-def _encoded(encoders: Sequence[StreamEncoder], chunks: Sequence[Chunk | None]) -> ChunkInputs:
-    """The next chunk of every stream."""
-    return ChunkInputs.batch(
-        [e.idle() if chunk is None else e.encode(chunk) for e, chunk in zip(encoders, chunks, strict=True)]
-    )
-
-
-def _encoded_again(forks: Sequence[StreamEncoder], since: Sequence[Sequence[Chunk | None]]) -> ChunkInputs:
-    """The last of these chunks, after the others."""
-    encoders = [fork.fork() for fork in forks]
-    for chunks in since[:-1]:
-        _encoded(encoders, chunks)
-    return _encoded(encoders, since[-1])
-
-
-def _closed(forks: Sequence[StreamEncoder], since: Sequence[Sequence[Chunk | None]]) -> ChunkInputs:
-    """What ends the media behind these chunks."""
-    encoders = [fork.fork() for fork in forks]
-    for chunks in since:
-        _encoded(encoders, chunks)
-    return ChunkInputs.batch([encoder.closing() for encoder in encoders])
-
-
-def _forgotten(stream: Stream, text: ChunkInputs) -> None:
-    """A forward pass that leaves no trace."""
-    with stream.cache.scratch():
-        stream.forward(text, text=True)

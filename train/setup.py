@@ -27,6 +27,9 @@ from omnimem.stream import StreamSettings
 from omnimem.tape import Truncation
 from train.checkpoint import RECORDS
 from train.config import Recipe
+from train.objective import StreamObjective
+from train.processes import Processes
+from train.teacher import TeacherAnswers
 
 
 def build_base(recipe: Recipe, output_dir: Path) -> None:
@@ -196,6 +199,33 @@ def truncation_of(recipe: Recipe, layers: int) -> Truncation:
     """Where gradients end, in a model of so many layers."""
     cut = recipe.train.from_layer
     return Truncation(recipe.train.window, int(cut * layers if cut < 1 else cut), recipe.train.to_layer)
+
+
+def objective_of(
+    recipe: Recipe,
+    output_dir: Path,
+    accelerator: Accelerator,
+    backbone: Backbone,
+    model: PeftModel,
+    profile: BudgetProfile,
+    processes: Processes,
+) -> StreamObjective:
+    """What the recipe's steps minimise."""
+    return StreamObjective(
+        backbone,
+        model,
+        profile,
+        selection_of(recipe),
+        settings_of(recipe),
+        recipe.distill,
+        skip_damaged=recipe.data.on_bad_row == "skip",
+        store=store_of(recipe, output_dir, accelerator),
+        truncation=truncation_of(recipe, len(profile.layers)),
+        processes=processes,
+        encoders_learn=bool(recipe.train.projectors),
+        decode_ahead=recipe.data.decode_ahead,
+        answers=TeacherAnswers.of(recipe, output_dir) if recipe.distill.cache else None,
+    )
 
 
 def settings_of(recipe: Recipe) -> StreamSettings:

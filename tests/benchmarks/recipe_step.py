@@ -55,12 +55,10 @@ from train.setup import (
     add_lora,
     check_recipe,
     gradient_of,
+    objective_of,
     selection_of,
     settings_of,
-    store_of,
-    truncation_of,
 )
-from train.teacher import TeacherAnswers
 
 CLIP = Path(__file__).resolve().parents[1] / "media" / "speech_apollo15_hammer_feather_47s.webm"
 RECIPES = "video_salmonn_lora,video_salmonn_qlora,release_sft"
@@ -224,20 +222,7 @@ def measure(recipe: Recipe, accelerator: Accelerator, found: dict[str, Any]) -> 
     samples = [tokenise(row, backbone) for row in load_rows(recipe.data, backbone.hears).rows]
     schedule = Schedule(samples, recipe.train, recipe.data.shuffle, processes=1)
     processes = new_processes(accelerator, recipe, backbone, peft_model)
-    objective = StreamObjective(
-        backbone,
-        peft_model,
-        profile,
-        selection_of(recipe),
-        settings_of(recipe),
-        recipe.distill,
-        store=store_of(recipe, output_dir, accelerator),
-        truncation=truncation_of(recipe, len(profile.layers)),
-        processes=processes,
-        encoders_learn=bool(recipe.train.projectors),
-        decode_ahead=recipe.data.decode_ahead,
-        answers=TeacherAnswers.of(recipe, output_dir) if recipe.distill.cache else None,
-    )
+    objective = objective_of(recipe, output_dir, accelerator, backbone, peft_model, profile, processes)
     peft_model.train()
     found["step_seconds"] = []
     for number in range(1 + MEASURED):

@@ -29,7 +29,11 @@ from omnimem import StreamingSession
 from omnimem.backbones import BACKBONES, Backbone, ChunkInputs, backbone_class, load_backbone
 from omnimem.backbones.checkpoint import quiet_stock
 from omnimem.backbones.mel import MelStream
-from omnimem.backbones.video_salmonn2.configuration import is_qwen2_5
+from omnimem.backbones.video_salmonn2.configuration import (
+    VideoSalmonn2Config,
+    VideoSalmonn2Qwen2_5Config,
+    is_qwen2_5,
+)
 from omnimem.backbones.video_salmonn2.positions import MediaTokens, group_ids, span_ids
 from omnimem.backbones.vision import Patches
 from omnimem.budget import BudgetProfile
@@ -261,6 +265,7 @@ def parts(backbone: Backbone) -> dict[str, Any]:
 HEARS = {"audio_config": {"d_model": 1280, "qformer_config": {"model_type": "bert", "encoder_width": 1280}}}
 CONFIGS = {
     "7B as published": ({"model_type": "qwen2_5_vl", "hidden_size": 3584, **HEARS}, QWEN2_5),
+    "7B, nothing said of its sound": ({"model_type": "qwen2_5_vl", "audio_config": {"model_type": "whisper"}}, QWEN2_5),
     "8B as published": ({"model_type": "qwen3_vl", "text_config": {"model_type": "qwen3_vl_text"}, **HEARS}, QWEN3),
     "7B saved again": (
         {"model_type": "video_salmonn2_qwen2_5", "text_config": {"model_type": "qwen2_5_vl_text"}, **HEARS},
@@ -1107,3 +1112,22 @@ def test_an_unknown_projector_is_one_line(tmp_path, capsys, family):
     assert main(arguments(tmp_path, *overrides)) == 2
     error = capsys.readouterr().err
     assert re.search("train.projectors: 'qformer' is none of visual, (.*, )?audio", error) and error.count("\n") == 1
+
+
+def test_what_a_published_file_leaves_out_is_what_the_published_code_takes():
+    """Files were written without what equals the defaults of the published classes, which are not the stock ones."""
+    config = VideoSalmonn2Qwen2_5Config(vision_config={}, audio_config={"model_type": "whisper"})
+    text, vision, audio = config.text_config, config.vision_config, config.audio_config
+    assert (text.hidden_size, text.num_hidden_layers, text.num_key_value_heads, text.rms_norm_eps) == (
+        3584,
+        28,
+        4,
+        1e-6,
+    )
+    assert (vision.hidden_size, vision.depth, vision.tokens_per_second) == (1280, 32, 2)
+    assert (audio.d_model, audio.encoder_layers, audio.num_mel_bins, audio.output_dim) == (1280, 32, 128, 3584)
+    qformer = audio.qformer_config
+    assert (qformer.hidden_size, qformer.num_hidden_layers, qformer.encoder_hidden_size) == (3072, 2, 1280)
+    again = VideoSalmonn2Qwen2_5Config.from_dict(config.to_dict())
+    assert again.to_dict() == config.to_dict()
+    assert VideoSalmonn2Config().audio_config.output_dim == VideoSalmonn2Config().text_config.hidden_size

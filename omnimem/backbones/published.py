@@ -22,22 +22,6 @@ QWEN2_5_VISION = {
     "window_size": 112,
     "fullatt_block_indexes": [7, 15, 23, 31],
 }
-WHISPER_AND_QFORMER = {
-    "d_model": 1280,
-    "encoder_layers": 32,
-    "encoder_attention_heads": 20,
-    "encoder_ffn_dim": 5120,
-    "num_mel_bins": 128,
-    "qformer_config": {
-        "hidden_size": 3072,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 12,
-        "intermediate_size": 12288,
-        "query_length": 1,
-        "encoder_width": 1280,
-        "cross_attention_freq": 1,
-    },
-}
 
 
 def _text(
@@ -129,22 +113,10 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen/Qwen2.5-Omni-3B": ("qwen2_5_omni", _omni(TEXT_3B)),
     "Qwen/Qwen2.5-Omni-7B": ("qwen2_5_omni", _omni(TEXT_7B)),
     "Qwen/Qwen3-Omni-30B-A3B-Instruct": ("qwen3_omni", QWEN3_OMNI),
-    "tsinghua-ee/video-SALMONN2_plus_3B_full": (
-        "video_salmonn2_qwen2_5",
-        _qwen2_5(TEXT_3B, tied=True, audio_config=WHISPER_AND_QFORMER),
-    ),
-    "tsinghua-ee/video-SALMONN2_plus_7B_full": (
-        "video_salmonn2_qwen2_5",
-        _qwen2_5(TEXT_7B, audio_config=WHISPER_AND_QFORMER),
-    ),
-    "video-SALMONN2_plus_4B": (
-        "video_salmonn2",
-        _qwen3(36, 2560, 9728, QWEN3_VISION_4B, tied=True, audio_config=WHISPER_AND_QFORMER),
-    ),
-    "video-SALMONN2_plus_8B": (
-        "video_salmonn2",
-        _qwen3(36, 4096, 12288, QWEN3_VISION_8B, audio_config=WHISPER_AND_QFORMER),
-    ),
+    "tsinghua-ee/video-SALMONN2_plus_3B_full": ("video_salmonn2_qwen2_5", _qwen2_5(TEXT_3B, tied=True)),
+    "tsinghua-ee/video-SALMONN2_plus_7B_full": ("video_salmonn2_qwen2_5", _qwen2_5(TEXT_7B)),
+    "video-SALMONN2_plus_4B": ("video_salmonn2", _qwen3(36, 2560, 9728, QWEN3_VISION_4B, tied=True)),
+    "video-SALMONN2_plus_8B": ("video_salmonn2", _qwen3(36, 4096, 12288, QWEN3_VISION_8B)),
     "Qwen/Qwen3-VL-4B-Instruct": ("qwen3_vl", _qwen3(36, 2560, 9728, QWEN3_VISION_4B, tied=True)),
     "Qwen/Qwen3-VL-8B-Instruct": ("qwen3_vl", _qwen3(36, 4096, 12288, QWEN3_VISION_8B)),
     "Qwen/Qwen2.5-VL-7B-Instruct": ("qwen2_5_vl", _qwen2_5(TEXT_7B)),

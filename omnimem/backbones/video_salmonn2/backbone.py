@@ -62,7 +62,8 @@ class HearingBackbone(QwenBackbone):
     @classmethod
     def claims(cls, config: dict[str, Any]) -> bool:
         """Published files call themselves by the name of the vision-language model they were made from."""
-        return config.get("model_type") in cls.model_types or "qformer_config" in (config.get("audio_config") or {})
+        made_of = config.get("model_type") in ("qwen2_5_vl", "qwen3_vl") and config.get("audio_config") is not None
+        return config.get("model_type") in cls.model_types or made_of
 
     def pixel_limits(self, max_pixels: int | None = None) -> PixelLimits:
         """Limits of the published training scripts, never above what the video processor or the caller allows."""

@@ -9,6 +9,30 @@ from typing import Any, ClassVar
 
 from transformers import Blip2QFormerConfig, Qwen2_5_VLConfig, Qwen3VLConfig, WhisperConfig
 
+# What the published code takes where a published file says nothing.
+QFORMER_DEFAULTS = {
+    "hidden_size": 3072,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 12,
+    "intermediate_size": 12288,
+    "encoder_width": 1280,
+    "query_length": 1,
+    "cross_attention_freq": 1,
+}
+TEXT_DEFAULTS = {
+    "vocab_size": 152_064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128_000,
+    "rms_norm_eps": 1e-6,
+}
+VISION_DEFAULTS = {"hidden_size": 1280}
+TOKENS_PER_SECOND = 2
+"""Time ids a second of picture in the Qwen2.5-VL family, whatever a file says."""
+
 
 class VideoSalmonn2AudioConfig(WhisperConfig):
     """Whisper encoder, windows of its output, one Q-Former query a window, a projection to the decoder's width."""
@@ -17,6 +41,11 @@ class VideoSalmonn2AudioConfig(WhisperConfig):
     base_config_key = "audio_config"
     sub_configs_defaults: ClassVar[dict[str, Any]] = {"qformer_config": Blip2QFormerConfig}
 
+    num_mel_bins: int = 128
+    encoder_layers: int = 32
+    encoder_attention_heads: int = 20
+    encoder_ffn_dim: int = 5120
+    d_model: int = 1280
     qformer_config: dict | Blip2QFormerConfig | None = None
     query_length: int = 1
     second_per_window: float = 0.5
@@ -26,8 +55,9 @@ class VideoSalmonn2AudioConfig(WhisperConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Take over what the published files say in BERT's words."""
-        if isinstance(self.qformer_config, dict) and "encoder_width" in self.qformer_config:
-            published = self.qformer_config
+        given = self.qformer_config or {}
+        if isinstance(given, dict) and "encoder_hidden_size" not in given:
+            published = {**QFORMER_DEFAULTS, **given}
             self.query_length = published.get("query_length", self.query_length)
             self.output_dim = published.get("out_hidden_size", self.output_dim)
             known = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
@@ -81,10 +111,13 @@ class VideoSalmonn2Qwen2_5Config(_OwnType, Qwen2_5_VLConfig):
     audio_token_id: int = 151665
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Defaults of the published code for what a flat file leaves out; sound as in `VideoSalmonn2Config`."""
+        """Defaults of the published code for what a file leaves out; sound as in `VideoSalmonn2Config`."""
         if self.text_config is None:
-            kwargs = {"rms_norm_eps": 1e-6, "max_position_embeddings": 128_000, **kwargs}
+            kwargs = {**TEXT_DEFAULTS, **kwargs}
+        if self.vision_config is None or isinstance(self.vision_config, dict):
+            self.vision_config = {**VISION_DEFAULTS, **(self.vision_config or {})}
         super().__post_init__(**kwargs)
+        self.vision_config.tokens_per_second = TOKENS_PER_SECOND  # pyright: ignore
         self.audio_config.output_dim = self.text_config.hidden_size  # pyright: ignore
 
 

@@ -62,10 +62,8 @@ class LayoutEncoder(StreamEncoder):
     ----------
     backbone : Backbone
         The model.
-    picture, sound : bool
-        What the media has.
-    alignment : float
-        Seconds that chunks must start at multiples of.
+    picture, sound, fps, duration, time_scale, max_pixels, position_layout, timestamps
+        See `Backbone.stream_encoder`; a layout takes no notice of what it does not have.
 
     Raises
     ------
@@ -76,14 +74,29 @@ class LayoutEncoder(StreamEncoder):
     id_dtype = torch.int64
     """Of rotary ids."""
 
-    def __init__(self, backbone: Any, *, picture: bool, sound: bool, alignment: float) -> None:
+    def __init__(
+        self,
+        backbone: Any,
+        *,
+        picture: bool,
+        sound: bool,
+        fps: float,
+        duration: float | None = None,
+        time_scale: float | str = "auto",
+        max_pixels: int | None = None,
+        position_layout: str = "train",
+        timestamps: int | None = None,
+    ) -> None:
         if not picture and not sound:
             raise OmniMemError("nothing to stream: the media has neither picture nor sound (or both are switched off)")
         if not picture and not backbone.hears:
             raise OmniMemError(f"nothing to stream: {backbone.name} takes no sound, and the media has no picture")
         sound = sound and backbone.hears
         self.backbone = backbone
-        self.picture, self.sound, self.alignment = picture, sound, alignment
+        self.picture, self.sound, self.fps, self.duration = picture, sound, fps, duration
+        self.asked_time_scale, self.max_pixels = time_scale, max_pixels
+        self.position_layout, self.timestamps = position_layout, timestamps
+        self.alignment = backbone.chunk_alignment(fps, sound)
         self.position_limit: int = backbone.config.get_text_config().max_position_embeddings
         self.next_position: float = 0
         self._warned = False
@@ -138,30 +151,24 @@ class LayoutEncoder(StreamEncoder):
                 f"a chunk starts at {chunk.t0:g} s; chunk_seconds must be a multiple of {self.alignment:g} s here"
             )
 
-    def choose_time_scale(
-        self, time_scale: float | str, duration: float | None, ids_per_second: float, opening: int
-    ) -> float:
+    def choose_time_scale(self, ids_per_second: float, opening: int) -> float:
         """The given factor on rotary ids a second; ``auto`` lowers it for streams past the trained range, and says so.
 
         Parameters
         ----------
-        time_scale : float or "auto"
-            As given.
-        duration : float or None
-            Seconds of media.
         ids_per_second : float
             As trained.
         opening : int
             Ids before the media.
         """
-        if time_scale != "auto":
-            return float(time_scale)
-        chosen = largest_time_scale(duration, ids_per_second, self.position_limit, TEXT_RESERVE + opening)
+        if self.asked_time_scale != "auto":
+            return float(self.asked_time_scale)
+        chosen = largest_time_scale(self.duration, ids_per_second, self.position_limit, TEXT_RESERVE + opening)
         if chosen < 1:
             logger.info(
                 "%.0f s of media reach past the trained position range (%d ids): using %.3g ids a second instead of "
                 "%g; set time_scale=1 to keep them",
-                duration, self.position_limit, ids_per_second * chosen, ids_per_second,
+                self.duration, self.position_limit, ids_per_second * chosen, ids_per_second,
             )  # fmt: skip
         return chosen
 

@@ -24,8 +24,14 @@ from omnimem.modality import VISUAL
 class FrameEncoder(LayoutEncoder):
     """Encoder of one stream; see `Backbone.stream_encoder` for the parameters."""
 
-    def __init__(self, backbone: Any, *, picture: bool, sound: bool, fps: float) -> None:
-        super().__init__(backbone, picture=picture, sound=sound, alignment=backbone.chunk_alignment(fps, sound))
+    def __init__(self, backbone: Any, **asked: Any) -> None:
+        super().__init__(backbone, **asked)
+        side = backbone.config.vision_config.image_size
+        if self.max_pixels is not None and self.max_pixels < side**2:
+            raise OmniMemError(
+                f"max_pixels={self.max_pixels}: {backbone.name} sees every frame at {side}×{side} ({side**2} pixels); "
+                "use fewer frames a second instead"
+            )
 
     def prefix(self) -> ChunkInputs:
         """Start of the user's turn."""
@@ -108,35 +114,6 @@ class LlavaBackbone(OneAxisBackbone):
         per_frame = 0 if frame is None else self.frame_side**2
         starts = [number * chunk_seconds for number in range(math.ceil(seconds / chunk_seconds))]
         return [(math.ceil(min(chunk_seconds, seconds - start) * fps) * per_frame, 0) for start in starts]
-
-    def stream_encoder(
-        self,
-        *,
-        picture: bool,
-        sound: bool,
-        fps: float,
-        duration: float | None = None,
-        time_scale: float | str = "auto",
-        max_pixels: int | None = None,
-        position_layout: str = "train",
-        timestamps: int | None = None,
-    ) -> FrameEncoder:
-        """Begin a stream; see `Backbone.stream_encoder`.
-
-        Ids do not follow the clock: no time scale. There is one layout and no timestamp.
-
-        Raises
-        ------
-        OmniMemError
-            The media has no picture, or `max_pixels` asks for frames smaller than the tower's.
-        """
-        side = self.config.vision_config.image_size
-        if max_pixels is not None and max_pixels < side**2:
-            raise OmniMemError(
-                f"max_pixels={max_pixels}: {self.name} sees every frame at {side}×{side} ({side**2} pixels); "
-                "use fewer frames a second instead"
-            )
-        return self.encoder_class(self, picture=picture, sound=sound, fps=fps)
 
 
 def hub_name(name: str) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from omnimem.backbones.base import Backbone
 from omnimem.backbones.checkpoint import load_processor, load_stock
-from omnimem.backbones.layout import common_multiple, group_size
+from omnimem.backbones.ear import Ear
+from omnimem.backbones.layout import LayoutEncoder, common_multiple, group_size
 from omnimem.backbones.vision import PixelLimits
 from omnimem.memory import attach
 
@@ -34,6 +35,8 @@ class QwenBackbone(Backbone):
 
     Attributes
     ----------
+    encoder_class : type
+        Layout of its streams.
     system_prompt : str or None
         What the model was trained to find before the user's turn.
     frame_tokens : tuple of int
@@ -42,6 +45,7 @@ class QwenBackbone(Backbone):
 
     model_class: ClassVar[Any]
     processor_class: ClassVar[Any]
+    encoder_class: ClassVar[type[LayoutEncoder]]
     system_prompt: ClassVar[str | None] = None
     frame_tokens: ClassVar[tuple[int, int]] = (128, 768)
 
@@ -68,6 +72,37 @@ class QwenBackbone(Backbone):
     def lm_head(self) -> nn.Module:
         """The output projection."""
         return self.model.lm_head
+
+    def stream_encoder(
+        self,
+        *,
+        picture: bool,
+        sound: bool,
+        fps: float,
+        duration: float | None = None,
+        time_scale: float | str = "auto",
+        max_pixels: int | None = None,
+        position_layout: str = "train",
+        timestamps: int | None = None,
+        **more: Any,
+    ) -> LayoutEncoder:
+        """Begin a stream in the model's layout; see `Backbone.stream_encoder`, and `encoder_class` for `more`."""
+        return self.encoder_class(
+            self,
+            picture=picture,
+            sound=sound,
+            fps=fps,
+            duration=duration,
+            time_scale=time_scale,
+            max_pixels=max_pixels,
+            position_layout=position_layout,
+            timestamps=timestamps,
+            **more,
+        )
+
+    def ear(self) -> Ear | None:
+        """What makes embeddings of sound, in layouts that take any (see `Ear`)."""
+        return None
 
     def pixel_limits(self, max_pixels: int | None = None) -> PixelLimits:
         """Limits of a resized frame: the model's own, never above what its video processor or the caller allows."""

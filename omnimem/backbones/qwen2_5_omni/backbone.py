@@ -20,43 +20,11 @@ class Qwen2_5Omni(QwenBackbone):
     model_types = ("qwen2_5_omni", "qwen2_5_omni_thinker")
     model_class = Qwen2_5OmniThinkerForConditionalGeneration
     processor_class = Qwen2_5OmniProcessor
+    encoder_class = Qwen2_5OmniStreamEncoder
     projectors: ClassVar[dict[str, str]] = {"visual": "visual.merger", "audio": "audio_tower.proj"}
     whole: ClassVar[tuple[str, ...]] = ("model.visual", "model.audio_tower", "lm_head")
     system_prompt = SYSTEM_PROMPT
     build_tiny = staticmethod(build_tiny)
-
-    def stream_encoder(
-        self,
-        *,
-        picture: bool,
-        sound: bool,
-        fps: float,
-        duration: float | None = None,
-        time_scale: float | str = "auto",
-        max_pixels: int | None = None,
-        position_layout: str = "train",
-        timestamps: int | None = None,
-        mel_floor: float | str = "running",
-    ) -> Qwen2_5OmniStreamEncoder:
-        """Begin a stream; see `Backbone.stream_encoder`. There is one layout and no timestamp.
-
-        Parameters
-        ----------
-        picture, sound, fps, duration, time_scale, max_pixels, position_layout, timestamps
-            As for every backbone.
-        mel_floor : float or "running"
-            See `MelStream`.
-        """
-        return Qwen2_5OmniStreamEncoder(
-            self,
-            picture=picture,
-            sound=sound,
-            fps=fps,
-            duration=duration,
-            time_scale=time_scale,
-            max_pixels=max_pixels,
-            mel_floor=mel_floor,
-        )
 
     def chunk_alignment(self, fps: float, sound: bool = True) -> float:
         """Whole sound blocks and whole temporal patches: two seconds at whole frame rates."""

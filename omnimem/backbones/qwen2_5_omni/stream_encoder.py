@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from copy import copy
 from math import floor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,29 +31,24 @@ AUDIO_TOKENS_PER_SECOND = 25
 
 
 class Qwen2_5OmniStreamEncoder(LayoutEncoder):
-    """Encoder of one stream; see `Qwen2_5Omni.stream_encoder` for the parameters."""
+    """Encoder of one stream; see `Backbone.stream_encoder` for what is not listed.
 
-    def __init__(
-        self,
-        backbone: Qwen2_5Omni,
-        *,
-        picture: bool,
-        sound: bool,
-        fps: float,
-        duration: float | None,
-        time_scale: float | str,
-        max_pixels: int | None = None,
-        mel_floor: float | str = "running",
-    ) -> None:
-        super().__init__(backbone, picture=picture, sound=sound, alignment=backbone.chunk_alignment(fps))
+    Parameters
+    ----------
+    mel_floor : float or "running"
+        See `MelStream`.
+    """
+
+    def __init__(self, backbone: Qwen2_5Omni, *, mel_floor: float | str = "running", **asked: Any) -> None:
+        super().__init__(backbone, **asked)
         config = backbone.config
         self.group_seconds = float(config.seconds_per_chunk)
-        self.seconds_per_patch = torch.tensor(backbone.temporal_patch / fps)
-        self.limits = backbone.pixel_limits(max_pixels)
+        self.seconds_per_patch = torch.tensor(backbone.temporal_patch / self.fps)
+        self.limits = backbone.pixel_limits(self.max_pixels)
         self.mel = MelStream(backbone.processor.feature_extractor, 2 * config.audio_config.n_window, mel_floor)
         self.opening_ids = backbone.text_ids(backbone.opening)
         per_second = config.position_id_per_seconds
-        self.time_scale = self.choose_time_scale(time_scale, duration, per_second, self.opening_ids.shape[1])
+        self.time_scale = self.choose_time_scale(per_second, self.opening_ids.shape[1])
         self.ids_per_second = per_second * self.time_scale
         self.patches_seen = 0
         self.audio_seen = 0

@@ -22,31 +22,9 @@ class Qwen2_5VL(QwenBackbone):
     model_types = ("qwen2_5_vl",)
     model_class = Qwen2_5_VLForConditionalGeneration
     processor_class = Qwen2_5_VLProcessor
+    encoder_class = SpanEncoder
     projectors: ClassVar[dict[str, str]] = {"visual": "visual.merger"}
     whole: ClassVar[tuple[str, ...]] = ("model.visual", "lm_head")
     hears = False
     system_prompt = "You are a helpful assistant."
     build_tiny = staticmethod(build_tiny)
-
-    def stream_encoder(
-        self,
-        *,
-        picture: bool,
-        sound: bool,
-        fps: float,
-        duration: float | None = None,
-        time_scale: float | str = "auto",
-        max_pixels: int | None = None,
-        position_layout: str = "train",
-        timestamps: int | None = None,
-    ) -> SpanEncoder:
-        """Begin a stream; see `Backbone.stream_encoder`. There is one layout and no timestamp."""
-        return SpanEncoder(
-            self,
-            picture=picture,
-            sound=sound,
-            fps=fps,
-            duration=duration,
-            time_scale=time_scale,
-            max_pixels=max_pixels,
-        )

@@ -6,13 +6,13 @@ the patches alone. Rotary ids of a patch are (start + ⌊t·tokens_per_second⌋
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from omnimem.backbones.base import ChunkInputs
-from omnimem.backbones.ear import Ear
 from omnimem.backbones.layout import LayoutEncoder, Piece, patch_ids
 from omnimem.backbones.vision import Patches, encode_frames
 from omnimem.errors import OmniMemError
@@ -21,12 +21,10 @@ from omnimem.modality import AUDIO, VISUAL
 
 
 class SpanEncoder(LayoutEncoder):
-    """Encoder of one stream; see `Backbone.stream_encoder` for what is not listed.
+    """Encoder of one stream; see `Backbone.stream_encoder` for what is not listed, and `QwenBackbone.ear` for sound.
 
     Parameters
     ----------
-    ear : Ear, optional
-        Turns sound into embeddings, for a model that hears.
     position_layout : {"train", "release"}
         Ids of a stream with sound. ``train``: those the models were trained with, sound (start + i, start, start + i),
         text one past the largest time id. ``release``: what the published inference code computes, which knows
@@ -34,34 +32,23 @@ class SpanEncoder(LayoutEncoder):
         count on like text. For it the duration must be known, and be that of the pictures.
     """
 
-    def __init__(
-        self,
-        backbone: Any,
-        *,
-        picture: bool,
-        sound: bool,
-        fps: float,
-        duration: float | None = None,
-        time_scale: float | str = "auto",
-        max_pixels: int | None = None,
-        position_layout: str = "train",
-        ear: Ear | None = None,
-    ) -> None:
-        super().__init__(backbone, picture=picture, sound=sound, alignment=backbone.chunk_alignment(fps, sound))
-        self.ear = ear if sound else None
+    def __init__(self, backbone: Any, **asked: Any) -> None:
+        super().__init__(backbone, **asked)
+        ear = backbone.ear()
+        self.ear = ear if self.sound else None
         self.per_second = 1.0 if ear is None else ear.per_second
-        self.limits = backbone.pixel_limits(max_pixels)
+        self.limits = backbone.pixel_limits(self.max_pixels)
         self.opening_ids = backbone.text_ids(backbone.opening)
         per_second = float(backbone.config.vision_config.tokens_per_second)
-        self.time_scale = self.choose_time_scale(time_scale, duration, per_second, self.opening_ids.shape[1])
+        self.time_scale = self.choose_time_scale(per_second, self.opening_ids.shape[1])
         # In float32 and this order, as the models compute it.
-        self.seconds_per_patch = torch.tensor(backbone.temporal_patch / fps)
+        self.seconds_per_patch = torch.tensor(backbone.temporal_patch / self.fps)
         self.ids_per_patch = self.seconds_per_patch * (per_second * self.time_scale)
         self.promised: int | None = None
-        if position_layout == "release" and picture and sound:
-            if duration is None:
+        if self.position_layout == "release" and self.picture and self.sound:
+            if self.duration is None:
                 raise OmniMemError("position_layout=release needs media whose header says how long they are")
-            self.promised = -(-_frames(duration, fps) // backbone.temporal_patch)
+            self.promised = -(-math.ceil(self.duration * self.fps) // backbone.temporal_patch)
         self.heard = torch.empty(0, backbone.config.get_text_config().hidden_size)
         self.start = self.highest = 0
         self.patches_seen = self.audio_seen = self.placed = 0
@@ -160,8 +147,3 @@ class SpanEncoder(LayoutEncoder):
         ids = torch.cat((inside, text.expand(3, -1)), dim=1) + self.start
         self.highest = max([self.highest, *ids.flatten().tolist()])
         return ids
-
-
-def _frames(duration: float, fps: float) -> int:
-    """Frames that a stream of so many seconds has."""
-    return -int(-duration * fps // 1)

@@ -29,6 +29,7 @@ class Qwen3Omni(QwenBackbone):
     model_types = ("qwen3_omni_moe", "qwen3_omni_moe_thinker")
     model_class = Qwen3OmniMoeThinkerForConditionalGeneration
     processor_class = Qwen3OmniMoeProcessor
+    encoder_class = Qwen3OmniStreamEncoder
     projectors: ClassVar[dict[str, str]] = {
         "visual": "visual.merger",
         "deepstack_0": "visual.merger_list.0",
@@ -59,39 +60,6 @@ class Qwen3Omni(QwenBackbone):
             if problem := _incomplete_experts(Path(path)):
                 raise OmniMemError(f"cannot load {path}: {problem}") from error
             raise
-
-    def stream_encoder(
-        self,
-        *,
-        picture: bool,
-        sound: bool,
-        fps: float,
-        duration: float | None = None,
-        time_scale: float | str = "auto",
-        max_pixels: int | None = None,
-        position_layout: str = "train",
-        timestamps: int | None = None,
-        mel_floor: float | str = "running",
-    ) -> Qwen3OmniStreamEncoder:
-        """Begin a stream; see `Backbone.stream_encoder`. There is one layout and no timestamp.
-
-        Parameters
-        ----------
-        picture, sound, fps, duration, time_scale, max_pixels, position_layout, timestamps
-            As for every backbone.
-        mel_floor : float or "running"
-            See `MelStream`.
-        """
-        return Qwen3OmniStreamEncoder(
-            self,
-            picture=picture,
-            sound=sound,
-            fps=fps,
-            duration=duration,
-            time_scale=time_scale,
-            max_pixels=max_pixels,
-            mel_floor=mel_floor,
-        )
 
     @property
     def sound_window(self) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from copy import copy
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,31 +34,26 @@ SOUND_BLOCK_POSITIONS = 13
 
 
 class Qwen3OmniStreamEncoder(LayoutEncoder):
-    """Encoder of one stream; see `Qwen3Omni.stream_encoder` for the parameters."""
+    """Encoder of one stream; see `Backbone.stream_encoder` for what is not listed.
+
+    Parameters
+    ----------
+    mel_floor : float or "running"
+        See `MelStream`.
+    """
 
     id_dtype = torch.float32
 
-    def __init__(
-        self,
-        backbone: Qwen3Omni,
-        *,
-        picture: bool,
-        sound: bool,
-        fps: float,
-        duration: float | None,
-        time_scale: float | str,
-        max_pixels: int | None = None,
-        mel_floor: float | str = "running",
-    ) -> None:
-        super().__init__(backbone, picture=picture, sound=sound, alignment=backbone.chunk_alignment(fps, sound))
+    def __init__(self, backbone: Qwen3Omni, *, mel_floor: float | str = "running", **asked: Any) -> None:
+        super().__init__(backbone, **asked)
         config = backbone.config
-        self.seconds_per_patch = backbone.temporal_patch / fps
-        self.limits = backbone.pixel_limits(max_pixels)
+        self.seconds_per_patch = backbone.temporal_patch / self.fps
+        self.limits = backbone.pixel_limits(self.max_pixels)
         self.sound_block = 2 * config.audio_config.n_window
         self.mel = MelStream(backbone.processor.feature_extractor, backbone.sound_window, mel_floor, reflect_end=True)
         self.opening_ids = backbone.text_ids(backbone.opening)
         self.ids_per_second: int = config.position_id_per_seconds
-        self.time_scale = self.choose_time_scale(time_scale, duration, self.ids_per_second, self.opening_ids.shape[1])
+        self.time_scale = self.choose_time_scale(self.ids_per_second, self.opening_ids.shape[1])
         self.patches_seen = 0
         self.audio_seen = 0
         self.start = 0

@@ -28,31 +28,9 @@ class Qwen3VL(QwenBackbone):
     model_types = ("qwen3_vl",)
     model_class = Qwen3VLForConditionalGeneration
     processor_class = Qwen3VLProcessor
+    encoder_class = TimestampEncoder
     projectors: ClassVar[dict[str, str]] = PROJECTORS
     whole: ClassVar[tuple[str, ...]] = ("model.visual", "lm_head")
     hears = False
     frame_anchored = True
     build_tiny = staticmethod(build_tiny)
-
-    def stream_encoder(
-        self,
-        *,
-        picture: bool,
-        sound: bool,
-        fps: float,
-        duration: float | None = None,
-        time_scale: float | str = "auto",
-        max_pixels: int | None = None,
-        position_layout: str = "train",
-        timestamps: int | None = None,
-    ) -> TimestampEncoder:
-        """Begin a stream; see `Backbone.stream_encoder`. Ids do not follow the clock: no time scale."""
-        return TimestampEncoder(
-            self,
-            picture=picture,
-            sound=sound,
-            fps=fps,
-            duration=duration,
-            max_pixels=max_pixels,
-            timestamps=timestamps,
-        )

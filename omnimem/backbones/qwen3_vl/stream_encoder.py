@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from omnimem.backbones.base import ChunkInputs
-from omnimem.backbones.ear import Ear
 from omnimem.backbones.layout import LayoutEncoder, Piece, group_size, patch_ids
 from omnimem.backbones.vision import Patches, encode_frames
 from omnimem.media import Chunk
@@ -22,36 +21,24 @@ from omnimem.modality import AUDIO, VISUAL
 
 
 class TimestampEncoder(LayoutEncoder):
-    """Encoder of one stream; see `Backbone.stream_encoder` for what is not listed.
+    """Encoder of one stream; see `Backbone.stream_encoder` for what is not listed, and `QwenBackbone.ear` for sound.
 
     Parameters
     ----------
     timestamps : int or None
         Groups that a stream of `duration` seconds has at most; None, or an unknown duration: one a temporal patch.
-    ear : Ear, optional
-        Turns sound into embeddings, for a model that hears.
     """
 
-    def __init__(
-        self,
-        backbone: Any,
-        *,
-        picture: bool,
-        sound: bool,
-        fps: float,
-        duration: float | None = None,
-        max_pixels: int | None = None,
-        timestamps: int | None = None,
-        ear: Ear | None = None,
-    ) -> None:
-        super().__init__(backbone, picture=picture, sound=sound, alignment=backbone.chunk_alignment(fps, sound))
-        self.ear = ear if sound else None
+    def __init__(self, backbone: Any, **asked: Any) -> None:
+        super().__init__(backbone, **asked)
+        ear = backbone.ear()
+        self.ear = ear if self.sound else None
         self.per_second = 1.0 if ear is None else ear.per_second
-        self.fps, self.limits = fps, backbone.pixel_limits(max_pixels)
+        self.limits = backbone.pixel_limits(self.max_pixels)
         self.frames_per_patch = backbone.temporal_patch
-        frames = None if duration is None else math.ceil(duration * fps)
+        frames = None if self.duration is None else math.ceil(self.duration * self.fps)
         patches = None if frames is None else math.ceil(frames / self.frames_per_patch)
-        self.patches_per_group = group_size(patches, timestamps)
+        self.patches_per_group = group_size(patches, self.timestamps)
         self.waiting = backbone.embed(torch.zeros(1, 0, dtype=torch.int64))[0]  # sound of the group that is open
         self.audio_seen = 0
         self.patches_seen = 0

@@ -21,6 +21,7 @@ class VideoLlama3(OneAxisBackbone):
     model_types = ("video_llama_3",)
     model_class = VideoLlama3ForConditionalGeneration
     processor_class = VideoLlama3Processor
+    encoder_class = DifferenceEncoder
     projectors: ClassVar[dict[str, str]] = {"visual": "projector"}
     whole: ClassVar[tuple[str, ...]] = ("model.vision_model", "model.projector", "lm_head")
     build_tiny = staticmethod(build_tiny)
@@ -59,26 +60,3 @@ class VideoLlama3(OneAxisBackbone):
         frames = math.ceil(seconds * fps)
         groups = math.ceil(frames / group_size(frames, timestamps))
         return groups * (self.text_ids(f"Time {seconds:.1f}s:").shape[1] + 1)
-
-    def stream_encoder(
-        self,
-        *,
-        picture: bool,
-        sound: bool,
-        fps: float,
-        duration: float | None = None,
-        time_scale: float | str = "auto",
-        max_pixels: int | None = None,
-        position_layout: str = "train",
-        timestamps: int | None = None,
-    ) -> DifferenceEncoder:
-        """Begin a stream; see `Backbone.stream_encoder`. Ids do not follow the clock: no time scale."""
-        return DifferenceEncoder(
-            self,
-            picture=picture,
-            sound=sound,
-            fps=fps,
-            duration=duration,
-            max_pixels=max_pixels,
-            timestamps=timestamps,
-        )

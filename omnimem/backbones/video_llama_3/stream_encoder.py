@@ -23,21 +23,11 @@ from omnimem.modality import VISUAL
 class DifferenceEncoder(LayoutEncoder):
     """Encoder of one stream; see `Backbone.stream_encoder` for the parameters."""
 
-    def __init__(
-        self,
-        backbone: Any,
-        *,
-        picture: bool,
-        sound: bool,
-        fps: float,
-        duration: float | None = None,
-        max_pixels: int | None = None,
-        timestamps: int | None = None,
-    ) -> None:
-        super().__init__(backbone, picture=picture, sound=sound, alignment=backbone.chunk_alignment(fps, sound))
-        frames = None if duration is None else math.ceil(duration * fps)
-        self.limits = backbone.frame_limits(frames, max_pixels)
-        self.frames_per_time = group_size(frames, timestamps)
+    def __init__(self, backbone: Any, **asked: Any) -> None:
+        super().__init__(backbone, **asked)
+        frames = None if self.duration is None else math.ceil(self.duration * self.fps)
+        self.limits = backbone.frame_limits(frames, self.max_pixels)
+        self.frames_per_time = group_size(frames, self.timestamps)
         self.frames_seen = 0
         self.last_frame: Tensor | None = None
 

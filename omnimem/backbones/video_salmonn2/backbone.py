@@ -65,6 +65,10 @@ class HearingBackbone(QwenBackbone):
         made_of = config.get("model_type") in ("qwen2_5_vl", "qwen3_vl") and config.get("audio_config") is not None
         return config.get("model_type") in cls.model_types or made_of
 
+    def ear(self) -> WhisperEar:
+        """Whisper and the Q-Former."""
+        return WhisperEar(self)
+
     def pixel_limits(self, max_pixels: int | None = None) -> PixelLimits:
         """Limits of the published training scripts, never above what the video processor or the caller allows."""
         processor = self.processor.video_processor
@@ -89,31 +93,8 @@ class VideoSalmonn2(HearingBackbone):
     projectors: ClassVar[dict[str, str]] = {**PROJECTORS, "audio": "audio.connector"}
     frame_anchored = True
     model_class = VideoSalmonn2ForConditionalGeneration
+    encoder_class = TimestampEncoder
     build_tiny = staticmethod(build_tiny)
-
-    def stream_encoder(
-        self,
-        *,
-        picture: bool,
-        sound: bool,
-        fps: float,
-        duration: float | None = None,
-        time_scale: float | str = "auto",
-        max_pixels: int | None = None,
-        position_layout: str = "train",
-        timestamps: int | None = None,
-    ) -> TimestampEncoder:
-        """Begin a stream; see `Backbone.stream_encoder`. Ids do not follow the clock: no time scale."""
-        return TimestampEncoder(
-            self,
-            picture=picture,
-            sound=sound,
-            fps=fps,
-            duration=duration,
-            max_pixels=max_pixels,
-            timestamps=timestamps,
-            ear=WhisperEar(self),
-        )
 
 
 class VideoSalmonn2Qwen2_5(HearingBackbone):
@@ -122,30 +103,6 @@ class VideoSalmonn2Qwen2_5(HearingBackbone):
     name = "video_salmonn2_qwen2_5"
     model_types = ("video_salmonn2_qwen2_5",)
     model_class = VideoSalmonn2Qwen2_5ForConditionalGeneration
+    encoder_class = SpanEncoder
     system_prompt = "You are a helpful assistant."
     build_tiny = staticmethod(build_tiny_qwen2_5)
-
-    def stream_encoder(
-        self,
-        *,
-        picture: bool,
-        sound: bool,
-        fps: float,
-        duration: float | None = None,
-        time_scale: float | str = "auto",
-        max_pixels: int | None = None,
-        position_layout: str = "train",
-        timestamps: int | None = None,
-    ) -> SpanEncoder:
-        """Begin a stream; see `Backbone.stream_encoder`. There is no timestamp."""
-        return SpanEncoder(
-            self,
-            picture=picture,
-            sound=sound,
-            fps=fps,
-            duration=duration,
-            time_scale=time_scale,
-            max_pixels=max_pixels,
-            position_layout=position_layout,
-            ear=WhisperEar(self),
-        )

@@ -30,7 +30,7 @@ TEXT_DEFAULTS = {
     "rms_norm_eps": 1e-6,
 }
 VISION_DEFAULTS = {"hidden_size": 1280}
-TOKENS_PER_SECOND = 2
+TIME_IDS_PER_SECOND = 2
 """Time ids a second of picture in the Qwen2.5-VL family, whatever a file says."""
 
 
@@ -117,7 +117,7 @@ class VideoSalmonn2Qwen2_5Config(_OwnType, Qwen2_5_VLConfig):
         if self.vision_config is None or isinstance(self.vision_config, dict):
             self.vision_config = {**VISION_DEFAULTS, **(self.vision_config or {})}
         super().__post_init__(**kwargs)
-        self.vision_config.tokens_per_second = TOKENS_PER_SECOND  # pyright: ignore
+        self.vision_config.tokens_per_second = TIME_IDS_PER_SECOND  # pyright: ignore
         self.audio_config.output_dim = self.text_config.hidden_size  # pyright: ignore
 
 

@@ -1,56 +1,11 @@
-"""Fine-tune with the bounded memory active, as a recipe says; every `key=value` overrides it.
-
-    accelerate launch train.py recipe=quickstart
-    accelerate launch train.py recipe=quickstart train.max_steps=3 output_dir=runs/try
-
-Keys and their defaults are in `train/config.py`. On one device `python train.py recipe=quickstart` does the
-same without the launcher. Exit status as for `omnimem`: 0 done, 2 wrong usage or input, 1 anything else;
-`--debug` shows tracebacks. The launcher reports 1 for every failure and adds a traceback of its own:
-`accelerate launch -q` leaves it out on one device, and `python train.py ... dry_run=true` checks a recipe,
-with status 2, before a long job is queued.
+"""Entry point of `accelerate launch train.py recipe=NAME key=value ...`; the program is `train/command.py`.
 
 (`import train` gives the package `train/`, not this file: Python looks at packages first.)
 """
 
-from __future__ import annotations
-
-import os
 import sys
-import time
-from collections.abc import Sequence
 
-from omnimem.cli import run_guarded
-from train.config import Recipe, list_recipes, load_recipe
-
-GRACE_SECONDS = 2.0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the recipe, train, and return the exit status."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in args or "-h" in args:
-        print(f"{__doc__}\nRecipes: {', '.join(list_recipes())}")
-        return 0
-    debug = "--debug" in args
-    rank = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
-
-    # Every rank finds the same mistake in a recipe, so one of them says so. What goes wrong later may concern
-    # a single rank (its clip, its disk): that rank speaks for itself.
-    recipes: list[Recipe] = []
-    parse = [arg for arg in args if arg != "--debug"]
-    status = run_guarded("train", lambda: recipes.append(load_recipe(parse)), debug, quiet=rank > 0)
-    if status:
-        if rank:  # the launcher ends all ranks with the first that fails: rank 0 needs the time to say why
-            time.sleep(GRACE_SECONDS)
-        return status
-    return run_guarded(f"train (rank {rank})" if rank else "train", lambda: _run(recipes[0]), debug)
-
-
-def _run(recipe: Recipe) -> None:
-    from train.loop import run
-
-    run(recipe)
-
+from train.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,5 +1,6 @@
 """The command `omnimem`: parse, call, print. What is done lives in the modules the commands import.
 
+    omnimem train recipe=quickstart
     omnimem export runs/quickstart --out quickstart-merged
     omnimem answer quickstart-merged clip.mp4 "What does the narrator say?"
 
@@ -28,6 +29,13 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "train" in argv and set(argv[: argv.index("train")]) <= {"--debug"}:
+        # Its arguments are those of train.py, key=value; which process reports an error is decided there too.
+        from train.command import main as train
+
+        argv.remove("train")
+        return train(argv)
     args = build_parser().parse_args(argv)
     return run_guarded("omnimem", lambda: args.command(args), debug=args.debug)
 
@@ -98,11 +106,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="omnimem",
         description="Audio-visual language models with a memory of fixed size.",
-        epilog="Fine-tuning: accelerate launch train.py recipe=NAME key=value ...",
+        epilog="On several GPUs: accelerate launch -m omnimem train recipe=NAME key=value ...",
     )
     parser.add_argument("--debug", action="store_true", help=shows)
     parser.add_argument("--version", action="version", version=f"omnimem {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    # Listed here for --help; `main` hands its arguments to train/command.py.
+    commands.add_parser("train", help="fine-tune as a recipe says: recipe=NAME key=value ...")
+    recipes = commands.add_parser("recipes", parents=[everywhere], help="list the recipes")
+    recipes.description = "List the recipes that `omnimem train recipe=NAME` takes."
+    recipes.set_defaults(command=_recipes)
+    methods = commands.add_parser("methods", parents=[everywhere], help="list the selection methods and their options")
+    methods.description = "List the selection methods: what each keeps, its options and their defaults."
+    methods.set_defaults(command=_methods)
 
     export = commands.add_parser("export", parents=[everywhere], help="merge a run into one checkpoint")
     export.description = "Merge the adapters of a training run into a checkpoint, with its profile and model card."
@@ -323,6 +340,21 @@ def _above_zero(text: str) -> float:
     if value == 0:
         raise argparse.ArgumentTypeError("must be above 0, got 0")
     return value
+
+
+def _recipes(_: argparse.Namespace) -> None:
+    from train.config import list_recipes, recipe_summary
+
+    names = list_recipes()
+    width = max(map(len, names))
+    for name in names:
+        print(f"{name:<{width}}  {recipe_summary(name)}")
+
+
+def _methods(_: argparse.Namespace) -> None:
+    from omnimem.selection.listing import print_methods
+
+    print_methods()
 
 
 def _export(args: argparse.Namespace) -> None:

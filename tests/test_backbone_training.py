@@ -301,7 +301,9 @@ RUN = ("model.backbone=video_salmonn2", *CHUNKED["video_salmonn2"])
         ("selection.gradient=straight_through", "distill.weight=0.5", "eval.every=1", "eval"),
         pytest.param(("selection.gradient=soft", "lora.dropout=0.1"), marks=pytest.mark.long),
         pytest.param((MERGERS["video_salmonn2"], "train.batch_size=2"), marks=pytest.mark.long),
-        pytest.param(("selection.positions=reindexed", "selection.method=h2o"), marks=pytest.mark.long),
+        pytest.param(
+            ("selection.positions=reindexed", "selection.method=h2o", "selection.gradient=none"), marks=pytest.mark.long
+        ),
     ],
     ids=["taught", "soft", "projectors", "reindexed"],
 )
@@ -353,13 +355,14 @@ def test_nothing_but_projections_of_the_decoder_is_quantised(tiny_of, name):
 
 # ---- several processes -----------------------------------------------------------------------------------------------
 
+HARD = ("selection.gradient=none",)
 TAUGHT = ("selection.gradient=straight_through", "distill.weight=0.5", "train.window=1", "train.from_layer=1")
 UNEQUAL = {"video_salmonn2": [LONG, HEARD, SEEN, SHORT], "qwen3_omni": [SHORT, HEARD, SEEN, SHORT]}
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", list(UNEQUAL))
-@pytest.mark.parametrize("more", [(), TAUGHT, ("selection.method=streammem",)], ids=["hard", "taught", "probed"])
+@pytest.mark.parametrize("more", [HARD, TAUGHT, (*HARD, "selection.method=streammem")], ids=["hard", "taught", "probed"])
 def test_two_processes_train_what_one_trains_however_weights_are_held(tmp_path, name, more):
     """Shards of experts, which are no linear layers, and chunks that bring deepstack to one process alone."""
     settings = (*PLAIN, "train.max_steps=2", "train.save_every=2", f"model.backbone={name}", *CHUNKED[name], *more)
@@ -610,7 +613,7 @@ def test_an_anchored_example_spelt_out():
 # ---- plans -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [(), ("selection.gradient=straight_through",), ("distill.weight=1.0",)])
+@pytest.mark.parametrize("more", [("selection.gradient=none",), (), ("distill.weight=1.0",)])
 @pytest.mark.parametrize("name", ["video_salmonn2", "qwen3_omni"])
 def test_a_step_holds_what_the_plan_says(tmp_path, monkeypatch, name, more):
     """Times between the pictures stay in memory, deepstack waits with the embeddings, experts have wide tensors too."""

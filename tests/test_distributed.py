@@ -140,9 +140,9 @@ def alone(tmp_path_factory) -> dict[str, Path]:
 
 
 EXTRAS = {
-    "hard": (),
+    "hard": ("selection.gradient=none",),
     "taught": ("selection.gradient=straight_through", "distill.weight=0.5", "train.window=1", "train.from_layer=1"),
-    "probed": ("selection.method=streammem",),
+    "probed": ("selection.method=streammem", "selection.gradient=none"),
 }
 
 

@@ -75,7 +75,7 @@ def measured(recipe, profile, tmp_path, monkeypatch) -> int:
 
 @pytest.mark.parametrize(
     "more",
-    [(), ("selection.gradient=straight_through",), ("distill.weight=1.0",), ("memory.mean_budget=200",)],
+    [("selection.gradient=none",), (), ("distill.weight=1.0",), ("memory.mean_budget=200",)],
     ids=["hard", "taught", "distilled", "larger"],
 )
 def test_a_step_holds_what_the_plan_says(tmp_path, monkeypatch, more):

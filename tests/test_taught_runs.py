@@ -14,7 +14,7 @@ from train.budgets import profile_at
 from train.config import load_recipe
 from train.setup import gradient_of
 
-TAUGHT = "selection.gradient=straight_through"
+TAUGHT, HARD = "selection.gradient=straight_through", "selection.gradient=none"
 
 
 def recipe_of(tmp_path, *overrides: str):
@@ -31,7 +31,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def test_a_taught_run_sees_the_same_loss_first_and_then_learns_otherwise(tmp_path):
-    hard = trained_run(tmp_path, out="hard")
+    hard = trained_run(tmp_path, HARD, out="hard")
     taught = trained_run(tmp_path, TAUGHT, out="taught")
     first, second = metrics(hard), metrics(taught)
     # The forward pass is that of hard selection, to the bit; what flows back is not.
@@ -113,7 +113,7 @@ def test_half_precision_teaches_too(tmp_path, form, attention):
 
 
 def test_gates_and_retention_are_in_the_metrics(tmp_path):
-    hard, taught = (metrics(trained_run(tmp_path, *more, out=str(len(more)))) for more in ((), (TAUGHT,)))
+    hard, taught = (metrics(trained_run(tmp_path, *more, out=str(len(more)))) for more in ((HARD,), ()))
     assert all(record["gates"] is None for record in hard)
     for record in taught:
         gates = record["gates"]

@@ -10,6 +10,7 @@ answered at once and not after a model has loaded.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 class ModelConfig:
     """Which model is fine-tuned."""
 
-    backbone: str = "qwen2_5_omni"
+    backbone: str | None = None  # null: detected from the checkpoint's configuration (`tiny`: qwen2_5_omni)
     path: str = "tiny"  # hub id, directory, or `tiny`: the offline stand-in of the backbone
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16"
     quantize: Literal["none", "nf4"] = "none"  # of the decoder's projections (QLoRA)
@@ -93,7 +94,7 @@ class SelectionConfig:
     kernel: int | None = None  # snapkv
     share: float | None = None  # infinipot_v
     recent: float | None = None  # infinipot_v
-    gradient: Literal["none", "straight_through", "soft"] = "none"  # how gradients reach the selection (see `gate`)
+    gradient: Literal["none", "straight_through", "soft"] = "straight_through"  # into the selection scores (see `gate`)
 
 
 @dataclass
@@ -238,6 +239,13 @@ def load_recipe(args: list[str]) -> Recipe:
 def list_recipes() -> list[str]:
     """Names of the recipes in the repository, sorted."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_summary(name: str) -> str:
+    """First sentence of the comment at the head of a recipe, which follows its launch line."""
+    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    head = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()[1:])
+    return re.split(r"(?<=[.;]) ", " ".join(line.strip("# ") for line in head).strip())[0].rstrip(".;")
 
 
 def to_yaml(recipe: Recipe) -> str:

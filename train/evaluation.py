@@ -20,7 +20,6 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from data_prep.manifest import Row
-from omnimem.backbones import backbone_class
 from omnimem.budget import BudgetProfile
 from omnimem.files import atomic_directory, atomic_write_json, remove_directory
 from train.checkpoint import save_adapter
@@ -32,12 +31,12 @@ BEST = "best"
 NUMBERS = "evaluation.json"
 
 
-def held_out_rows(recipe: Recipe) -> list[Row]:
+def held_out_rows(recipe: Recipe, supports_audio: bool = True) -> list[Row]:
     """Rows of ``eval.path``, checked like those of the training; none without it."""
     if recipe.eval.path is None:
         return []
     data = replace(recipe.data, path=recipe.eval.path, root=recipe.eval.root)
-    return load_rows(data, backbone_class(recipe.model.backbone).hears).rows
+    return load_rows(data, supports_audio).rows
 
 
 def _numbers(folder: Path) -> dict[str, Any]:

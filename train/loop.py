@@ -37,6 +37,7 @@ from train.processes import new_accelerator, new_processes, zero_stage
 from train.rundir import prepare_run_directory
 from train.setup import (
     add_lora,
+    backbone_of,
     build_base,
     check_recipe,
     gradient_of,
@@ -66,8 +67,11 @@ def run(recipe: Recipe) -> None:
         torch.set_num_threads(recipe.train.threads)
     for line in without_effect(recipe):
         log.warning(line)
-    manifest = load_rows(recipe.data, backbone_class(recipe.model.backbone).hears)
-    held_out = held_out_rows(recipe)
+    # Recorded by name, so that the run's own recipe does not depend on another look at the checkpoint.
+    recipe.model.backbone = backbone = backbone_of(recipe)
+    supports_audio = backbone_class(backbone).hears
+    manifest = load_rows(recipe.data, supports_audio)
+    held_out = held_out_rows(recipe, supports_audio)
     if recipe.data.path == "quickstart" and recipe.recipe != "quickstart":
         log.info("training on the clips shipped with the tests; data.path=my.jsonl takes your own")
     skeleton, profile = check_recipe(recipe)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, PeftModel
 
 from data_prep.manifest import media_root
-from omnimem.backbones import TINY, Backbone, backbone_class, load_backbone
+from omnimem.backbones import TINY, Backbone, backbone_class, detect_backbone, load_backbone
 from omnimem.backbones.adapter import BASE_FOLDER, trained_whole
 from omnimem.backbones.checkpoint import quiet_stock
 from omnimem.budget import BudgetProfile, ModelFingerprint
@@ -36,7 +36,18 @@ def build_base(recipe: Recipe, output_dir: Path) -> None:
     """Build the offline stand-in inside the run's folder when the recipe asks for ``tiny``."""
     base = output_dir / BASE_FOLDER
     if recipe.model.path == TINY and not base.is_dir():
-        backbone_class(recipe.model.backbone).build_tiny(base, seed=recipe.model.seed)
+        backbone_class(backbone_of(recipe)).build_tiny(base, seed=recipe.model.seed)
+
+
+def backbone_of(recipe: Recipe) -> str:
+    """Name of the backbone of a recipe's model.
+
+    Raises
+    ------
+    OmniMemError
+        The checkpoint cannot be reached, has no backbone here, or contradicts ``model.backbone``.
+    """
+    return detect_backbone(recipe.model.path, recipe.model.backbone, known_shapes=recipe.dry_run)
 
 
 def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:

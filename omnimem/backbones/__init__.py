@@ -61,7 +61,7 @@ def load_backbone(
     path : str or Path
         Checkpoint folder, hub id, or ``tiny`` for the offline stand-in of `backbone`.
     backbone : str, optional
-        Name in `BACKBONES`; read from the checkpoint's configuration when left out.
+        Name in `BACKBONES`; detected from the checkpoint's configuration when left out (see `detect_backbone`).
     dtype : torch.dtype or str
         Of the weights; ``auto``: bfloat16 on an accelerator, float32 on the CPU.
     device : torch.device or str
@@ -74,34 +74,72 @@ def load_backbone(
     Raises
     ------
     OmniMemError
-        Unknown backbone or dtype, or a checkpoint that does not load completely.
+        Unknown backbone or dtype, a checkpoint of another backbone, or one that does not load completely.
     """
     device = parse_device(device)
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     if isinstance(dtype, str):
         dtype = parse_dtype(dtype)
+    name, reached = _identify(path, backbone, known_shapes and device.type == "meta")
+    cls = backbone_class(name)
     if str(path) == TINY:
         with tempfile.TemporaryDirectory() as folder:
-            name = backbone or next(iter(BACKBONES))
-            built = backbone_class(name).build_tiny(Path(folder) / TINY)
-            loaded = load_backbone(built, backbone=name, dtype=dtype, device=device, quantize=quantize)
+            loaded = cls.load(cls.build_tiny(Path(folder) / TINY), dtype, device, quantize)
             loaded.model_id = TINY
             return loaded
-    from omnimem.backbones.checkpoint import read_config
-    from omnimem.backbones.published import PUBLISHED, shapes
+    if not reached:
+        from omnimem.backbones.published import shapes
 
+        logger.info("%s cannot be reached: its shapes are from our own table", path)
+        return shapes(str(path), cls, dtype)
+    return cls.load(path, dtype, device, quantize)
+
+
+def detect_backbone(path: str | Path, backbone: str | None = None, known_shapes: bool = False) -> str:
+    """Name of the backbone a checkpoint belongs to, from its configuration file; no weight is read.
+
+    Parameters
+    ----------
+    path : str or Path
+        Checkpoint folder, hub id, or ``tiny``.
+    backbone : str, optional
+        The name that is expected. For ``tiny`` it decides which stand-in is meant; the first of `BACKBONES` by default.
+    known_shapes : bool
+        Identify a published model that cannot be reached by its hub id alone.
+
+    Raises
+    ------
+    OmniMemError
+        Unknown backbone, a checkpoint that cannot be reached or that no backbone supports, or one that belongs to
+        another backbone than the expected one.
+    """
+    return _identify(path, backbone, known_shapes)[0]
+
+
+def _identify(path: str | Path, expected: str | None, known_shapes: bool) -> tuple[str, bool]:
+    """Backbone of a checkpoint, and whether its configuration file could be read."""
+    from omnimem.backbones.checkpoint import read_config
+    from omnimem.backbones.published import PUBLISHED
+
+    if expected is not None:
+        backbone_class(expected)  # refuses an unknown name before any file is looked at
+    if str(path) == TINY:
+        return expected or next(iter(BACKBONES)), True
     try:
         _check_place(path)
         config = read_config(path)
     except OmniMemError:
-        if not (known_shapes and device.type == "meta" and str(path) in PUBLISHED):
+        if not (known_shapes and str(path) in PUBLISHED):
             raise
-        name = PUBLISHED[str(path)][0]
-        logger.info("%s cannot be reached: its shapes are from our own table", path)
-        return shapes(str(path), backbone_class(name), dtype)
-    cls = backbone_class(backbone or _claiming(path, config))
-    return cls.load(path, dtype, device, quantize)
+        config = None
+    found = PUBLISHED[str(path)][0] if config is None else _claiming(path, config)
+    if expected not in (None, found):
+        raise OmniMemError(
+            f"model.backbone={expected} contradicts {path}, which is a checkpoint of {found}; leave model.backbone out "
+            f"(model.backbone=null) or give model.backbone={found}"
+        )
+    return found, config is not None
 
 
 def parse_device(name: torch.device | str) -> torch.device:
@@ -150,4 +188,13 @@ def _claiming(path: str | Path, config: dict[str, Any]) -> str:
     raise OmniMemError(f"{path}: model type {model_type!r} has no backbone here (known: {', '.join(BACKBONES)})")
 
 
-__all__ = ["BACKBONES", "Backbone", "ChunkInputs", "StreamEncoder", "backbone_class", "load_backbone", "parse_dtype"]
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "ChunkInputs",
+    "StreamEncoder",
+    "backbone_class",
+    "detect_backbone",
+    "load_backbone",
+    "parse_dtype",
+]

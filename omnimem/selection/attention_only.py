@@ -11,7 +11,7 @@ from omnimem.selection.base import Candidates, MassSpec, SelectionMethod
 
 
 class AttentionOnly(SelectionMethod):
-    """The a of ψ = a^λ · (1 − s) by itself (method.md §6, ablations).
+    """The accumulated attention score, mean over heads, alone: the a of ψ = a^λ · (1 − s).
 
     Parameters
     ----------

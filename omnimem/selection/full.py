@@ -9,7 +9,7 @@ from omnimem.selection.base import Candidates, SelectionMethod
 
 
 class Full(SelectionMethod):
-    """No eviction; budgets are ignored and the memory grows with the stream."""
+    """Everything: no eviction, the cache grows with the stream."""
 
     keeps_everything = True
 

@@ -11,7 +11,9 @@ from omnimem.selection.topk import newest
 
 
 class H2O(SelectionMethod):
-    """Accumulated attention mass Σ_q A[q, k] over all chunks, without normalisation by length, per key-value head.
+    """Half the budget by attention score accumulated over all chunks, half the most recent tokens; per KV head.
+
+    The score is Σ_q A[q, k] over all chunks, without normalisation by length.
 
     The mass of a key-value head is the mean over its query heads. Of a budget of C positions of a modality the last
     ⌈C/2⌉ stay, and the ⌊C/2⌋ heaviest of the others.

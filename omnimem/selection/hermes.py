@@ -35,7 +35,9 @@ EPSILON = 1e-6
 
 
 class Hermes(SelectionMethod):
-    """S = (1 − ω)·A + ω·R with attention A of a question and recency R = e^(−kδ), each scaled to [0, 1].
+    """Recency in shallow layers, what a fixed question attends to in deep ones, a mixture between.
+
+    S = (1 − ω)·A + ω·R with attention A of a question and recency R = e^(−kδ), each scaled to [0, 1].
 
     δ is the age of a position as a part of all media held: 1 for the oldest, 0 for the newest. Shallow layers have
     ω = 1, k = 20; deep ones ω = 0; between, at depth p of the band, ω = 0.75 − 0.6 p and k = 20 − 12 p.
@@ -104,7 +106,7 @@ class Hermes(SelectionMethod):
 
 
 class HermesReleased(Hermes):
-    """What the authors' code computes, see above."""
+    """As the authors' code: questions are not run through the model and scores are compared by place in the cache."""
 
     probes = tuple(replace(probe, attends="all", propagates=False) for probe in Hermes.probes)
 

@@ -21,7 +21,9 @@ from omnimem.selection.topk import best, dense_rank
 
 
 class InfiniPotV(SelectionMethod):
-    """Half of the budget by temporal redundancy, the recent frames first, the rest by the norm of values, per head.
+    """Part of the budget by temporal novelty of keys, the rest by the norm of values; per KV head.
+
+    The most recent frames come first in that part.
 
     TaR of patch p at time t = −mean over the r most recent frames t' of cos(K(t, p), K(t', p)), post-RoPE. A position
     of sound is a frame of one patch.
@@ -73,7 +75,7 @@ class InfiniPotV(SelectionMethod):
 
 
 class InfiniPotVReleased(InfiniPotV):
-    """Frames and patches by place in the cache, counted from its end in steps of the newest frame's size."""
+    """As the authors' code: frames and patches are told apart by place in the cache, counted from its end."""
 
     def grid(self, table: PositionTable, competing: Tensor, kind: int) -> tuple[Tensor, Tensor, Tensor]:
         """As in `InfiniPotV.grid`."""

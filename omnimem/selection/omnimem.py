@@ -97,7 +97,7 @@ VARIANTS = {
 
 
 class OmniMem(SelectionMethod):
-    """Perturbation-aware selection.
+    """ψ = a^λ · (1 − s): attention score a and dissimilarity 1 − s to neighbouring tokens.
 
     Parameters
     ----------

@@ -11,7 +11,7 @@ from omnimem.selection.base import Candidates, SelectionMethod
 
 
 class Random(SelectionMethod):
-    """Every position draws one priority for life, from its place in the stream, the layer and the seed.
+    """A uniform random sample of the stream: each token draws one priority from its index, the layer and the seed.
 
     Keeping the highest priorities is reservoir sampling: whatever the chunking, each position of the stream is
     as likely to be in memory as any other.

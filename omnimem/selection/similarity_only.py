@@ -8,7 +8,7 @@ from omnimem.selection.omnimem import OmniMem
 
 
 class SimilarityOnly(OmniMem):
-    """`OmniMem` without attention; this is also what the release trains with.
+    """Dissimilarity to neighbouring tokens alone, the 1 − s of ψ = a^λ · (1 − s), as the release trains.
 
     Parameters
     ----------

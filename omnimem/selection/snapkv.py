@@ -14,7 +14,7 @@ from omnimem.selection.topk import newest
 
 
 class SnapKV(SelectionMethod):
-    """Attention of an observation window, pooled over neighbouring positions, per key-value head.
+    """What the last queries of a chunk attend to, pooled over neighbouring tokens, and these queries; per KV head.
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ from omnimem.selection.base import Candidates, SelectionMethod
 
 
 class StreamingLLM(SelectionMethod):
-    """Sinks and a recent window in each modality.
+    """The first tokens of the stream (sinks) and the most recent ones, in each modality.
 
     Parameters
     ----------

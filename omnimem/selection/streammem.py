@@ -17,7 +17,7 @@ from omnimem.selection.topk import dense_rank, keep_mask
 
 
 class StreamMem(SelectionMethod):
-    """Top attention of the proxy query; every new frame leaves an attention-weighted mean besides.
+    """What the start of an answer attends to, and one attention-weighted mean token a frame.
 
     Prototypes count towards the visual budget (if there are more frames than places, the newest have one) and compete
     like any other position from the next chunk on.

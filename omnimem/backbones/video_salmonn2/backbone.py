@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from omnimem.backbones.checkpoint import read_config
 from omnimem.backbones.layout import common_multiple
 from omnimem.backbones.qwen import QwenBackbone
 from omnimem.backbones.qwen2_5_vl.stream_encoder import SpanEncoder
@@ -52,18 +49,12 @@ class HearingBackbone(QwenBackbone):
     whole: ClassVar[tuple[str, ...]] = ("model.visual", "model.audio", "lm_head")
 
     @classmethod
-    def load(
-        cls, path: str | Path, dtype: torch.dtype, device: torch.device | str, quantize: bool = False
-    ) -> QwenBackbone:
-        """Load a published checkpoint or an export; the configuration says which family it is."""
-        family = VideoSalmonn2Qwen2_5 if is_qwen2_5(read_config(path)) else VideoSalmonn2
-        return super(HearingBackbone, family).load(path, dtype, device, quantize)
-
-    @classmethod
     def claims(cls, config: dict[str, Any]) -> bool:
         """Published files call themselves by the name of the vision-language model they were made from."""
+        types = ("video_salmonn2", "video_salmonn2_qwen2_5")
         made_of = config.get("model_type") in ("qwen2_5_vl", "qwen3_vl") and config.get("audio_config") is not None
-        return config.get("model_type") in cls.model_types or made_of
+        family = VideoSalmonn2Qwen2_5 if is_qwen2_5(config) else VideoSalmonn2
+        return cls is family and (made_of or config.get("model_type") in types)
 
     def ear(self) -> WhisperEar:
         """Whisper and the Q-Former."""

@@ -29,7 +29,8 @@ from typing import Any
 
 from omnimem.errors import OmniMemError
 
-QUICKSTART = Path(__file__).resolve().parents[1] / "tests" / "media" / "quickstart.jsonl"
+QUICKSTART = Path(__file__).resolve().parent / "quickstart" / "quickstart.jsonl"
+"""The clips and questions that ship with the package."""
 
 LONGEST = 1e9  # seconds; beyond any stream, it catches milliseconds since 1970 and infinities
 
@@ -95,7 +96,7 @@ def read_manifest(
     Parameters
     ----------
     path : path
-        The manifest (JSON Lines; Parquet file or folder), or `quickstart`: the clips shipped with the tests.
+        The manifest (JSON Lines; Parquet file or folder), or `quickstart`: the clips that ship with the package.
     root : path, optional
         Folder that media paths are relative to and may not leave; the manifest's folder if not given.
     on_bad_row : {"error", "skip"}

@@ -1,6 +1,6 @@
 """Measure a calibration set and turn it into a budget profile (AVBA, method.md §3).
 
-    omnimem calibrate --model runs/quickstart --media tests/media --mean-budget 96 --out profile.json
+    omnimem calibrate --model runs/quickstart --media clips/ --mean-budget 96 --out profile.json
 
 Every clip is streamed with nothing evicted while each layer's attention mass and hidden states are observed; what is
 kept of a clip are a few numbers a layer, so the set may be large. They are saved clip by clip: an interrupted

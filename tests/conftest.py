@@ -1,4 +1,4 @@
-"""Shared fixtures: the tiny offline model (built once a session) and the clips that ship with the tests."""
+"""Shared fixtures: the tiny offline model (built once a session); clips are in `clips`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import clips  # noqa: F401  # makes the folder of clips before tests start processes that use it
 from omnimem.backbones import Backbone, load_backbone
 from omnimem.backbones.qwen2_5_omni.tiny import build_tiny
 
 # Thousands of tiny operations run far faster without a second thread to wait for; child processes inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
-
-MEDIA = Path(__file__).parent / "media"
-WEBB = MEDIA / "speech_nasa_webb_narration_multistream.mp4"
-RABBIT = MEDIA / "ambient_toy_rabbit_8s.mp4"
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conftest import RABBIT, WEBB
+from clips import RABBIT, WEBB
 from omnimem.backbones import Backbone, ChunkInputs, load_backbone
 from omnimem.budget import BudgetProfile
 from omnimem.cli import main as omnimem

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from conftest import MEDIA
+from clips import MEDIA, ROOT
 
-ROOT = MEDIA.parents[1]
 FLOWER = "silent_track_flower_timelapse_5s.webm"
 RABBIT = "ambient_toy_rabbit_8s.mp4"
 SPEECH = "audio_speech_commentary_mono16k_7s.mp3"

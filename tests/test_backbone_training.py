@@ -362,7 +362,9 @@ UNEQUAL = {"video_salmonn2": [LONG, HEARD, SEEN, SHORT], "qwen3_omni": [SHORT, H
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", list(UNEQUAL))
-@pytest.mark.parametrize("more", [HARD, TAUGHT, (*HARD, "selection.method=streammem")], ids=["hard", "taught", "probed"])
+@pytest.mark.parametrize(
+    "more", [HARD, TAUGHT, (*HARD, "selection.method=streammem")], ids=["hard", "taught", "probed"]
+)
 def test_two_processes_train_what_one_trains_however_weights_are_held(tmp_path, name, more):
     """Shards of experts, which are no linear layers, and chunks that bring deepstack to one process alone."""
     settings = (*PLAIN, "train.max_steps=2", "train.save_every=2", f"model.backbone={name}", *CHUNKED[name], *more)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import RABBIT, WEBB
+from clips import RABBIT, WEBB
 from omnimem.budget import BudgetProfile
 from omnimem.cli import main
 from omnimem.errors import OmniMemError

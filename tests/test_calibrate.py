@@ -12,7 +12,7 @@ import torch
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 import omnimem.calibrate
-from conftest import MEDIA, RABBIT, WEBB
+from clips import MEDIA, RABBIT, WEBB
 from omnimem.budget import BudgetProfile, LayerBudget
 from omnimem.budget.allocation import Compressibility, LayerStatistics, allocate, rescale, round_to_sum, with_mean
 from omnimem.calibrate import calibrate, measure_clip, profile_from

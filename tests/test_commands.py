@@ -95,7 +95,9 @@ def test_every_other_backbone_contradicts_a_checkpoint(folders):
     for name, folder in folders.items():
         for other in BACKBONES:
             if other != name:
-                with pytest.raises(OmniMemError, match=f"model.backbone={other} contradicts .* a checkpoint of {name};"):
+                with pytest.raises(
+                    OmniMemError, match=f"model.backbone={other} contradicts .* a checkpoint of {name};"
+                ):
                     detect_backbone(folder, other)
 
 

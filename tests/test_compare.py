@@ -16,7 +16,7 @@ from transformers import LogitsProcessor
 
 import omnimem.measure.compare
 import omnimem.measure.figures
-from conftest import MEDIA, RABBIT, WEBB
+from clips import MEDIA, RABBIT, WEBB
 from omnimem.budget import BudgetProfile
 from omnimem.budget.allocation import Compressibility, LayerStatistics
 from omnimem.cli import main

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 import data_prep.convert as package
-from conftest import MEDIA, RABBIT, WEBB
+from clips import MEDIA, RABBIT, WEBB
 from data_prep.convert import convert
 from data_prep.convert.options import INSTRUCTION, answer_letter, read_options
 from data_prep.convert.sample import FROM_ZERO, HISTORY, MUTE, SYSTEM, TRUTH, TURNS

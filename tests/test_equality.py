@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from conftest import RABBIT, WEBB
+from clips import RABBIT, WEBB
 from omnimem.backbones import Backbone, ChunkInputs
 from omnimem.backbones.mel import MelStream
 from omnimem.budget import BudgetProfile

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from conftest import MEDIA
+from clips import MEDIA
 from omnimem.stream import StreamingSession
 from small_runs import ROWS, adapter, arguments, main, metrics, trained_run, write_manifest
 

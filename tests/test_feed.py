@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from conftest import MEDIA
+from clips import MEDIA
 from omnimem.media import MediaError, open_media
 from small_runs import HALF, RABBIT, adapter, trained_run
 from train.feed import ahead

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import RABBIT, WEBB
+from clips import RABBIT, WEBB
 from omnimem.backbones import ChunkInputs, load_backbone
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError

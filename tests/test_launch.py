@@ -285,7 +285,7 @@ def test_the_container_has_what_a_run_reads():
     packages = {f"{pattern.rstrip('*')}/" for pattern in json.loads(packages)}
     named = {"README.md", "LICENSE", "pyproject.toml"}
     assert all(f'"{name}"' in project for name in named - {"pyproject.toml"})
-    assert packages | named | {"train.py", "recipes/", "launch/", "tests/media/"} <= copied
+    assert packages | named | {"train.py", "recipes/", "launch/"} <= copied
     (extras,) = re.findall(r'-e "\.\[([a-z,]+)\]"', CONTAINER.read_text(encoding="utf-8"))
     assert {"deepspeed", "bitsandbytes", "tensorboard"} == set(extras.split(","))
     (known,) = re.findall(r"^\[project\.optional-dependencies\]\n((?:.+\n)+)", project, re.MULTILINE)

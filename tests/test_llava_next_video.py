@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 from transformers import LlavaNextVideoForConditionalGeneration
 
-from conftest import MEDIA, RABBIT, WEBB
+from clips import MEDIA, RABBIT, WEBB
 from omnimem.backbones import Backbone, load_backbone
 from omnimem.backbones.llava_next_video.backbone import LlavaNextVideo
 from omnimem.backbones.llava_next_video.tiny import build_tiny

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaOnevisionForConditionalGeneration, Qwen2Config, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
-from conftest import MEDIA, RABBIT, WEBB
+from clips import MEDIA, RABBIT, WEBB
 from omnimem.backbones import Backbone, load_backbone
 from omnimem.backbones.llava_onevision.backbone import LlavaOnevision
 from omnimem.backbones.llava_onevision.tiny import build_tiny

@@ -1,6 +1,6 @@
 """The media room: frames as a player shows them, sound to the sample, bounded memory, one-line errors.
 
-Uses the clips in tests/media and files synthesised here with PyAV.
+Uses the clips of the project and files synthesised here with PyAV.
 
     python -m pytest tests/test_media.py
 """
@@ -12,12 +12,12 @@ import logging
 import pickle
 import tracemalloc
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
+from clips import MEDIA
 from omnimem.media import Chunk, MediaError, open_media, probe
 from omnimem.media import container as container_module
 from omnimem.media import gop as gop_module
@@ -25,20 +25,19 @@ from omnimem.media.plan import FramePlan, PlanImpossible
 from omnimem.media.probe import inspect
 from omnimem.media.video import VideoSampler
 
-CLIPS = Path(__file__).parent / "media"
-APOLLO = CLIPS / "speech_apollo15_hammer_feather_47s.webm"
-WEBB = CLIPS / "speech_nasa_webb_narration_multistream.mp4"
-TIMECODE = CLIPS / "speech_burned_in_timecode_42s.mp4"
-RABBIT = CLIPS / "ambient_toy_rabbit_8s.mp4"
-FLOWER = CLIPS / "silent_track_flower_timelapse_5s.webm"
-JFK = CLIPS / "audio_speech_jfk_11s.flac"
-COMMENTARY = CLIPS / "audio_speech_commentary_mono16k_7s.mp3"
-COVER_ART = CLIPS / "audio_music_with_cover_art_30s.mp3"
-ROTATED = CLIPS / "odd_rotated_no_audio_nasa.mp4"
-VFR = CLIPS / "odd_vfr_no_audio_nasa.mp4"
-HEVC = CLIPS / "odd_hevc_10bit_no_audio_nasa.mp4"
-CUT_OFF = CLIPS / "broken_truncated_half_toy_rabbit.mp4"
-NO_INDEX = CLIPS / "broken_truncated_no_moov_nasa.mp4"
+APOLLO = MEDIA / "speech_apollo15_hammer_feather_47s.webm"
+WEBB = MEDIA / "speech_nasa_webb_narration_multistream.mp4"
+TIMECODE = MEDIA / "speech_burned_in_timecode_42s.mp4"
+RABBIT = MEDIA / "ambient_toy_rabbit_8s.mp4"
+FLOWER = MEDIA / "silent_track_flower_timelapse_5s.webm"
+JFK = MEDIA / "audio_speech_jfk_11s.flac"
+COMMENTARY = MEDIA / "audio_speech_commentary_mono16k_7s.mp3"
+COVER_ART = MEDIA / "audio_music_with_cover_art_30s.mp3"
+ROTATED = MEDIA / "odd_rotated_no_audio_nasa.mp4"
+VFR = MEDIA / "odd_vfr_no_audio_nasa.mp4"
+HEVC = MEDIA / "odd_hevc_10bit_no_audio_nasa.mp4"
+CUT_OFF = MEDIA / "broken_truncated_half_toy_rabbit.mp4"
+NO_INDEX = MEDIA / "broken_truncated_no_moov_nasa.mp4"
 
 WITH_PICTURE = [APOLLO, WEBB, TIMECODE, RABBIT, FLOWER, ROTATED, VFR, HEVC]
 MILLISECOND = Fraction(1, 1000)

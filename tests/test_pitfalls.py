@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import apply_rotary_pos_emb
 
 import check_golden
-from conftest import RABBIT, WEBB
+from clips import RABBIT, WEBB
 from omnimem.backbones import ChunkInputs, load_backbone
 from omnimem.backbones.adapter import load_adapter
 from omnimem.backbones.qwen2_5_omni.backbone import Qwen2_5Omni

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import WEBB
+from clips import WEBB
 from omnimem.backbones.layout import largest_time_scale
 from omnimem.backbones.mel import MelStream
 from omnimem.errors import OmniMemError

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import data_prep.prepare as preparing
-from conftest import MEDIA, RABBIT, WEBB
+from clips import MEDIA, RABBIT, WEBB
 from data_prep.manifest import Manifest, manifest_fingerprint, read_manifest
 from data_prep.prepare import prepare
 from data_prep.prepare.shard import Prepared, Refused, Task, group_lengths, prepare_clip

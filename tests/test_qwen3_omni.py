@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3OmniMoeProcessor, Qwen3OmniMoeThinkerForConditionalGeneration
 
-from conftest import MEDIA, RABBIT, WEBB
+from clips import MEDIA, RABBIT, WEBB
 from omnimem import StreamingSession
 from omnimem.backbones import load_backbone
 from omnimem.backbones.checkpoint import quiet_stock

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Qwen2_5OmniTextConfig, Qwen2_5OmniThinkerTextModel
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import apply_rotary_pos_emb
 
-from conftest import WEBB
+from clips import WEBB
 from omnimem.backbones import ChunkInputs
 from omnimem.budget import BudgetProfile
 from omnimem.forward import Stream

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import WEBB
+from clips import WEBB
 from omnimem.backbones import ChunkInputs
 from omnimem.budget import BudgetProfile
 from omnimem.forward import Stream

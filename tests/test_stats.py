@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from conftest import MEDIA, RABBIT
+from clips import MEDIA, RABBIT
 from data_prep.manifest import read_manifest
 from data_prep.prepare import prepare
 from data_prep.prepared import PrepareSettings

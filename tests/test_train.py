@@ -749,7 +749,9 @@ def test_a_bfloat16_model_trains_on_the_cpu(tmp_path):
 
 @pytest.mark.parametrize("method", ["full", "uniform", "random"])
 def test_every_selection_method_trains(tmp_path, method):
-    run = trained_run(tmp_path, f"selection.method={method}", "selection.gradient=none", "train.max_steps=1", "train.batch_size=2")
+    run = trained_run(
+        tmp_path, f"selection.method={method}", "selection.gradient=none", "train.max_steps=1", "train.batch_size=2"
+    )
     (record,) = metrics(run)
     assert math.isfinite(record["loss"])
     if method == "full":

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# Not conftest's: worker processes import this file, and torch would take them seconds.
+from clips import MEDIA, RABBIT, ROOT, WEBB
 from data_prep.manifest import Question, Row
 from data_prep.pool import in_processes
 from data_prep.validate import run, validate
@@ -28,9 +28,6 @@ from data_prep.validate.tracks import is_quiet, is_variable
 from omnimem.cli import main
 from omnimem.errors import OmniMemError
 
-MEDIA = Path(__file__).parent / "media"
-WEBB = MEDIA / "speech_nasa_webb_narration_multistream.mp4"
-RABBIT = MEDIA / "ambient_toy_rabbit_8s.mp4"
 SPEECH = MEDIA / "audio_speech_commentary_mono16k_7s.mp3"
 VFR = MEDIA / "odd_vfr_no_audio_nasa.mp4"
 ROTATED = MEDIA / "odd_rotated_no_audio_nasa.mp4"
@@ -345,7 +342,7 @@ def test_a_killed_run_goes_on_and_leaves_no_worker(clips):
     for number in range(4):
         shutil.copy(MEDIA / "speech_burned_in_timecode_42s.mp4", clips / f"z{number}.mp4")
     command = [sys.executable, "-m", "omnimem", "data", "validate", str(clips), "--workers", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(MEDIA.parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     journal = Path("validated.partial.jsonl")
     deadline = time.monotonic() + 30

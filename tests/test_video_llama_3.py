@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import VideoLlama3ForConditionalGeneration
 from transformers.video_utils import VideoMetadata
 
-from conftest import MEDIA, RABBIT, WEBB
+from clips import MEDIA, RABBIT, WEBB
 from omnimem.backbones import Backbone, load_backbone
 from omnimem.backbones.published import PUBLISHED, shapes
 from omnimem.backbones.video_llama_3.backbone import VideoLlama3

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import check_golden_models
-from conftest import MEDIA, RABBIT
+from clips import MEDIA, RABBIT, ROOT
 from omnimem import StreamingSession
 from omnimem.backbones import BACKBONES, Backbone, ChunkInputs, backbone_class, load_backbone
 from omnimem.backbones.checkpoint import quiet_stock
@@ -57,7 +57,7 @@ FAMILIES = ["video_salmonn2", "video_salmonn2_qwen2_5"]
 QWEN3, QWEN2_5 = FAMILIES
 APOLLO = MEDIA / "speech_apollo15_hammer_feather_47s.webm"
 COMMENTARY = MEDIA / "audio_speech_commentary_mono16k_7s.mp3"
-GOLDEN = sorted((MEDIA.parent / "golden_models").glob("*.safetensors"))
+GOLDEN = sorted((ROOT / "tests" / "golden_models").glob("*.safetensors"))
 RATE = 16_000
 NOTHING = np.zeros(0, np.float32)
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.video_utils import VideoMetadata
 
-from conftest import MEDIA, RABBIT, WEBB
+from clips import MEDIA, RABBIT, WEBB
 from omnimem import StreamingSession
 from omnimem.backbones import Backbone, backbone_class, load_backbone
 from omnimem.backbones.checkpoint import quiet_stock

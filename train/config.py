@@ -44,7 +44,7 @@ class ModelConfig:
 class DataConfig:
     """What is read, and how it is cut into chunks."""
 
-    path: str = "quickstart"  # manifest, prepared folder, or `quickstart`: the clips shipped with the tests
+    path: str = "quickstart"  # manifest, prepared folder, or `quickstart`: the clips that ship with the package
     root: str | None = None  # folder media paths are relative to; null: the manifest's folder
     fps: float = 1.0
     chunk_seconds: float = 10.0

@@ -73,7 +73,7 @@ def run(recipe: Recipe) -> None:
     manifest = load_rows(recipe.data, supports_audio)
     held_out = held_out_rows(recipe, supports_audio)
     if recipe.data.path == "quickstart" and recipe.recipe != "quickstart":
-        log.info("training on the clips shipped with the tests; data.path=my.jsonl takes your own")
+        log.info("training on the clips that ship with the package; data.path=my.jsonl takes your own")
     skeleton, profile = check_recipe(recipe)
     if recipe.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:

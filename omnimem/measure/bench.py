@@ -33,8 +33,8 @@ from omnimem.measure.figures import Line, Panel, draw, require_matplotlib
 from omnimem.measure.meter import Meter
 from omnimem.stream import StreamingSession, StreamSettings
 
-SHIPPED = Path(__file__).resolve().parents[2] / "tests" / "media" / "speech_apollo15_hammer_feather_47s.webm"
-"""Clip used when none is named; it is part of a checkout, not of an installed package."""
+SHIPPED = Path(__file__).resolve().parents[2] / "data_prep" / "quickstart" / "speech_apollo15_hammer_feather_47s.webm"
+"""Clip used when none is named."""
 
 QUESTION = "What is seen and what is heard?"
 
@@ -48,7 +48,7 @@ def bench_command(args: argparse.Namespace) -> None:
     methods = choose_methods(args.methods, args.option)
     media = args.media or SHIPPED
     if not media.is_file():
-        raise OmniMemError("no clip to stream: give one as --media" if args.media is None else f"{media}: no such file")
+        raise OmniMemError(f"{media}: no such file")
     device = parse_device(args.device)
     budget = args.mean_budget or (256 if args.model == "tiny" else 8192)
     settings = {"fps": args.fps, "chunk_seconds": args.chunk_seconds}

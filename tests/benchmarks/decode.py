@@ -1,7 +1,7 @@
 """What sampling costs against decoding everything, on a ten-minute film encoded as films usually are.
 
 Why: frames are looked at once or twice a second, and decoding is what reading a video costs. The film is a
-clip of tests/media scaled to 640x360, encoded by x264 at its defaults (key frame at scene cuts and every 250
+clip of data_prep/quickstart scaled to 640x360, encoded by x264 at its defaults (key frame at scene cuts and every 250
 pictures at most, up to 3 B-frames) or with a key frame every 2 seconds as for streaming, and repeated without
 encoding again. Both ways must give the same frames; ratios of CPU time carry over to other machines.
 
@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from omnimem.media.probe import inspect  # noqa: E402
 from omnimem.media.video import VideoSampler  # noqa: E402
 
-CLIP = ROOT / "tests" / "media" / "speech_nasa_webb_narration_multistream.mp4"
+CLIP = ROOT / "data_prep" / "quickstart" / "speech_nasa_webb_narration_multistream.mp4"
 SIZE = (640, 360)
 RATE = 30
 

@@ -60,7 +60,7 @@ from train.setup import (
     settings_of,
 )
 
-CLIP = Path(__file__).resolve().parents[1] / "media" / "speech_apollo15_hammer_feather_47s.webm"
+CLIP = Path(__file__).resolve().parents[2] / "data_prep" / "quickstart" / "speech_apollo15_hammer_feather_47s.webm"
 RECIPES = "video_salmonn_lora,video_salmonn_qlora,release_sft"
 QUESTION = "What does the astronaut drop on the Moon, and which of the two lands first?"
 ANSWER = "He drops a hammer and a feather. Without air both fall at the same rate and land at the same time."

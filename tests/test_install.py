@@ -14,6 +14,11 @@ from clips import ROOT
 from small_runs import environment
 
 
+def without_checkout() -> dict[str, str]:
+    """Environment variables by which the checkout is not found."""
+    return {key: value for key, value in environment().items() if key != "PYTHONPATH"}
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
@@ -31,7 +36,7 @@ def installed(wheel, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("environment") / "env"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", wheel], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", wheel], check=True, env=without_checkout())
     (packages,) = folder.glob("lib/python*/site-packages")
     # A path in a .pth file is searched, but its own .pth files are not read: an editable omnimem there stays unseen.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -54,10 +59,8 @@ def test_a_wheel_holds_recipes_and_clips_and_no_tests(wheel):
 @pytest.mark.long
 def test_the_quickstart_runs_from_an_installed_wheel_in_an_empty_folder(installed, tmp_path):
     def run(*command: str) -> str:
-        clean = {key: value for key, value in environment().items() if key != "PYTHONPATH"}
-        done = subprocess.run(
-            [installed / command[0], *command[1:]], cwd=tmp_path, env=clean, capture_output=True, text=True
-        )
+        command = (str(installed / command[0]), *command[1:])
+        done = subprocess.run(command, cwd=tmp_path, env=without_checkout(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -67,4 +70,4 @@ def test_the_quickstart_runs_from_an_installed_wheel_in_an_empty_folder(installe
     assert run("omnimem", "train", "recipe=quickstart", "train.max_steps=2").count("→") == 1
     assert (tmp_path / "runs" / "quickstart" / "merged" / "model.safetensors").is_file()
     # As on several GPUs, where there is no train.py to launch.
-    run("accelerate", "launch", "-m", "omnimem", "train", "recipe=quickstart", "dry_run=true")
+    run("python", "-m", "accelerate.commands.launch", "-m", "omnimem", "train", "recipe=quickstart", "dry_run=true")

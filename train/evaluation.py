@@ -24,7 +24,7 @@ from omnimem.budget import BudgetProfile
 from omnimem.files import atomic_directory, atomic_write_json, remove_directory
 from train.checkpoint import save_adapter
 from train.config import Recipe
-from train.data import Sample, load_rows
+from train.data import Samples, load_rows
 from train.objective import StreamObjective
 
 BEST = "best"
@@ -52,11 +52,11 @@ class Evaluation:
         The run.
     folder : Path
         Its output folder.
-    samples : list of Sample
+    samples : Samples
         Held-out streams; without any, nothing is ever due.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, samples: list[Sample]) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, samples: Samples) -> None:
         self.config, self.folder, self.samples = recipe.eval, folder / BEST, samples
 
     def due(self, step: int, steps: int) -> bool:

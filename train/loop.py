@@ -27,7 +27,7 @@ from omnimem.files import atomic_write_json, atomic_write_text
 from train.budgets import profile_at
 from train.checkpoint import checkpoints, load_progress, load_weights, save_adapter, save_checkpoint, sweep_run
 from train.config import Recipe, TrainConfig, to_yaml, without_effect
-from train.data import Schedule, load_rows, tokenise
+from train.data import Samples, Schedule, load_rows
 from train.environment import environment
 from train.evaluation import Evaluation, held_out_rows
 from train.finish import finish
@@ -108,8 +108,7 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
     if accelerator.is_main_process:
         atomic_write_text(output_dir / RECIPE_FILE, to_yaml(recipe))
         atomic_write_json(output_dir / "environment.json", environment())
-    samples = [tokenise(row, backbone) for row in rows]
-    schedule = Schedule(samples, recipe.train, recipe.data.shuffle, accelerator.num_processes)
+    schedule = Schedule(Samples(rows, backbone), recipe.train, recipe.data.shuffle, accelerator.num_processes)
     torch.manual_seed(recipe.train.seed + accelerator.process_index)
     # One process looks: on a shared file system others may see another moment.
     saved = _agreed(checkpoints(output_dir))
@@ -119,7 +118,7 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
         load_progress(saved[-1], accelerator, processes)
         log.info("resuming after step %d from %s", done, saved[-1])
     objective = objective_of(recipe, output_dir, accelerator, backbone, peft_model, profile, processes)
-    evaluation = Evaluation(recipe, output_dir, [tokenise(row, backbone) for row in held_out])
+    evaluation = Evaluation(recipe, output_dir, Samples(held_out, backbone))
     metrics = Metrics(output_dir, done, schedule.steps, accelerator.is_main_process, recipe)
 
     # ---- step -------------------------------------------------------------------------------------------
@@ -137,7 +136,8 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
         budgets = profile_at(recipe, profile, step, steps)
         totals = torch.zeros(4)
         # The mean is over all answer tokens of the step, whoever has them.
-        weight = 1 / schedule.targets(step)
+        targets = schedule.targets(step)
+        weight = 1 / targets
         with processes.accumulating():
             for batch in schedule.step(step, accelerator.process_index):
                 outcome = objective(batch, gradient, budgets)
@@ -167,7 +167,7 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
             "temperature": None if gradient is None else gradient.temperature,
             "grad_norm": norm if math.isfinite(norm) else None,
             "skipped": not finite,
-            "targets": schedule.targets(step),
+            "targets": targets,
             "positions": int(positions),
             "positions_per_second": positions / elapsed,
             "seconds": elapsed,

@@ -18,7 +18,7 @@ from omnimem.budget import BudgetProfile, ModelFingerprint
 from omnimem.selection import SelectionMethod
 from omnimem.stream import StreamSettings
 from train.config import Recipe
-from train.data import Schedule, info_of, tokenise
+from train.data import Samples, Schedule, info_of
 from train.setup import add_lora, selection_of, settings_of
 
 ADAM_BYTES = 4 + 4 + 8
@@ -141,7 +141,7 @@ def print_plan(recipe: Recipe, rows: list[Row], backbone: Backbone, profile: Bud
     """Print streams, steps and memory; `backbone` has shapes only (``meta`` device)."""
     settings, method = settings_of(recipe), selection_of(recipe)
     streams = [plan_stream(row, backbone, settings) for row in rows]
-    schedule = Schedule([tokenise(row, backbone) for row in rows], recipe.train, recipe.data.shuffle, processes)
+    schedule = Schedule(Samples(rows, backbone), recipe.train, recipe.data.shuffle, processes)
     console = Console()
 
     table = Table(title=f"{len(streams)} streams ({recipe.data.path})", title_justify="left")

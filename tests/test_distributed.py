@@ -151,13 +151,13 @@ EXTRAS = {
     ("launcher", "extra"),
     [
         ("multi_gpu", "hard"),
+        ("deepspeed_zero2", "hard"),
         ("deepspeed_zero2", "taught"),
         ("deepspeed_zero3", "taught"),
         ("deepspeed_zero3", "probed"),
         *(
             pytest.param(*row, marks=pytest.mark.long)
             for row in (
-                ("deepspeed_zero2", "hard"),
                 ("deepspeed_zero2", "probed"),
                 ("deepspeed_zero3", "hard"),
                 ("deepspeed_zero3_offload", "hard"),
@@ -181,34 +181,26 @@ def test_parameters_are_those_of_one_process(tmp_path, alone, launcher, extra):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [pytest.param("deepspeed_zero2", marks=pytest.mark.long), "deepspeed_zero3"])
+@pytest.mark.parametrize("launcher", ["deepspeed_zero2", "deepspeed_zero3"])
 def test_a_sharded_run_resumes_to_the_same_parameters(tmp_path, launcher):
-    """With AdamW, whose moments and steps have to come back; held-out questions are asked on the way."""
-    settings = ("train.save_every=2", "lora.dropout=0.1", "train.max_steps=4")
+    """With AdamW, whose moments and steps have to come back; held-out questions are asked before and after."""
+    settings = ("train.save_every=2", "lora.dropout=0.1", "train.max_steps=3")
     args = arguments(tmp_path, *settings, rows=UNEQUAL)
     evaluated = (f"eval.path={tmp_path / 'data.jsonl'}", "eval.every=2", f"eval.root={args[2].split('=')[1]}")
-    for out in ("whole", "parts"):
-        done = configured(launcher, *args, *evaluated, f"output_dir={tmp_path / out}")
-        assert done.returncode == 0, done.stderr
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert len(list((parts / "checkpoints").iterdir())) == 2
-    shutil.rmtree(parts / "checkpoints" / "step-00000004")
-    for name in ("adapter_model.safetensors", "best"):
-        remove(parts / name)
+    done = configured(launcher, *args, *evaluated, f"output_dir={whole}")
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(whole, parts)
+    for name in ("checkpoints/step-00000003", "best"):
+        shutil.rmtree(parts / name)
+    (parts / "adapter_model.safetensors").unlink()
     done = configured(launcher, *args, *evaluated, f"output_dir={parts}")
     assert done.returncode == 0, done.stderr
     assert "resuming after step 2" in done.stderr
     assert largest_difference(adapter(whole), adapter(parts)) == 0
-    assert [record["eval_loss"] for record in metrics(whole) if "eval_loss" in record] == pytest.approx(
-        [record["eval_loss"] for record in metrics(parts) if "eval_loss" in record]
-    )
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    # Questions are asked after the second step, which is not taken again, and after the third.
+    losses = [[record.get("eval_loss") for record in metrics(run)] for run in (whole, parts)]
+    assert losses[0] == losses[1] and [loss is None for loss in losses[0]] == [True, False, False]
 
 
 @pytest.mark.slow

@@ -27,7 +27,8 @@ def _add_convert(actions: Any, shared: argparse.ArgumentParser) -> None:
     convert = actions.add_parser("convert", parents=[shared], help="a manifest from another project's data")
     convert.description = (
         "Write a manifest from video-SALMONN 2 JSON, LLaMA-Factory (ShareGPT), ms-swift, Hugging Face datasets or "
-        "CSV. Bad rows are refused one by one, with reasons; good rows go on."
+        "CSV. Bad rows are refused one by one, with reasons; good rows go on. Of preference pairs the "
+        "rejected answers are kept but not trained on."
     )
     convert.add_argument("sources", nargs="+", metavar="IN", help="files, data set folders, or hub ids owner/name")
     convert.add_argument("--to", required=True, metavar="OUT.jsonl", help="manifest to write")

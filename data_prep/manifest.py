@@ -6,7 +6,8 @@
 
 `time` is the second of the stream at which the question is asked; null or absent: at its end. `audio` false: its
 sound is not heard; `sound`: a file that is heard instead of it. `rejected` is the worse answer of a preference
-pair. `omnimem data convert` writes manifests from the formats of other projects.
+pair: it is read and checked, but nothing trains on it, because there is no preference objective. `omnimem data convert`
+writes manifests from the formats of other projects.
 
 Every row is checked before training starts, because a missing clip is better found now than after six hours.
 Media is looked at on disk only, not decoded. Parquet (one file, or a folder of shards, read by `datasets` as a
@@ -43,7 +44,7 @@ log = logging.getLogger("omnimem.data")
 class Question:
     """One question; `time` is the second of the stream at which it is asked, None for its end.
 
-    `rejected` is an answer known to be worse: kept for training on preferences, unused by training on answers.
+    `rejected` is an answer known to be worse. Nothing trains on it: there is no preference objective.
     """
 
     question: str
@@ -172,6 +173,11 @@ def media_root(path: str | os.PathLike[str], root: str | os.PathLike[str] | None
 
 def _manifest_file(path: str | os.PathLike[str]) -> Path:
     return QUICKSTART if os.fspath(path) == "quickstart" else Path(path)
+
+
+def rejected_answers(rows: Iterable[Row]) -> int:
+    """How many questions have a rejected answer, which nothing trains on."""
+    return sum(question.rejected is not None for row in rows for question in row.questions)
 
 
 def manifest_fingerprint(rows: Iterable[Row]) -> str:

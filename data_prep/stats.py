@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from data_prep.manifest import rejected_answers
 from omnimem.backbones import Backbone
 from omnimem.budget import ModelFingerprint
 from omnimem.files import atomic_write_json
@@ -101,7 +102,12 @@ def stats(
         "fps": settled.data.fps,
         "chunk_seconds": settled.data.chunk_seconds,
         "mean_budget": profile.mean_budget,
-        "rows": {"used": len(streams), "left_out": read.problems, "questions": sum(s.questions for s in streams)},
+        "rows": {
+            "used": len(streams),
+            "left_out": read.problems,
+            "questions": sum(s.questions for s in streams),
+            "rejected": rejected_answers(read.rows),
+        },
         **count(streams, profile.mean_budget),
         "memory": {
             "per_token": position,
@@ -166,6 +172,8 @@ def print_stats(found: dict[str, Any], console: Console) -> None:
     rows, tokens, chunks, memory = found["rows"], found["tokens"], found["chunks"], found["memory"]
     left = f", {len(rows['left_out'])} rows left out" if rows["left_out"] else ""
     console.print(f"{rows['used']} streams, {rows['questions']} questions, {found['hours']:,.2f} hours{left}")
+    if rows["rejected"]:
+        console.print(f"{rows['rejected']} rejected answers, which nothing trains on")
     if found["without_duration"]:
         console.print(f"{found['without_duration']} streams count as 0 s: their headers do not say how long they are")
     reading = f"{found['fps']:g} frames/s, chunks of {found['chunk_seconds']:g} s, model {found['model']}"

@@ -13,7 +13,7 @@ import data_prep.convert as package
 from clips import MEDIA, RABBIT, WEBB
 from data_prep.convert import convert
 from data_prep.convert.options import INSTRUCTION, answer_letter, read_options
-from data_prep.convert.sample import FROM_ZERO, HISTORY, MUTE, SYSTEM, TRUTH, TURNS
+from data_prep.convert.sample import FROM_ZERO, HISTORY, MUTE, REJECTED, SYSTEM, TRUTH, TURNS
 from data_prep.convert.table import seconds
 from data_prep.manifest import BadRow, Question, read_manifest
 from omnimem.cli import main
@@ -95,7 +95,7 @@ def test_video_salmonn2_preference_pairs_of_both_releases(run):
     ]
     report, rows = run([{"video": VIDEO, "use_audio": True, "conversations": turns} for turns in (new, old)])
     assert [row.questions for row in rows] == [(Question("What?", "Good.", None, "Bad."),) * 2]
-    assert report.notes == {TRUTH: 2}
+    assert report.notes == {TRUTH: 2, REJECTED: 2}
 
 
 # ---- LLaMA-Factory and ms-swift --------------------------------------------------------------------------------------

@@ -39,7 +39,9 @@ def test_one_clip_by_hand(tmp_path):
         "largest_tokens": 24 + 100,
         "most_in_a_stream": 2,
     }
-    assert found["hours"] == round(7.8 / 3600, 4) and found["rows"] == {"used": 1, "left_out": [], "questions": 1}
+    assert found["hours"] == round(7.8 / 3600, 4) and found["rows"] == {
+        "used": 1, "left_out": [], "questions": 1, "rejected": 0,
+    }  # fmt: skip
     assert found["durations"] == {"under 10 s": 1}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from data_prep.manifest import Row
+from data_prep.manifest import Row, rejected_answers
 from omnimem.backbones import backbone_class
 from omnimem.backbones.adapter import RECIPE_FILE
 from omnimem.budget import BudgetProfile
@@ -71,6 +71,8 @@ def run(recipe: Recipe) -> None:
     recipe.model.backbone = backbone = backbone_of(recipe)
     supports_audio = backbone_class(backbone).hears
     manifest = load_rows(recipe.data, supports_audio)
+    if rejected := rejected_answers(manifest.rows):
+        log.warning("%s: %d rejected answers are not trained on: no preference objective", recipe.data.path, rejected)
     held_out = held_out_rows(recipe, supports_audio)
     if recipe.data.path == "quickstart" and recipe.recipe != "quickstart":
         log.info("training on the clips that ship with the package; data.path=my.jsonl takes your own")

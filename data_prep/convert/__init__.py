@@ -7,6 +7,9 @@ than it seems (a placeholder without media, a path that leaves the data root) mu
 
 One module a format: `video_salmonn2`, `sharegpt` (LLaMA-Factory), `swift`, `table` (CSV); `huggingface` reads
 data sets whose columns are one of them.
+
+The rejected answer of a preference pair is kept in the manifest, but nothing trains on it: training is supervised
+fine-tuning on answers, without a preference objective such as DPO.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from omnimem.media import MediaError, MediaInfo, probe
 
 from .huggingface import is_hub
 from .options import Reading
-from .sample import MUTE, Sample
+from .sample import MUTE, REJECTED, Sample
 from .sources import FORMATS, read_rows, read_sample
 
 __all__ = ["FORMATS", "Report", "convert"]
@@ -197,6 +200,7 @@ def _stream(sample: Sample, files: _Files, audio: str) -> tuple[Key, list[dict[s
     """Return which stream a sample is about, its questions as a manifest has them, and its notes."""
     heard = {"auto": sample.audio, "on": True, "off": False}[audio]
     notes = tuple(note for note in sample.notes if note != MUTE or audio == "auto")
+    notes += (REJECTED,) * sum(asked.rejected is not None for asked in sample.questions)
     video = None if sample.video is None else files.find(sample.video, "video")
     sound = None if sample.sound is None else files.find(sample.sound, "audio")
     if video is None:

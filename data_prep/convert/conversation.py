@@ -114,13 +114,9 @@ def check_placeholders(turns: list[Turn], video: int, audio: int, implied: bool 
     Raises
     ------
     BadRow
-        A placeholder without media, more media than placeholders, one for an image, or one in an answer.
+        A placeholder without media, more media than placeholders, or one for an image.
     """
     asked = [kind for turn in turns if turn.role in ("user", "system") for kind in PLACEHOLDER.findall(turn.text)]
-    for turn in turns:
-        found = PLACEHOLDER.search(turn.text)
-        if turn.role not in ("user", "system") and found:
-            raise BadRow(f"placeholder {found.group()} in an answer")
     if "image" in asked:
         raise BadRow("placeholder <image>; only video and sound are read")
     for kind, given in (("video", video), ("audio", audio)):
@@ -175,7 +171,7 @@ def asked(question: Any, answer: Any, rejected: Any = None, time: float | None =
     Raises
     ------
     BadRow
-        One of them is missing or empty, or there is nothing to prefer.
+        One of them is missing or empty, an answer holds a placeholder, or there is nothing to prefer.
     """
     if not isinstance(question, str) or not question.strip():
         raise BadRow("empty question")
@@ -191,6 +187,9 @@ def asked(question: Any, answer: Any, rejected: Any = None, time: float | None =
         if rejected.strip() == answer.strip():
             raise BadRow(f"the rejected answer to {short(question)} is the same as the answer")
         rejected = rejected.strip()
+    for text in (answer, rejected):
+        if text is not None and (found := PLACEHOLDER.search(text)):  # the model would learn to write it
+            raise BadRow(f"placeholder {found.group()} in an answer")
     return Asked(question.strip(), answer.strip(), rejected, time)
 
 

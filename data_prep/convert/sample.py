@@ -20,12 +20,13 @@ SYSTEM = "system turns left out, as the model keeps its own"
 HISTORY = "turns left out because their source marks them as not learned"
 TRUTH = "ground truths left out for the chosen answer"
 FROM_ZERO = "answers given as a number, counted from 0 (--answers index1 counts from 1)"
+REJECTED = "rejected answers, which are kept but not trained on"
 MUTE = "videos whose sound the source does not ask for (--audio on lets it be heard)"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question, its answer, the worse answer of a preference pair, and the second at which it is asked."""
+    """A question, its answer, the rejected answer of a preference pair, and the second at which it is asked."""
 
     question: str
     answer: str

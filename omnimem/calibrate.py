@@ -25,7 +25,8 @@ from torch import Tensor
 
 from omnimem.backbones import Backbone
 from omnimem.budget import BudgetProfile, ModelFingerprint
-from omnimem.budget.allocation import DEFAULT_FLOOR, Compressibility, LayerStatistics, allocate
+from omnimem.budget.allocation import DEFAULT_FLOOR, allocate
+from omnimem.budget.statistics import METHOD, Compressibility, LayerStatistics
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, file_digest
 from omnimem.forward import Stream
@@ -148,7 +149,7 @@ def _read_partial(partial: Path, key: dict[str, Any]) -> dict[str, Any]:
         content = json.loads(partial.read_text(encoding="utf-8"))
         same = {name: content[name] for name in key} == json.loads(json.dumps(key))
         return content["clips"] if same else {}
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OmniMemError(f"{partial}: not a calibration in progress; delete it to start anew") from error
 
 
@@ -180,7 +181,7 @@ def profile_from(
         selection=selection or {},
         stream=settings.recorded(),
         statistics={
-            "method": "avba",
+            "method": METHOD,
             "ratio": ratio,
             "temperature": temperature,
             "floor": floor,

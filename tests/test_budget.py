@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -97,6 +98,13 @@ def saved_with(**changes) -> str:
     return json.dumps({key: value for key, value in content.items() if value != "REMOVED"})
 
 
+def nested(depth: int) -> list[str]:
+    """Profiles in which something is a list in a list in a list …"""
+    deep = "[" * depth + "]" * depth
+    inside = [saved_with(**{name: {"x": "DEEP"}}) for name in ("selection", "statistics", "model")]
+    return [deep, f"[[1, {deep}]]", *(text.replace('"DEEP"', deep) for text in inside)]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -117,7 +125,7 @@ def saved_with(**changes) -> str:
         (saved_with(selection="REMOVED"), "selection"),
         (saved_with(statistics="REMOVED"), "statistics"),
         (saved_with(layers=[]), "no layer"),
-        (saved_with(layers=3), "int"),
+        (saved_with(layers=3), "layers must be a list"),
         (saved_with(layers=[{"visual": 3}]), "audio"),
         (saved_with(layers=[{"visual": 3, "audio": 2, "text": 9}]), "text"),
         (saved_with(layers=[{"visual": 0, "audio": 2}]), "at least 1"),
@@ -134,7 +142,16 @@ def saved_with(**changes) -> str:
         ("[[1, -2]]", "keeps -2 visual"),
         ("[[1.0, 2]]", "1.0 audio"),
         ("[[true, 2]]", "True audio"),
-        ("[[NaN, 2]]", "nan audio"),
+        ("[[NaN, 2]]", "JSON"),
+        (f"[[{2**40 + 1}, 2]]", "at most 2"),
+        (f"[[{'9' * 4000}, 2]]", "at most 2"),
+        (f"[[{'9' * 5000}, 2]]", "JSON"),
+        (saved_with(model_id=3), "model_id must be a string, got 3"),
+        (saved_with(model_id="\ud800"), "JSON"),
+        (saved_with(selection=[]), "selection must be an object"),
+        (saved_with(selection={"method": ["omnimem"]}), "selection: method must be a single value"),
+        (saved_with(stream={"fps": {}}), "stream: fps must be a single value"),
+        *((text, "nests|JSON|expected|keeps|single") for depth in (20, 900, 970, 5000) for text in nested(depth)),
     ],
 )
 def test_files_that_are_no_profile_are_refused_in_one_line_that_names_the_file(tmp_path, content, reason):
@@ -143,7 +160,48 @@ def test_files_that_are_no_profile_are_refused_in_one_line_that_names_the_file(t
     with pytest.raises(OmniMemError, match=reason) as error:
         BudgetProfile.load(path)
     assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def calibrated_with(*place: str | int, value: object = "REMOVED") -> str:
+    """A calibrated profile with one field of its statistics replaced or removed."""
+    group = {"entropy": 0.5, "redundancy": 0.2, "count": 10.0}
+    layers = [{name: dict(group) for name in ("visual", "audio", "both")} for _ in FULL.layers]
+    content = FULL.to_dict()
+    content["statistics"] = {"method": "avba", "ratio": 5.0, "temperature": 0.2, "floor": 2, "layers": layers}
+    inside: Any = content["statistics"]
+    for key in place[:-1]:
+        inside = inside[key]
+    if value == "REMOVED":
+        del inside[place[-1]]
+    else:
+        inside[place[-1]] = value
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        *((calibrated_with(name), name) for name in ("ratio", "temperature", "floor", "layers")),
+        *((calibrated_with("ratio", value=value), "ratio must be a number") for value in (None, "5", [5], True, 1e301)),
+        *((calibrated_with("floor", value=value), "floor must be a whole number") for value in (2.5, "2", {})),
+        *((calibrated_with("layers", value=value), "list of 2") for value in ([], {}, 3, "layers", [1])),
+        *((calibrated_with("layers", 1, value=value), "layer 1 must be an object") for value in (None, [], {}, "x")),
+        (calibrated_with("layers", 0, "audio"), "layer 0 must be an object of visual, audio, both"),
+        (calibrated_with("layers", 0, "audio", value=[0.5, 0.2, 10.0]), "layer 0 must be an object"),
+        *((calibrated_with("layers", 1, "both", name), f"layer 1, both: {name}") for name in ("entropy", "count")),
+        (calibrated_with("layers", 1, "both", "entropy", value="high"), "entropy must be a number, got 'high'"),
+        (calibrated_with("layers", 1, "both", "entropy", value=10**400), "entropy must be a number"),
+        (calibrated_with("layers", 1, "both", "redundancy", value=float("nan")), "JSON"),
+    ],
+)  # fmt: skip
+def test_statistics_that_cannot_be_allocated_from_are_refused_when_the_profile_is_read(tmp_path, content, reason):
+    path = tmp_path / "profile.json"
+    path.write_text(content)
+    with pytest.raises(OmniMemError, match=reason) as error:
+        BudgetProfile.load(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 def test_a_missing_file_a_folder_and_binary_content_are_refused(tmp_path):

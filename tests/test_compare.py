@@ -18,7 +18,7 @@ import omnimem.measure.compare
 import omnimem.measure.figures
 from clips import MEDIA, RABBIT, WEBB
 from omnimem.budget import BudgetProfile
-from omnimem.budget.allocation import Compressibility, LayerStatistics
+from omnimem.budget.statistics import Compressibility, LayerStatistics
 from omnimem.cli import main
 from omnimem.errors import OmniMemError
 from omnimem.measure.cells import Cell, run_cells

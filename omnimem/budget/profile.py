@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
+from omnimem.budget.statistics import METHOD, Calibration
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json
 
@@ -19,6 +21,23 @@ SCHEMA = "omnimem.budget_profile"
 SCHEMA_VERSION = 1
 PROFILE_FILE = "budget_profile.json"
 """Name of the profile beside an adapter or a merged checkpoint."""
+
+FIELDS = {
+    "layers": (list, "a list"),
+    "model_id": (str, "a string"),
+    "selection": (dict, "an object"),
+    "stream": (dict, "an object"),
+    "statistics": (dict, "an object"),
+    "calibration_set": (str, "a string"),
+    "source": (str, "a string"),
+}
+"""JSON type of each field of a profile, ``model`` (an object or null) aside."""
+
+LARGEST_BUDGET = 2**40
+"""Far more positions than any stream has."""
+
+NESTING = 8
+"""Levels of objects and lists a profile may have; its own fields have five."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +97,7 @@ class BudgetProfile:
     Raises
     ------
     OmniMemError
-        A budget below one position or no layer at all.
+        A budget below one position or above `LARGEST_BUDGET`, or no layer at all.
     """
 
     layers: tuple[LayerBudget, ...]
@@ -96,10 +115,10 @@ class BudgetProfile:
         for index, layer in enumerate(self.layers):
             for name in ("visual", "audio"):
                 value = getattr(layer, name)
-                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_BUDGET:
                     raise OmniMemError(
-                        f"budget profile: layer {index} keeps {value!r} {name} positions; "
-                        "every budget must be a whole number of at least 1"
+                        f"budget profile: layer {index} keeps {short(value)} {name} positions; "
+                        "every budget must be a whole number of at least 1 and at most 2^40"
                     )
 
     @property
@@ -140,7 +159,7 @@ class BudgetProfile:
         pairs = []
         for index, pair in enumerate(lists):
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                raise OmniMemError(f"budget profile: layer {index} is {pair!r}, expected [audio, visual]")
+                raise OmniMemError(f"budget profile: layer {index} is {short(pair)}, expected [audio, visual]")
             pairs.append(LayerBudget(visual=pair[1], audio=pair[0]))
         return cls(tuple(pairs), source="published")
 
@@ -155,14 +174,16 @@ class BudgetProfile:
         Raises
         ------
         OmniMemError
-            The file is missing, is not JSON, has another schema or version, or an invalid budget.
+            The file is missing, is not JSON, has another schema or version, or an invalid budget or statistics.
         """
         path = Path(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+            # What could not be written back (NaN, half a surrogate pair) is refused here.
+            json.dumps(content, allow_nan=False, ensure_ascii=False).encode()
         except FileNotFoundError:
             raise OmniMemError(f"{path}: no such budget profile") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise OmniMemError(f"{path}: not a readable JSON budget profile: {error}") from None
         try:
             return cls.from_lists(content) if isinstance(content, list) else cls._from_dict(content)
@@ -175,26 +196,31 @@ class BudgetProfile:
             raise OmniMemError(f"not a budget profile: expected a list of pairs or an object of schema {SCHEMA!r}")
         if content.get("version") != SCHEMA_VERSION:
             raise OmniMemError(
-                f"budget profile version {content.get('version')!r}; this release reads version {SCHEMA_VERSION}"
+                f"budget profile version {short(content.get('version'))}; this release reads version {SCHEMA_VERSION}"
             )
+        if _deeper(content, NESTING):
+            raise OmniMemError(f"budget profile nests objects and lists more than {NESTING} deep")
+        known = {field.name for field in fields(cls)}
         # What `to_dict` adds for the reader of the file and `__init__` derives.
-        known = {field.name for field in fields(cls)} | {"schema", "version", "omnimem_version", "mean_budget"}
-        if unknown := sorted(content.keys() - known):
+        if unknown := sorted(content.keys() - known - {"schema", "version", "omnimem_version", "mean_budget"}):
             raise OmniMemError(f"budget profile has an unknown field {unknown[0]!r}")
+        for name, (kind, noun) in FIELDS.items():
+            if not isinstance(content.get(name), kind):
+                raise OmniMemError(f"budget profile: {name} must be {noun}, got {short(content.get(name))}")
+        for name in ("selection", "stream"):
+            for key, value in content[name].items():
+                if isinstance(value, list | dict):
+                    raise OmniMemError(f"budget profile: {name}: {key} must be a single value, got {short(value)}")
         try:
-            model = content["model"]
-            return cls(
-                layers=tuple(LayerBudget(**layer) for layer in content["layers"]),
-                model=ModelFingerprint(**model) if model else None,
-                model_id=content["model_id"],
-                selection=content["selection"],
-                stream=content["stream"],
-                statistics=content["statistics"],
-                calibration_set=content["calibration_set"],
-                source=content["source"],
-            )
+            given = {name: content[name] for name in known}
+            given["layers"] = tuple(LayerBudget(**layer) for layer in content["layers"])
+            given["model"] = ModelFingerprint(**content["model"]) if content["model"] else None
+            profile = cls(**given)
         except (KeyError, TypeError) as error:
             raise OmniMemError(f"budget profile is incomplete or has an unknown field: {error}") from None
+        if profile.statistics.get("method") == METHOD or "layers" in profile.statistics:
+            Calibration.from_dict(profile.statistics, len(profile.layers))
+        return profile
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object `save` writes."""
@@ -242,3 +268,9 @@ class BudgetProfile:
                 f"budget profile was made for {self.model} but the model is {fingerprint}; "
                 "use a profile made for this model"
             )
+
+
+def _deeper(content: Any, levels: int) -> bool:
+    """Whether objects and lists are nested more than so many levels deep."""
+    inside = content.values() if isinstance(content, dict) else content if isinstance(content, list) else None
+    return inside is not None and (levels == 0 or any(_deeper(one, levels - 1) for one in inside))

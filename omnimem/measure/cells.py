@@ -117,7 +117,7 @@ def _read(file: Path, cell: Cell) -> dict[str, Any] | None:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["key"] == json.loads(json.dumps(cell.key)):
             return content["result"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise OmniMemError(f"{file}: not a finished cell; delete it, or pass --overwrite to compute it again")
 

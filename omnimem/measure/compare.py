@@ -22,6 +22,7 @@ from typing import Any
 from omnimem import __version__
 from omnimem.budget import BudgetProfile
 from omnimem.budget.allocation import with_mean
+from omnimem.budget.statistics import METHOD
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json
 from omnimem.measure.cells import Cell, Column, choose_methods, device_name, run_cells, table, weights_digest, write_csv
@@ -157,7 +158,7 @@ def _budgets(profile: BudgetProfile | None, args: argparse.Namespace) -> Budgets
     OmniMemError
         A mean budget that cannot hold the floors; T without what calibration measured; a ratio beside a profile.
     """
-    if args.temperature and (profile is None or profile.statistics.get("method") != "avba"):
+    if args.temperature and (profile is None or profile.statistics.get("method") != METHOD):
         raise OmniMemError("--temperature re-allocates a calibrated profile: give one (omnimem calibrate) as --profile")
     if profile is None:
         return {}

@@ -1,0 +1,107 @@
+"""What a calibration measured of every layer, as a budget profile records it.
+
+`omnimem.calibrate` measures it, `omnimem.budget.allocation` turns it into budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from reprlib import repr as short
+from typing import Any
+
+from omnimem.errors import OmniMemError
+
+METHOD = "avba"
+"""Name of the allocation that uses these statistics."""
+
+
+@dataclass(frozen=True)
+class Compressibility:
+    """What calibration measured of one group of positions of a layer (visual, audio, or both together).
+
+    Attributes
+    ----------
+    entropy : float
+        Entropy of the attention mass over the group, divided by log K: 0 (one position has it all) to 1 (even).
+    redundancy : float
+        Mean s̄ of the group: 1 where positions repeat their neighbours.
+    count : float
+        Mean number K of positions.
+    """
+
+    entropy: float
+    redundancy: float
+    count: float
+
+    @property
+    def value(self) -> float:
+        """C = normalised entropy · (1 − redundancy); 0 for a group that never occurred."""
+        return self.entropy * max(0.0, 1 - self.redundancy)
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Compressibility of a layer's visual positions, audio positions, and all of them."""
+
+    visual: Compressibility
+    audio: Compressibility
+    both: Compressibility
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of all layers, and the parameters of `omnimem.budget.allocation.allocate` they were used with."""
+
+    layers: tuple[LayerStatistics, ...]
+    ratio: float
+    temperature: float
+    floor: int
+
+    @classmethod
+    def from_dict(cls, statistics: Mapping[str, Any], layers: int) -> Calibration:
+        """Read the ``statistics`` of a calibrated profile.
+
+        Parameters
+        ----------
+        statistics : mapping
+            JSON object with ``ratio``, ``temperature``, ``floor`` and, under ``layers``, a `LayerStatistics` each.
+        layers : int
+            Layers of the profile.
+
+        Raises
+        ------
+        OmniMemError
+            A field is missing or not a number, or the number of layers is another one.
+        """
+        measured = statistics.get("layers")
+        if not isinstance(measured, list) or len(measured) != layers:
+            raise OmniMemError(f"statistics: layers must be a list of {layers}, one for each layer of the profile")
+        floor = statistics.get("floor")
+        if not isinstance(floor, int):
+            raise OmniMemError(f"statistics: floor must be a whole number, got {short(floor)}")
+        return cls(
+            layers=tuple(_layer(layer, f"statistics: layer {index}") for index, layer in enumerate(measured)),
+            ratio=_number(statistics, "ratio", "statistics"),
+            temperature=_number(statistics, "temperature", "statistics"),
+            floor=floor,
+        )
+
+
+def _layer(content: Any, place: str) -> LayerStatistics:
+    groups = {}
+    for group in fields(LayerStatistics):
+        found = content.get(group.name) if isinstance(content, dict) else None
+        if not isinstance(found, dict):
+            raise OmniMemError(f"{place} must be an object of {', '.join(one.name for one in fields(LayerStatistics))}")
+        names = [one.name for one in fields(Compressibility)]
+        groups[group.name] = Compressibility(*(_number(found, name, f"{place}, {group.name}") for name in names))
+    return LayerStatistics(**groups)
+
+
+def _number(content: Mapping[str, Any], name: str, place: str) -> float:
+    value = content.get(name)
+    # The comparison, unlike `math.isfinite`, takes whole numbers of any size.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        raise OmniMemError(f"{place}: {name} must be a number, got {short(value)}")
+    return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -78,11 +79,13 @@ class Simulated:
             base = RELEASE if options.get("variant") == "release" else PAPER
             self.options = {**base, **{k: v for k, v in options.items() if k != "variant"}}
         self.stored = [[[] for _ in range(batch)] for _ in budgets]
+        self.seen = [[[] for _ in range(batch)] for _ in budgets]
 
     def step(self, layer, sample, new, queries, observe):
         old = len(self.stored[layer][sample])
         stored = self.stored[layer][sample] + new
         self.stored[layer][sample] = stored
+        self.seen[layer][sample] += new
         if self.method != "omnimem" or not observe or not new:
             return
         mass = observed_mass(queries, stored, self.options["mass"], self.options["mass_stride"])
@@ -102,23 +105,26 @@ class Simulated:
         visual, audio = self.budgets[layer]
         if self.method == "full":
             return
-        scores = getattr(self, self.method)(layer, stored)
+        scores = getattr(self, self.method)(layer, stored, self.seen[layer][sample])
         self.stored[layer][sample] = [stored[k] for k in best_of(scores, stored, visual, audio)]
 
-    def uniform(self, layer, stored):
-        scores = [0.0] * len(stored)
-        for kind, budget in zip((VISUAL, AUDIO), self.budgets[layer], strict=True):
-            places = [k for k, position in enumerate(stored) if position.kind == kind]
-            count = min(budget, len(places))
-            for i in range(count):
-                scores[places[i * len(places) // count]] = 1.0
+    def uniform(self, layer, stored, seen):
+        """Of every position the cells of 2, 4, 8, … positions that it was the first to enter, of all ever seen."""
+        scores = []
+        for position in stored:
+            before = [other.index for other in seen if other.kind == position.kind and other.index < position.index]
+            level = 0
+            while all(other >> level != position.index >> level for other in before) and level < 60:
+                level += 1
+            golden = (position.index >> level) * 11400714819323198485 % 2**64 / 2**64
+            scores.append(level + golden if before else math.inf)
         return scores
 
-    def random(self, layer, stored):
+    def random(self, layer, stored, seen):
         seed = splitmix(layer * 2_147_483_647 + self.options.get("seed", 0))
         return [splitmix((position.index + seed) % (1 << 64)) & ((1 << 53) - 1) for position in stored]
 
-    def omnimem(self, layer, stored):
+    def omnimem(self, layer, stored, seen):
         source = self.options["redundancy"]
         if source in ("value", "key"):
             vectors = [[x for head in getattr(position, source) for x in head] for position in stored]
@@ -321,31 +327,65 @@ def test_half_precision_states_are_scored_in_float32():
 # ---- uniform and random --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 12, 31])
-def test_uniform_keeps_the_ranks_floor_of_i_n_over_c(count):
-    for budget in range(1, 35):
-        candidates = random_candidates(visual=count, audio=5, text=2, budget=LayerBudget(budget, 1))
-        score = build_selection("uniform").score(candidates)
-        visual = score[0][candidates.table.modality[0] == VISUAL]
-        kept = min(budget, count)
-        assert visual.nonzero().flatten().tolist() == [i * count // kept for i in range(kept)]
+def kinds_of(pattern: str, length: int, rng: random.Random) -> list[int]:
+    """Modalities of a chunk: video alone, both at random, or video and then audio, as encoders bring them."""
+    if pattern == "video":
+        return [VISUAL] * length
+    if pattern == "mixed":
+        return [rng.choice((VISUAL, VISUAL, VISUAL, AUDIO)) for _ in range(length)]
+    return [VISUAL] * (length // 4) + [AUDIO] * (length - length // 4)
 
 
-def test_random_does_not_depend_on_the_chunking():
+def watch(cache: CompressedCache, chunks: list[list[int]]) -> None:
+    """Put chunks of one sample, given by their modalities, into the cache."""
+    for kinds in chunks:
+        cache.begin(torch.zeros(3, 1, len(kinds), dtype=torch.int64), torch.tensor([kinds]))
+        with torch.no_grad():
+            for layer in cache.layers:
+                layer.update(*torch.zeros(2, 1, GROUPS, len(kinds), DIM))
+        cache.compress()
+
+
+@pytest.mark.parametrize("pattern", ["video", "mixed", "blocks"])
+@pytest.mark.parametrize("budget", [2, 3, 17, 64, 100, 127])
+def test_uniform_is_even_over_everything_seen_after_every_chunk(pattern, budget):
+    """No position seen is further behind a retained one than twice the distance of as many evenly spaced ones."""
+    rng = random.Random(budget)
+    cache = CompressedCache(profile((budget, budget)), build_selection("uniform"))
+    seen = {VISUAL: [], AUDIO: []}
+    total = 0
+    for _ in range(40):
+        kinds = kinds_of(pattern, rng.randint(20, 130), rng)
+        for kind in kinds:
+            seen[kind].append(total)
+            total += 1
+        watch(cache, [kinds])
+        table = cache.retained(0)
+        for kind, arrived in seen.items():
+            kept = table.index[0][table.modality[0] == kind].tolist()
+            assert len(kept) == min(budget, len(arrived))
+            if len(kept) < len(arrived):
+                even = (arrived[-1] - arrived[0]) / (budget - 1)
+                behind = [index - max(one for one in kept if one <= index) for index in arrived]
+                assert max(behind) < 2 * even
+    if pattern != "video":
+        return
+    kept = cache.retained(0).index[0].tolist()
+    gaps = [after - before for before, after in pairwise(kept)][1:]
+    assert not gaps or max(gaps) <= 2 * min(gaps)
+    # So every part of the stream has its share: at most a few more or less than the average.
+    for quarter in range(4):
+        share = sum(quarter * total <= 4 * index < (quarter + 1) * total for index in kept)
+        assert abs(share - budget / 4) <= 3
+
+
+@pytest.mark.parametrize("method", ["uniform", "random"])
+def test_samples_of_the_stream_do_not_depend_on_the_chunking(method):
     kept = []
     for cuts in ([40], [10, 20, 10], [1] * 40, [39, 1]):
-        cache = CompressedCache(profile((7, 3), (4, 5)), build_selection("random", seed=5))
-        generator = random.Random(1)
-        kinds = [generator.choice((VISUAL, AUDIO)) for _ in range(40)]
-        start = 0
-        for size in cuts:
-            part = torch.tensor([kinds[start : start + size]])
-            start += size
-            cache.begin(torch.zeros(3, 1, size, dtype=torch.int64), part)
-            with torch.no_grad():
-                for layer in cache.layers:
-                    layer.update(*torch.zeros(2, 1, GROUPS, size, DIM))
-            cache.compress()
+        cache = CompressedCache(profile((7, 3), (4, 5)), build_selection(method))
+        kinds = iter(kinds_of("mixed", 40, random.Random(1)))
+        watch(cache, [list(islice(kinds, size)) for size in cuts])
         kept.append([cache.retained(layer).index[0].tolist() for layer in (0, 1)])
     assert kept.count(kept[0]) == len(kept)
     assert kept[0][0] != kept[0][1]

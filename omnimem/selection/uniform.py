@@ -1,4 +1,8 @@
-"""Keep every ⌊i·N/C⌋-th candidate of each modality, the same for all heads (baselines.md)."""
+"""Keep tokens evenly spaced over everything the stream has brought: a baseline that looks at nothing.
+
+Sampling the stored tokens evenly at every chunk would not do: what survives is then thinned out again and again, and
+after 40 chunks four fifths of the memory come from the last one. Here each token has one priority for life.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +12,47 @@ from torch import Tensor
 from omnimem.modality import EVICTABLE
 from omnimem.selection.base import Candidates, SelectionMethod
 
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+"""2^64 over the golden ratio, as int64: the fractional parts of its multiples are spread evenly."""
+
 
 class Uniform(SelectionMethod):
-    """Of N candidates of a modality and a budget of C, keep those of rank ⌊i·N/C⌋, i = 0 … C − 1."""
+    """Keep the tokens that were first in the largest cells of the stream.
+
+    Cut the stream (token index, all modalities counted) into aligned cells of w = 1, 2, 4, … tokens. The priority of a
+    token is the largest w in whose cell it was the first of its modality; equal priorities are ordered by the
+    golden-ratio sequence, any number of whose first members is spread evenly.
+
+    With a budget of B, and s tokens of stream between the first and the latest token of a modality, there is a w below
+    2·s/(B − 1) so that in every cell of w tokens the first of that modality is retained, and of the others only such as
+    are the first in one half of a cell. So
+
+    - every token seen is less than w behind a retained one: at most twice the distance of B evenly spaced tokens;
+    - where a modality fills the stream, the gaps between retained tokens are between w/2 and w (the first gap aside:
+      the stream may begin inside a cell).
+
+    The kept set depends on the stream alone, not on how it is cut into chunks.
+    """
 
     def score(self, candidates: Candidates) -> Tensor:
-        """1 for a kept candidate, 0 for the others."""
+        """Base-2 logarithm of the cell, and a fraction that orders equals; float64."""
         table = candidates.table
-        score = torch.zeros(table.index.shape, device=table.index.device)
-        for name, kind in EVICTABLE.items():
+        score = torch.zeros(table.index.shape, dtype=torch.float64, device=table.index.device)
+        for kind in EVICTABLE.values():
             competing = (table.modality == kind) & table.valid
-            total = competing.sum(1, keepdim=True)
-            budget = torch.minimum(total, torch.tensor(getattr(candidates.budget, name), device=total.device))
-            rank = competing.cumsum(1) - 1
-            # Rank r is ⌊i·N/C⌋ for some i exactly when ⌈r·C/N⌉·N < (r + 1)·C, in whole numbers.
-            total = total.clamp_min(1)
-            i = (rank * budget + total - 1) // total
-            score[competing & (i * total < (rank + 1) * budget)] = 1.0
+            score = torch.where(competing, _priority(table.index, competing), score)
         return score
+
+
+def _priority(index: Tensor, member: Tensor) -> Tensor:
+    """Priority of each member among all members ever seen; `index` ``[R, N]`` increases over the members of a row.
+
+    A token shares all cells of at least 2^level tokens with the member before it, where level is the bit length of the
+    exclusive or of the two indices, and is the first in the next smaller one. The retained member before it says the
+    same as the one that arrived before it: whoever is first in the larger cell has a higher priority and is retained.
+    """
+    latest = index.masked_fill(~member, -1).cummax(1).values
+    before = torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1)
+    level = torch.frexp((index ^ before).double()).exponent.long()
+    fraction = ((index >> level) * GOLDEN >> 24) & (2**40 - 1)
+    return (level + fraction.double() / 2**40).masked_fill(before < 0, torch.inf)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from clips import RABBIT, WEBB
 from omnimem.budget import BudgetProfile
@@ -103,6 +105,23 @@ def test_the_command_from_clip_to_picture_and_again(tiny_path, tmp_path, capsys)
     assert bench(tiny_path, tmp_path, *options) == 0
     assert capsys.readouterr().out == printed
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()} == before
+
+
+def test_a_model_retrained_in_the_same_folder_is_measured_again(tiny_path, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "bench"
+    shutil.copytree(tiny_path, model)
+    options = ["--media", str(WEBB), "--methods", "uniform", "--lengths", "8", "--chunk-seconds", "4"]
+    assert bench(model, out, *options) == 0
+    (first,) = (out / "cells").iterdir()
+    weights = load_file(model / "model.safetensors")
+    save_file({name: weight * 1.01 for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    assert bench(model, out, *options) == 0
+    (row,) = json.loads((out / "results.json").read_text())["cells"]
+    assert len([*(out / "cells").iterdir()]) == 2 and row["file"] != f"cells/{first.name}"
+    # The same weights in another folder are the same model.
+    moved = model.rename(tmp_path / "moved")
+    assert bench(moved, out, *options) == 0
+    assert len([*(out / "cells").iterdir()]) == 2
 
 
 @pytest.mark.parametrize(

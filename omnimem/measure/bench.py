@@ -6,7 +6,7 @@ A clip is repeated to the wanted length and streamed through each method; a ques
 peak of a cell is what PyTorch allocated at most beyond the weights. On the CPU a cell is a process of its own, and the
 table says how far the peak of its resident set rose above that of a stream of one chunk, which has loaded all there is
 to load. A small model drowns in the noise of that, so the picture then shows the exact peak of what the memory holds.
-Cells that are finished are not computed again, see `omnimem.measure.cells`.
+Cells that are finished are not computed again (`omnimem.measure.cells`) unless the model's weights have changed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from omnimem.backbones import Backbone, parse_device
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, file_digest
-from omnimem.measure.cells import Cell, Column, choose_methods, device_name, run_cells, table, write_csv
+from omnimem.measure.cells import Cell, Column, choose_methods, device_name, run_cells, table, weights_digest, write_csv
 from omnimem.measure.figures import Line, Panel, draw, require_matplotlib
 from omnimem.measure.meter import Meter
 from omnimem.stream import StreamingSession, StreamSettings
@@ -51,30 +52,39 @@ def bench_command(args: argparse.Namespace) -> None:
         raise OmniMemError(f"{media}: no such file")
     device = parse_device(args.device)
     budget = args.mean_budget or (256 if args.model == "tiny" else 8192)
-    settings = {"fps": args.fps, "chunk_seconds": args.chunk_seconds}
-    common = {
-        "command": "bench",
-        "version": __version__,
-        "model": str(args.model),
-        "media": file_digest(media),
-        "stream": {key: value for key, value in settings.items() if value is not None},
+    stream = {"fps": args.fps, "chunk_seconds": args.chunk_seconds}
+    setting = {
+        "stream": {key: value for key, value in stream.items() if value is not None},
         "mean_budget": budget,
         "ratio": args.ratio,
         "rounds": args.rounds,
-        "device": device_name(device),
-        "dtype": args.dtype,
     }
-    measure = _in_this_process() if device.type == "cuda" else _in_a_process_of_its_own
+    given = {**setting, "model": str(args.model), "media": str(media), "device": str(device), "dtype": args.dtype}
+    backbone = load_model(given)
+    common = {
+        **setting,
+        "command": "bench",
+        "version": __version__,
+        "weights": weights_digest(backbone),
+        "media": file_digest(media),
+        "device": device_name(device),
+        "dtype": str(backbone.model.dtype).removeprefix("torch."),
+    }
+    if device.type == "cuda":
+        measure = partial(measure_cell, backbone=backbone)
+    else:
+        del backbone  # each cell is a process that loads its own
+        measure = _in_a_process_of_its_own
     cells = []
     for seconds, (name, (method, options)) in product(args.lengths, methods.items()):
         key = {**common, "method": name, "options": method.recorded(), "seconds": seconds}
-        task = {**common, "media": str(media), "device": str(device), "method": name, "options": options}
-        task["seconds"] = seconds
+        task = {**given, "method": name, "options": options, "seconds": seconds}
         labels = {"method": name, "length": seconds}
-        cells.append(Cell(f"{name} {seconds:g} s", labels, key, lambda task=task: measure(task)))
+        cells.append(Cell(f"{name} {seconds:g} s", labels, key, partial(measure, task)))
+    about = {"model": str(args.model), **common, "media_name": media.name}
 
     def save(found: list[dict[str, Any]]) -> None:
-        atomic_write_json(args.out / "results.json", {**common, "media_name": media.name, "cells": found})
+        atomic_write_json(args.out / "results.json", {**about, "cells": found})
         write_csv(args.out / "results.csv", found)
 
     found = run_cells(cells, args.out, args.overwrite, save)
@@ -163,18 +173,6 @@ def _in_a_process_of_its_own(task: dict[str, Any]) -> dict[str, Any]:
     if "error" in answer:
         raise OmniMemError(answer["error"])
     return answer
-
-
-def _in_this_process() -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Measure cells with one model, loaded when the first is not there yet."""
-    loaded: list[Backbone] = []
-
-    def measure(task: dict[str, Any]) -> dict[str, Any]:
-        if not loaded:
-            loaded.append(load_model(task))
-        return measure_cell(task, loaded[0])
-
-    return measure
 
 
 def _child() -> None:

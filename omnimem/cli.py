@@ -11,6 +11,7 @@ wrong usage or input (one line says what and what to do), 1 anything else (`--de
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
 import select
@@ -22,7 +23,7 @@ from typing import NoReturn
 
 from data_prep.commands import add_actions as add_data_actions
 from omnimem import __version__
-from omnimem.errors import OmniMemError
+from omnimem.errors import OmniMemError, is_storable
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -30,6 +31,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if status := run_guarded("omnimem", lambda: _check_text(argv)):
+        return status
     if "train" in argv and set(argv[: argv.index("train")]) <= {"--debug"}:
         # Its arguments are those of train.py, key=value; which process reports an error is decided there too.
         from train.command import main as train
@@ -57,7 +60,7 @@ def run_guarded(program: str, work: Callable[[], object], debug: bool = False, q
     Returns
     -------
     int
-        0 done, 2 for `OmniMemError`, 1 for an interruption or any other exception.
+        0 done, 2 for `OmniMemError` and for a file name that is too long, 1 for an interruption or any other exception.
     """
     try:
         work()
@@ -75,11 +78,21 @@ def run_guarded(program: str, work: Callable[[], object], debug: bool = False, q
             line = "interrupted"
         elif isinstance(error, OmniMemError):
             line, status = str(error), 2
+        elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            line, status = f"{error.filename}: {error.strerror}", 2
         elif not debug:
             line += " (run with --debug for the traceback)"
     if not (quiet and status == 2):
-        print(f"{program}: {' '.join(line.split())}", file=sys.stderr)
+        text = f"{program}: {' '.join(line.split())}"
+        print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
     return status
+
+
+def _check_text(arguments: Sequence[str]) -> None:
+    """Refuse bytes that are no text: reports and recipes, which are UTF-8, could not name them."""
+    for argument in arguments:
+        if not is_storable(argument):
+            raise OmniMemError(f"argument {argument!a} is not valid UTF-8 text; rename the file")
 
 
 def _reader_has_left() -> bool:

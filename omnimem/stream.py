@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from omnimem.backbones.base import StreamEncoder
 from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
-from omnimem.media import MediaInfo, MediaReader, open_media, probe
+from omnimem.media import Chunk, MediaInfo, MediaReader, open_media, probe
 from omnimem.memory import CompressedCache
 from omnimem.selection import build_selection
 
@@ -292,16 +292,22 @@ class StreamingSession:
             After each chunk.
         """
         reader, encoder = replace(self.settings, **settings).open(media, self.backbone)
+        yield from self.stream(reader, encoder, reader.info.duration)
+
+    def stream(
+        self, chunks: Iterable[Chunk], encoder: StreamEncoder, duration: float | None = None
+    ) -> Iterator[StreamEvent]:
+        """Like `watch`, for chunks of an open file; `duration` in seconds is only passed on to the events."""
         self.memory.reset()
         self._encoder = encoder
         self._stream.forward(encoder.prefix(), text=True)
-        for chunk in reader:
+        for chunk in chunks:
             inputs = encoder.encode(chunk)
             self._stream.step(inputs)
             yield StreamEvent(
                 chunk=chunk.index,
                 seconds=chunk.t1,
-                duration=reader.info.duration,
+                duration=duration,
                 new_positions=len(inputs),
                 retained=self.memory.mean_counts(),
                 bytes=self.memory.nbytes,

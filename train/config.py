@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -24,7 +25,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from omnimem.errors import OmniMemError
+from omnimem.errors import OmniMemError, is_storable
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -156,6 +157,8 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 1  # steps
     trackers: list[str] = field(default_factory=list)  # beside TensorBoard: wandb, trackio
+    project: str = "omnimem"  # of the trackers
+    run_name: str | None = None  # in the trackers; null: the name of output_dir
     save_every: int = 100  # steps
     keep_checkpoints: int = 2
     threads: int | None = None  # torch CPU threads; null: torch decides
@@ -177,8 +180,8 @@ class FinishConfig:
     """What is done after the last step."""
 
     export: bool = False  # merge into <output_dir>/merged
-    question: str | None = None  # asked about `media` when training has finished
-    media: str | None = None
+    question: str | None = None  # asked about a clip when training has finished
+    media: str | None = None  # that clip, in data.root; null: the first of the data
 
 
 @dataclass
@@ -276,9 +279,17 @@ def validate(recipe: Recipe) -> None:
     """
     for key, hint in LEAVES.items():
         value = attrgetter(key)(recipe)
-        for number in value if isinstance(value, list) else [value]:
-            _require(recipe, not isinstance(number, float) or math.isfinite(number), key, "finite")
+        for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, float):
+                _require(recipe, math.isfinite(entry), key, "finite")
+            elif isinstance(entry, int):
+                most = LARGEST_SEED if key.endswith("seed") else LARGEST
+                _require(recipe, abs(entry) <= most, key, f"at most {most}")
+            elif isinstance(entry, str):
+                _require(recipe, is_storable(entry), key, "text that a file can hold (UTF-8, no NUL character)")
         _require(recipe, hint is not str or str(value).strip() != "", key, "something other than empty")
+    names = map(os.fsencode, Path(recipe.output_dir).parts)
+    _require(recipe, all(len(name) <= LONGEST_NAME for name in names), "output_dir", f"of names within {LONGEST_NAME} bytes")
 
     def check(key: str, holds: Callable[[float], bool], rule: str) -> None:
         value = attrgetter(key)(recipe)
@@ -310,7 +321,7 @@ def validate(recipe: Recipe) -> None:
     cut = recipe.train.from_layer
     _require(recipe, cut < 1 or cut == int(cut), "train.from_layer", "a whole number, or a share of the layers below 1")
     frames = recipe.data.fps * recipe.data.chunk_seconds
-    if round(frames) < 1 or not math.isclose(frames, round(frames), rel_tol=1e-9):
+    if math.isinf(frames) or round(frames) < 1 or not math.isclose(frames, round(frames), rel_tol=1e-9):
         raise OmniMemError(
             "data.chunk_seconds must hold a whole number of frames, got "
             f"{recipe.data.chunk_seconds:g} s at data.fps {recipe.data.fps:g} = {frames:g} frames"
@@ -323,8 +334,8 @@ def validate(recipe: Recipe) -> None:
         )
     if recipe.distill.cache is not None and recipe.distill.adapter:
         raise OmniMemError("distill.cache keeps the base model's answers; with distill.adapter=true they change")
-    if (recipe.finish.question is None) != (recipe.finish.media is None):
-        raise OmniMemError("finish.question and finish.media belong together; set both, or neither")
+    if recipe.finish.media is not None and recipe.finish.question is None:
+        raise OmniMemError("finish.media without finish.question: set what is asked about the clip, or leave both out")
 
 
 def without_effect(recipe: Recipe) -> list[str]:
@@ -342,6 +353,12 @@ def without_effect(recipe: Recipe) -> list[str]:
             found.append(f"{', '.join(given)}: without effect, because {switch}")
     return found
 
+
+LARGEST, LARGEST_SEED = 2**31 - 1, 2**32 - 1
+"""Whole numbers that every library takes; seeds are multiplied before they reach a generator."""
+
+LONGEST_NAME = 255
+"""Bytes in the name of a file or folder, on every common file system."""
 
 TRACKERS = ("wandb", "trackio")
 """Libraries with an `init`, a `log` and a `finish`."""
@@ -397,6 +414,8 @@ GROUPS = {key.split(".")[0] for key in LEAVES if "." in key}
 
 
 def _split(arg: str) -> tuple[str, str]:
+    if not is_storable(arg):
+        raise OmniMemError(f"argument {arg!a} is not valid UTF-8 text")
     key, equals, text = arg.partition("=")
     if equals:
         return key.strip(), text.strip()
@@ -407,15 +426,16 @@ def _split(arg: str) -> tuple[str, str]:
 def _find(name: str) -> Path:
     """Return the file of a recipe name, or of a path (it ends in .yaml or .yml, or has a folder in it)."""
     names = list_recipes()
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        if path.is_file():
+        # `os.path` takes a name that is too long for one that does not exist; `Path` raises.
+        if os.path.isfile(path):
             return path
-        problem = f"recipe file {name} " + ("is not a file" if path.exists() else "does not exist")
+        problem = f"recipe file {_cut(name)} " + ("is not a file" if os.path.exists(path) else "does not exist")
     elif name in names:
         return RECIPES / f"{name}.yaml"
     else:
-        problem = f"unknown recipe {name!r}"
+        problem = f"unknown recipe {_show(name)}"
     near = difflib.get_close_matches(path.stem, names, n=1)
     hint = f"did you mean recipe={near[0]}? " if near else ""
     raise OmniMemError(f"{problem}; {hint}recipes: {', '.join(names)}, or a path to a YAML file")
@@ -427,7 +447,9 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise OmniMemError(f"{path}{line}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise OmniMemError(f"{path}: too deeply nested; a recipe has groups of keys and lists of values") from error
+    except (yaml.YAMLError, ValueError) as error:  # also: not UTF-8, more digits than Python reads
         raise OmniMemError(f"{path}: not valid YAML: {_first_line(error)}") from error
     except OSError as error:
         # OmegaConf raises one of its own, without an errno, for a file that holds one plain value.
@@ -446,9 +468,9 @@ def _parse(key: str, text: str) -> Any:
         return text
     try:
         value = OmegaConf.from_dotlist([f"value={text}"])
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         takes = _describe(LEAVES[key]) if key in LEAVES else "something else"
-        raise OmniMemError(f"{key} takes {takes}, cannot read {text!r}") from error
+        raise OmniMemError(f"{key} takes {takes}, cannot read {_show(text)}") from error
     return cast(dict[str, Any], OmegaConf.to_container(value, resolve=False))["value"]
 
 
@@ -465,11 +487,11 @@ def _assign(config: DictConfig, key: str, value: Any, where: str = "") -> None:
     hint = LEAVES[key]
     if isinstance(value, dict):
         raise OmniMemError(f"{where}{key} takes {_describe(hint)}, got {_show(value)}")
-    if isinstance(value, int) and not isinstance(value, bool) and set(get_args(hint)) == {str, float}:
-        value = float(value)  # OmegaConf does not widen a number inside a union
     try:
+        if isinstance(value, int) and not isinstance(value, bool) and set(get_args(hint)) == {str, float}:
+            value = float(value)  # OmegaConf does not widen a number inside a union
         OmegaConf.update(config, key, value)
-    except ValidationError as error:
+    except (ValidationError, OverflowError) as error:
         raise OmniMemError(f"{where}{key} takes {_describe(hint)}, got {_show(value)}") from error
     except OmegaConfBaseException as error:
         raise OmniMemError(f"{where}{key}: {_first_line(error)}") from error
@@ -508,7 +530,11 @@ def _describe(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(get_args(hint))
     if get_origin(hint) is list:
-        return {str: "a list of names such as [a,b]", float: "a list of numbers such as [0.9,0.99]"}[get_args(hint)[0]]
+        return {
+            str: "a list of names such as [a,b]",
+            float: "a list of numbers such as [0.9,0.99]",
+            int: "a list of whole numbers such as [64,1024]",
+        }[get_args(hint)[0]]
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(_describe(member) for member in get_args(hint))
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
@@ -524,8 +550,12 @@ def _show(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return repr(value) if isinstance(value, str) else str(value)
+    return _cut(ascii(value) if isinstance(value, str) and not is_storable(value) else repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return _cut((str(error).splitlines() or [type(error).__name__])[0])

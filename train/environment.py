@@ -1,8 +1,9 @@
-"""A record of what a run ran on: versions, machine, source revision."""
+"""A record of what a run ran on and how it was started: versions, machine, source revision, processes, command line."""
 
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from train.processes import zero_stage
 
 PACKAGES = (
     "omnimem", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "omegaconf", "av", "numpy",
@@ -26,6 +31,17 @@ def environment() -> dict[str, Any]:
         "devices": torch.cuda.device_count(),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
+    }
+
+
+def launch_of(accelerator: Accelerator) -> dict[str, Any]:
+    """How this process was started: command line, number of processes, how they share the work, and over what."""
+    stage, processes = zero_stage(accelerator), accelerator.num_processes
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "processes": processes,
+        "distributed": f"deepspeed zero {stage}" if stage else "ddp" if processes > 1 else "none",
+        "backend": dist.get_backend() if dist.is_initialized() else None,
     }
 
 

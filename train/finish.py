@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from data_prep.manifest import media_root
+from data_prep.manifest import Row, media_root
 from omnimem.stream import StreamingSession
 from train.config import Recipe
+from train.data import open_row
 from train.export import export_run
 
 log = logging.getLogger("omnimem.train")
@@ -15,14 +16,16 @@ log = logging.getLogger("omnimem.train")
 MERGED_FOLDER = "merged"
 
 
-def finish(recipe: Recipe, output_dir: Path) -> None:
-    """Export and ask, as ``recipe.finish`` says; the clip is looked up where the data lie."""
+def finish(recipe: Recipe, output_dir: Path, rows: list[Row]) -> None:
+    """Export and ask, as ``recipe.finish`` says; without a clip of its own the question is about that of the first row."""
     merged = output_dir / MERGED_FOLDER
     if recipe.finish.export:
         log.info("%s: %s", merged, export_run(output_dir, merged, overwrite=True))
-    if recipe.finish.question and recipe.finish.media:
-        clip = media_root(recipe.data.path, recipe.data.root) / recipe.finish.media
+    if question := recipe.finish.question:
+        row = rows[0]
+        if name := recipe.finish.media:
+            row = Row(media_root(recipe.data.path, recipe.data.root) / name, (), recipe.data.audio, 0, name)
         session = StreamingSession.from_pretrained(merged if recipe.finish.export else output_dir)
-        for _ in session.watch(clip):
+        for _ in session.stream(*open_row(row, session.settings, session.backbone)):
             pass
-        print(f"{clip.name}: {recipe.finish.question}\n→ {session.ask(recipe.finish.question, max_new_tokens=64)}")
+        print(f"{Path(row.name).name}: {question}\n→ {session.ask(question, max_new_tokens=64)}")

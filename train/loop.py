@@ -28,9 +28,10 @@ from train.budgets import profile_at
 from train.checkpoint import checkpoints, load_progress, load_weights, save_adapter, save_checkpoint, sweep_run
 from train.config import Recipe, TrainConfig, to_yaml, without_effect
 from train.data import Samples, Schedule, load_rows
-from train.environment import environment
+from train.environment import environment, launch_of
 from train.evaluation import Evaluation, held_out_rows
 from train.finish import finish
+from train.lock import hold_lock
 from train.metrics import BarHandler, Metrics, Once, peak_gib
 from train.plan import print_plan
 from train.processes import new_accelerator, new_processes, zero_stage
@@ -77,11 +78,12 @@ def run(recipe: Recipe) -> None:
     if recipe.data.path == "quickstart" and recipe.recipe != "quickstart":
         log.info("training on the clips that ship with the package; data.path=my.jsonl takes your own")
     skeleton, profile = check_recipe(recipe)
+    main_process = int(os.environ.get("RANK", 0)) == 0
     if recipe.dry_run:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if main_process:
             print_plan(recipe, manifest.rows, skeleton, profile, processes=int(os.environ.get("WORLD_SIZE", 1)))
         return
-    with StopRequest() as stop:
+    with hold_lock(Path(recipe.output_dir), active=main_process), StopRequest() as stop:
         try:
             train(recipe, manifest.rows, held_out, profile, stop)
         except torch.OutOfMemoryError as error:
@@ -109,7 +111,7 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
     peft_model = add_lora(recipe, backbone)
     if accelerator.is_main_process:
         atomic_write_text(output_dir / RECIPE_FILE, to_yaml(recipe))
-        atomic_write_json(output_dir / "environment.json", environment())
+        atomic_write_json(output_dir / "environment.json", {**environment(), **launch_of(accelerator)})
     schedule = Schedule(Samples(rows, backbone), recipe.train, recipe.data.shuffle, accelerator.num_processes)
     torch.manual_seed(recipe.train.seed + accelerator.process_index)
     # One process looks: on a shared file system others may see another moment.
@@ -208,7 +210,7 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
         log.info("adapter and budget profile saved in %s", output_dir)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish(recipe, output_dir)
+        finish(recipe, output_dir, rows)
     accelerator.end_training()
 
 

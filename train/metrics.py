@@ -1,4 +1,4 @@
-"""What a run reports while it trains: JSON lines, a progress bar, TensorBoard when installed, trackers by name."""
+"""What a run reports while it trains: JSON lines, its progress, TensorBoard when installed, trackers by name."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import logging
 import os
 import resource
 import sys
-from dataclasses import asdict
-from importlib import import_module
+import time
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,17 @@ from tqdm import tqdm
 
 from omnimem.files import atomic_write_text, explained_disk_errors
 from train.config import Recipe
+from train.trackers import Trackers
 
 METRICS_FILE = "metrics.jsonl"
+
+log = logging.getLogger("omnimem.train")
 
 
 class Metrics:
     """Log of a run on its main process; other ranks make one with `active=False`, which stays silent.
+
+    On a terminal the progress is a bar. Elsewhere, in a log file or a pipe, it is a line every ``train.log_every`` steps.
 
     Parameters
     ----------
@@ -40,12 +45,13 @@ class Metrics:
     """
 
     def __init__(self, output_dir: Path, done: int, total: int, active: bool, recipe: Recipe) -> None:
-        self._file = self._board = None
-        self._trackers: list[Any] = []
+        self._file = self._board = self._trackers = None
+        self._active, self._done, self._total, self._every = active, done, total, recipe.train.log_every
+        self._started = time.monotonic()
         self._bar = tqdm(
             total=total,
             initial=done,
-            disable=not active,
+            disable=not (active and sys.stderr.isatty()),
             dynamic_ncols=True,
             bar_format="train: {percentage:3.0f}%| {n}/{total} [{elapsed}<{remaining}{postfix}]",
         )
@@ -58,10 +64,7 @@ class Metrics:
             from torch.utils.tensorboard.writer import SummaryWriter
 
             self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=done + 1)
-        for name in recipe.train.trackers:
-            tracker = import_module(name)
-            tracker.init(project="omnimem", name=output_dir.name, config=asdict(recipe))
-            self._trackers.append(tracker)
+        self._trackers = Trackers(recipe, output_dir)
 
     def log(self, record: dict[str, Any]) -> None:
         """Write one record; it must have ``step``."""
@@ -74,19 +77,23 @@ class Metrics:
         if self._board is not None:
             for name, value in _scalars(record):
                 self._board.add_scalar(name, value, record["step"])
-        for tracker in self._trackers:
-            tracker.log(dict(_scalars(record)), step=record["step"])
+        if self._trackers is not None:
+            self._trackers.log(dict(_scalars(record)), record["step"])
 
     def progress(self, record: dict[str, Any]) -> None:
-        """Advance the bar by a step."""
-        kept = record["retained"]
-        loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
-        self._bar.set_postfix_str(
-            f"loss {loss}, kept {kept['visual']:.0f}v+{kept['audio']:.0f}a, "
-            f"{record['positions_per_second']:.0f} pos/s, {record['peak_gib']:.2f} GiB",
-            refresh=False,
+        """Show that a step is done: its record on the bar, or as a line."""
+        step, kept = record["step"], record["retained"]
+        shown = (
+            f"loss {'not finite' if record['loss'] is None else format(record['loss'], '.3f')} lr {record['lr']:.1e} "
+            f"kept {kept['visual']:.0f}v+{kept['audio']:.0f}a {record['positions_per_second']:.0f} tokens/s "
+            f"{record['peak_gib']:.2f} GiB"
         )
-        self._bar.update()
+        if not self._bar.disable:
+            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.update()
+        elif self._active and (step % self._every == 0 or step == self._total):
+            left = (time.monotonic() - self._started) / (step - self._done) * (self._total - step)
+            log.info("step %d/%d %s eta %s", step, self._total, shown, timedelta(seconds=round(left)))
 
     def close(self) -> None:
         """Flush and close all outputs."""
@@ -95,8 +102,8 @@ class Metrics:
             self._file.close()
         if self._board is not None:
             self._board.close()
-        for tracker in self._trackers:
-            tracker.finish()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 class BarHandler(logging.Handler):

@@ -1,4 +1,4 @@
-"""A run's folder: made, recognised, and never mixed with the run of another recipe."""
+"""A run's folder: recognised, and never mixed with the run of another recipe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAY_CHANGE = (
 
 
 def prepare_run_directory(output_dir: Path, recipe: Recipe, rows: list[Row]) -> None:
-    """Make the folder, or check that what is there is an earlier part of this very run.
+    """Check that what is in the folder, if anything, is an earlier part of this very run.
 
     Raises
     ------
@@ -50,10 +50,6 @@ def prepare_run_directory(output_dir: Path, recipe: Recipe, rows: list[Row]) -> 
     else:
         for folder in output_dir.glob("best*"):
             remove_directory(folder)  # of a run that was never saved, and would count in this one
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OmniMemError(f"output_dir {output_dir}: {error.strerror}") from error
     atomic_write_json(output_dir / DATA_FILE, fingerprint)
 
 

@@ -1,4 +1,4 @@
-"""Stopping on request: Ctrl-C and a scheduler's SIGTERM end a run after the step under way, which is then saved."""
+"""Stop a run on request: SIGINT (Ctrl-C) and a scheduler's SIGTERM end it after the current step, which is saved."""
 
 from __future__ import annotations
 
@@ -8,19 +8,32 @@ from typing import Any
 
 log = logging.getLogger("omnimem.train")
 
+AT_ONCE: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+"""What each signal does when it arrives a second time."""
+
 
 class StopRequest:
-    """Ctrl-C or a scheduler's SIGTERM asks for a stop after the step under way; a second one does not wait."""
+    """Handlers of SIGINT and SIGTERM that ask for a stop after the current step; a second signal ends the run at once.
+
+    They are installed whatever the signals did before: a shell starts background jobs with SIGINT ignored. SIGHUP is
+    left as it is, ignored under ``nohup``.
+
+    Attributes
+    ----------
+    requested : bool
+        Whether a signal has arrived.
+    """
 
     def __enter__(self) -> StopRequest:
         self.requested = False
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._note) for number in AT_ONCE}
         return self
 
     def _note(self, _number: int, _frame: Any) -> None:
         self.requested = True
         log.warning("stopping after this step (again to stop at once)")
-        self.__exit__()
+        for number, handler in AT_ONCE.items():
+            signal.signal(number, handler)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

@@ -141,6 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--base", metavar="MODEL", help="merge into this model (default: the one the adapter names)")
     export.add_argument("--overwrite", action="store_true", help="replace DIR if it is not empty")
     export.add_argument("--dtype", choices=DTYPES, help="of the merged weights (default: as trained)")
+    export.add_argument("--device", default="cpu", help="where it is merged and verified (default: %(default)s)")
     export.set_defaults(command=_export)
 
     answer = commands.add_parser("answer", parents=[everywhere], help="ask a question about a clip")
@@ -373,7 +374,8 @@ def _methods(_: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from train.export import export_run
 
-    checked = export_run(run=args.run, out=args.out, overwrite=args.overwrite, dtype=args.dtype, base=args.base)
+    names = ("run", "out", "overwrite", "dtype", "base", "device")
+    checked = export_run(**{name: getattr(args, name) for name in names})
     print(f"{args.out}: {checked}")
 
 

@@ -96,11 +96,9 @@ def test_export_calls_its_worker(worker):
     calls = []
     worker("train.export", "export_run", lambda **kwargs: calls.append(kwargs))
     assert main(["export", "runs/x", "--out", "y"]) == 0
-    assert main(["export", "runs/x", "--out", "y", "--overwrite", "--dtype", "float32"]) == 0
-    assert calls == [
-        {"run": Path("runs/x"), "out": Path("y"), "overwrite": False, "dtype": None, "base": None},
-        {"run": Path("runs/x"), "out": Path("y"), "overwrite": True, "dtype": "float32", "base": None},
-    ]
+    assert main(["export", "runs/x", "--out", "y", "--overwrite", "--dtype", "float32", "--device", "cuda"]) == 0
+    plain = {"run": Path("runs/x"), "out": Path("y"), "overwrite": False, "dtype": None, "base": None, "device": "cpu"}
+    assert calls == [plain, {**plain, "overwrite": True, "dtype": "float32", "device": "cuda"}]
 
 
 def test_answer_calls_its_worker(worker):

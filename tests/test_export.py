@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
 from omnimem import StreamingSession
+from omnimem.backbones import backbone_class, load_backbone
 from omnimem.backbones.checkpoint import quiet_stock
 from omnimem.backbones.qwen2_5_omni.tiny import build_tiny
 from omnimem.budget import BudgetProfile
@@ -22,8 +27,11 @@ from omnimem.cli import main as omnimem
 from omnimem.errors import OmniMemError
 from small_runs import MEDIA, RABBIT, copy_run, lines, start, trained_run, tree
 from train.export import export_run
+from train.host_memory import peak_bytes, reset_peak
+from train.setup import load_base
 
 Stock = Qwen2_5OmniThinkerForConditionalGeneration
+BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +140,98 @@ def test_a_run_exports_in_any_precision(run, tmp_path, dtype):
     assert omnimem(["export", str(run), "--out", str(tmp_path / "out"), "--dtype", dtype]) == 0
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {getattr(torch, dtype)}
+
+
+def test_a_large_checkpoint_is_written_in_shards(run, export, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.export.SHARD", "200KB")
+    export_run(run, tmp_path / "out")
+    shards = [load_file(path) for path in sorted((tmp_path / "out").glob("model-*.safetensors"))]
+    assert len(shards) > 2
+    assert sorted(name for shard in shards for name in shard) == sorted(load_file(export / "model.safetensors"))
+    found, expected = stock(tmp_path / "out")[0].state_dict(), stock(export)[0].state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_honest_bfloat16_export_of_a_mixture_of_experts_passes(tmp_path):
+    """Rounding can send a token to another expert, and its logits anywhere: in bfloat16 by half of the largest."""
+    base = backbone_class("qwen3_omni").build_tiny(tmp_path / "base")
+    backbone = load_backbone(base, dtype="bfloat16", device="cpu")
+    targets = backbone.lora_targets(["q_proj", "k_proj", "v_proj", "o_proj"])
+    model = peft.get_peft_model(backbone.model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data.copy_(0.02 * torch.randn(weight.shape, generator=generator))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    checked = export_run(tmp_path / "adapter", tmp_path / "out", dtype="bfloat16", base=base)
+    assert checked.difference == 0 < checked.rounding
+    assert load_backbone(tmp_path / "out", device="cpu").name == "qwen3_omni"
+
+
+# ---- where and in what memory ----------------------------------------------------------------------------------------
+
+
+def test_it_happens_on_the_cpu_where_there_is_an_accelerator(run, tmp_path, monkeypatch, capsys):
+    """On this machine a model that was sent to a GPU would not load."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    export_run(run, tmp_path / "out")
+    assert "'nosuch'" in refused(capsys, run, tmp_path / "other", "--device", "nosuch")
+
+
+def test_no_two_models_are_in_memory_at_once(run, tmp_path, monkeypatch):
+    loaded = []
+
+    def load(*args, **kwargs):
+        assert not [one for one in loaded if one() is not None], "an earlier model is still alive"
+        backbone = load_backbone(*args, **kwargs)
+        loaded.append(weakref.ref(backbone.model))
+        return backbone
+
+    monkeypatch.setattr("train.export.load_backbone", load)
+    export_run(run, tmp_path / "out")
+    assert len(loaded) == 2, "the base, and what was written"
+
+
+def test_the_model_that_was_trained_is_released_before_the_run_is_exported(tmp_path, monkeypatch):
+    trained, exported = [], []
+
+    def load(*args):
+        backbone = load_base(*args)
+        trained.append(weakref.ref(backbone.model))
+        return backbone
+
+    def export(*args, **kwargs):
+        exported.append([one() for one in trained])
+        return export_run(*args, **kwargs)
+
+    monkeypatch.setattr("train.loop.load_base", load)
+    monkeypatch.setattr("train.finish.export_run", export)
+    run = trained_run(tmp_path, "finish.export=true", "train.max_steps=1")
+    assert exported == [[None]]
+    assert (run / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be read and reset on Linux only")
+def test_the_export_states_its_own_peak_of_host_memory(run, tmp_path, capsys):
+    """Not that of what the process did before; the interpreter and its libraries are in it."""
+    large = torch.ones(2**28)
+    del large
+    before = peak_bytes()
+    assert omnimem(["export", str(run), "--out", str(tmp_path / "out")]) == 0
+    (stated,) = re.findall(r"peak host memory of the process ([\d.]+) GiB", capsys.readouterr().out)
+    assert peak_bytes() < before - 2**29
+    assert float(stated) == pytest.approx(peak_bytes() / 2**30, abs=0.1)
+    reset_peak()
+    level = peak_bytes()
+    torch.ones(2**26)
+    assert peak_bytes() > level + 2**27
+
+
+@pytest.mark.long
+def test_an_export_needs_memory_for_one_copy_of_the_model(tmp_path):
+    done = start(BENCHMARKS / "export_memory.py", "--sizes", "50,250", "--out", tmp_path / "results.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 0.9 < json.loads((tmp_path / "results.json").read_text())["slope"] < 1.25
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -257,64 +357,106 @@ def test_an_adapter_that_is_not_finite(run, tmp_path, capsys):
 # ---- verification ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def merging(monkeypatch):
-    """Put something between the merged weights and the disk."""
+def change_after(monkeypatch, cls: type, method: str, change: Callable[..., None]) -> None:
+    """Let `change` act on the object, and on what the method was given, after each genuine call of a method."""
+    genuine = getattr(cls, method)
 
-    def replace(change) -> None:
-        genuine = LoraModel.merge_and_unload
+    def changed(self, *args, **kwargs):
+        result = genuine(self, *args, **kwargs)
+        change(self, *args)
+        return result
 
-        def merge_and_unload(self, *args, **kwargs):
-            return change(self, lambda: genuine(self, *args, **kwargs))
-
-        monkeypatch.setattr(LoraModel, "merge_and_unload", merge_and_unload)
-
-    return replace
+    monkeypatch.setattr(cls, method, changed)
 
 
 @torch.no_grad()
-def disturbed(_, merge):
-    model = merge()
-    model.model.language_model.layers[1].self_attn.v_proj.weight[3] += 0.05
-    return model
+def disturbed(tuner: LoraModel) -> None:
+    tuner.model.model.language_model.layers[1].self_attn.v_proj.weight[3, 3] += 1e-6
 
 
-def renamed(_, merge):
-    model = merge()
-    model.model.language_model.layers[0].extra = torch.nn.Linear(2, 2)
-    return model
+def extended(tuner: LoraModel) -> None:
+    tuner.model.model.language_model.layers[0].extra = torch.nn.Linear(2, 2)
 
 
-@pytest.mark.parametrize(
-    "change", [disturbed, renamed, lambda model, merge: model.unload()], ids=["disturbed", "another key", "not merged"]
-)
-def test_an_export_that_differs_does_not_appear(run, tmp_path, capsys, merging, change):
-    merging(change)
+@pytest.mark.parametrize("change", [disturbed, extended])
+def test_an_export_that_differs_does_not_appear(run, tmp_path, capsys, monkeypatch, change):
+    change_after(monkeypatch, LoraModel, "unload", change)
     refused(capsys, run, tmp_path / "out")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "model.safetensors").write_text("what was there before")
     refused(capsys, run, tmp_path / "old", "--overwrite")
 
 
-def test_a_bfloat16_export_without_its_adapter_does_not_appear(tmp_path, capsys, merging):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_without_its_adapter_does_not_appear(run, tmp_path, capsys, monkeypatch, dtype):
     """Rounding is coarse in bfloat16, but not so coarse that a forgotten adapter could hide in it."""
-    run = trained_run(tmp_path / "run", "model.dtype=bfloat16", "train.max_steps=6", "train.lr=3e-2")
-    merging(lambda model, merge: model.unload())
-    assert "base + adapter" in refused(capsys, run, tmp_path / "out")
+    monkeypatch.setattr(LoraLinear, "merge", lambda self, **_: None)
+    line = refused(capsys, run, tmp_path / "out", "--dtype", dtype)
+    assert "the merged model differs from base + adapter in " in line
 
 
-def test_weights_that_change_on_their_way_to_the_disk_are_found(run, tmp_path, capsys, monkeypatch):
-    genuine = Stock.save_pretrained
+def scaled(factor: float) -> Callable[..., None]:
+    def change(layer: LoraLinear) -> None:
+        layer.get_base_layer().weight.data *= factor
 
-    def save_pretrained(self, folder, *args, **kwargs):
-        genuine(self, folder, *args, **kwargs)
+    return change
+
+
+def stronger(layer: LoraLinear) -> None:
+    """An adapter that is applied 2 % too strongly."""
+    layer.get_base_layer().weight.data += 0.02 * layer.get_delta_weight("default")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "change"),
+    [("float32", scaled(1 + 1e-5)), ("float32", stronger), ("bfloat16", scaled(1 + 2**-8)), ("bfloat16", stronger)],
+    ids=["float32 scaled", "float32 stronger", "bfloat16 half a step", "bfloat16 stronger"],
+)
+def test_a_merge_that_is_a_little_wrong_is_found(run, tmp_path, capsys, monkeypatch, dtype, change):
+    """What is written is what was merged, so that the elementwise check of the merge alone can see it."""
+    change_after(monkeypatch, LoraLinear, "merge", lambda layer, *_: change(layer))
+    line = refused(capsys, run, tmp_path / "out", "--dtype", dtype)
+    assert "the merged model differs from base + adapter in " in line
+
+
+@pytest.mark.parametrize("name", ["audio_tower.layers.0.fc1.weight", "visual.blocks.1.attn.proj.bias", "mlp.up_proj"])
+def test_one_number_that_changes_on_its_way_to_the_disk_is_found(run, tmp_path, capsys, monkeypatch, name):
+    """Logits of text cannot see the weights of an encoder."""
+
+    def change(_, folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
-        name = next(name for name in weights if name.endswith("layers.2.mlp.down_proj.weight"))
-        weights[name] = weights[name] * 1.01
+        damaged = next(key for key in weights if name in key)
+        number = weights[damaged].view(-1)[5:6]
+        number.copy_(number.nextafter(torch.tensor(torch.inf)))
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(Stock, "save_pretrained", save_pretrained)
-    assert "base + adapter" in refused(capsys, run, tmp_path / "out")
+    change_after(monkeypatch, Stock, "save_pretrained", change)
+    line = refused(capsys, run, tmp_path / "out")
+    assert "the written checkpoint differs from base + adapter in " in line and name in line
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "least", "most"), [("float32", 1.001, 1e-4, 1e-3), ("bfloat16", 1.05, 0.01, 0.04)]
+)
+def test_a_configuration_that_changes_on_its_way_to_the_disk_is_found(
+    run, tmp_path, capsys, monkeypatch, dtype, factor, least, most
+):
+    """Tensors cannot show the base of the rotary frequencies; it moves logits by about 2 % in bfloat16."""
+
+    def change(_, folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"]["rope_parameters"]["rope_theta"] *= factor
+        (folder / "config.json").write_text(json.dumps(config))
+
+    whole = tmp_path / "whole"
+    export_run(run, whole, dtype=dtype)
+    before = logits(stock(whole, getattr(torch, dtype))[0])
+    change(None, whole)
+    moved = (logits(stock(whole, getattr(torch, dtype))[0]) - before).abs().max() / before.abs().max()
+    assert least < moved < most
+    change_after(monkeypatch, Stock, "save_pretrained", change)
+    line = refused(capsys, run, tmp_path / "out", "--dtype", dtype)
+    assert "other logits" in line and "configuration" in line
 
 
 def test_the_library_call_raises_the_same(tiny_path, tmp_path):

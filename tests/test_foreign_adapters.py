@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,14 +93,43 @@ def test_every_weight_finds_its_place_and_no_encoder_is_adapted(family, base, fo
             assert torch.equal(weight, before[f"{name}.{inner}"] + added)
 
 
-def test_a_foreign_adapter_merges_into_the_base_that_is_given(family, base, foreign, tmp_path_factory):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_foreign_adapter_merges_into_the_base_that_is_given(family, base, foreign, tmp_path_factory, dtype):
     out = tmp_path_factory.mktemp("out") / "merged"
     with pytest.raises(OmniMemError, match="/private/checkpoints/base"):
-        export_run(foreign, out)
-    checked = export_run(foreign, out, base=base)
-    assert checked.difference <= checked.limit
+        export_run(foreign, out, dtype=dtype)
+    checked = export_run(foreign, out, base=base, dtype=dtype)
+    assert checked.difference == 0 < checked.rounding
     assert BudgetProfile.load(out / PROFILE_FILE).mean_budget == 8192
     assert load_backbone(out, device="cpu").name == family
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_it_is_exported_as_the_base_is_published(family, base, foreign, tmp_path, key):
+    """Without a recipe nothing else says so; on the CPU the default would be twice the size."""
+    published = Path(shutil.copytree(base, tmp_path / "base"))
+    config = json.loads((published / "config.json").read_text())
+    # Hub files of models with a thinker name it there only.
+    (config.get("thinker_config", config))[key] = "bfloat16"
+    (published / "config.json").write_text(json.dumps(config))
+    export_run(foreign, tmp_path / "merged", base=published)
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+def test_what_cannot_be_merged_is_named(family, base, foreign, tmp_path):
+    """LoRA of the embedding, which is no linear layer."""
+    file = foreign / "adapter_model.safetensors"
+    table = load_backbone(base, dtype="float32", device="cpu").language_model.get_input_embeddings()
+    name = f"base_model.model.{published(family, 'model.language_model.embed_tokens.')}"
+    halves = {
+        f"{name}lora_embedding_A": torch.ones(RANK, table.num_embeddings),
+        f"{name}lora_embedding_B": torch.ones(table.embedding_dim, RANK),
+    }
+    save_file({**load_file(file), **halves}, file)
+    with pytest.raises(OmniMemError, match=r"embed_tokens\.lora_embedding_A cannot be merged"):
+        export_run(foreign, tmp_path / "merged", base=base)
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown"])

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omnimem.backbones import Backbone
 from omnimem.budget import BudgetProfile
-
-if TYPE_CHECKING:
-    from train.export import Verification
+from train.merge import Verification
 
 TEMPLATE = """---
 library_name: transformers
@@ -39,17 +36,38 @@ print(session.ask("What is heard?"))
 | selection | `{selection}` |
 | media | `{stream}` |
 | weights | {dtype}{trained_on} |
-| verified | {keys} tensors as in the base; logits within {difference:.1e} of base + adapter |
+| verified | {tensors} tensors equal base + adapter, rounded once; logits within {rounding:.1e} of base + adapter |
 """
 
 
 def model_card(
-    run: Path, backbone: Backbone, profile: BudgetProfile, checked: Verification, quantized: bool = False
+    run: Path,
+    base: str | Path,
+    backbone: Backbone,
+    profile: BudgetProfile,
+    checked: Verification,
+    quantized: bool = False,
 ) -> str:
-    """Markdown with the metadata the hub reads."""
+    """Markdown with the metadata the hub reads.
+
+    Parameters
+    ----------
+    run : Path
+        Run that was exported.
+    base : str or Path
+        Model that its adapter was merged into.
+    backbone : Backbone
+        The merged model.
+    profile : BudgetProfile
+        Budgets saved with it.
+    checked : Verification
+        What was compared.
+    quantized : bool
+        Whether the adapter was trained on an NF4 base.
+    """
     return TEMPLATE.format(
         name=run.resolve().name,
-        base=profile.model_id or backbone.model_id,
+        base=profile.model_id or base,
         model_class=type(backbone.model).__name__,
         mean=profile.mean_budget,
         visual=sum(layer.visual for layer in profile.layers) / len(profile.layers),
@@ -59,6 +77,6 @@ def model_card(
         stream=json.dumps(profile.stream),
         dtype=str(backbone.model.dtype).removeprefix("torch."),
         trained_on=", the full-precision base; the adapter was trained on its NF4 form" if quantized else "",
-        keys=checked.keys,
-        difference=checked.difference,
+        tensors=checked.tensors,
+        rounding=checked.rounding,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 
@@ -17,7 +18,11 @@ MERGED_FOLDER = "merged"
 
 
 def finish(recipe: Recipe, output_dir: Path, rows: list[Row]) -> None:
-    """Export and ask, as ``recipe.finish`` says; without a clip of its own the question is about that of the first row."""
+    """Export and ask, as ``recipe.finish`` says; without a clip of its own the question is about that of the first row.
+
+    The caller has dropped the model that was trained, so that it is not in memory beside the one that is loaded here.
+    """
+    gc.collect()  # models are full of reference cycles
     merged = output_dir / MERGED_FOLDER
     if recipe.finish.export:
         log.info("%s: %s", merged, export_run(output_dir, merged, overwrite=True))

@@ -85,7 +85,10 @@ def run(recipe: Recipe) -> None:
         return
     with hold_lock(Path(recipe.output_dir), active=main_process), StopRequest() as stop:
         try:
-            train(recipe, manifest.rows, held_out, profile, stop)
+            main = train(recipe, manifest.rows, held_out, profile, stop)
+            # Not inside `train`, whose model would stay in memory beside the one that is exported.
+            if main:
+                finish(recipe, Path(recipe.output_dir), manifest.rows)
         except torch.OutOfMemoryError as error:
             raise OmniMemError(
                 f"out of memory on the accelerator ({peak_gib():.1f} GiB were in use): lower data.chunk_seconds, "
@@ -94,8 +97,8 @@ def run(recipe: Recipe) -> None:
             ) from error
 
 
-def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetProfile, stop: StopRequest) -> None:
-    """Train on rows that have been checked, until the schedule or somebody ends it."""
+def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetProfile, stop: StopRequest) -> bool:
+    """Train on checked rows until the schedule or a signal ends it; returns whether this is the main process."""
     # ---- set up -----------------------------------------------------------------------------------------
     accelerator = new_accelerator()
     output_dir = Path(recipe.output_dir)
@@ -209,9 +212,8 @@ def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetP
         save_adapter(output_dir, peft_model, profile, weights)
         log.info("adapter and budget profile saved in %s", output_dir)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        finish(recipe, output_dir, rows)
     accelerator.end_training()
+    return accelerator.is_main_process
 
 
 def _agreed(found: Any) -> Any:

@@ -712,7 +712,7 @@ def test_file_without_index():
         ("empty.mp4", b"", "empty"),
         ("text.mp4", b"this is a text file, not a film\n" * 20, "not a media file"),
         ("folder.mp4", "directory", "directory"),
-        ("subtitles.srt", b"1\n00:00:00,000 --> 00:00:01,000\nhello\n", "no video or audio stream"),
+        ("subtitles.srt", b"1\n00:00:00,000 --> 00:00:01,000\nhello\n", "its format (srt)"),
     ],
 )
 def test_unreadable_files_say_why_in_one_line(tmp_path, name, content, words):

@@ -306,6 +306,24 @@ def test_only_what_changed_is_looked_at_again(clips, monkeypatch):
     assert len(seen) == 3
 
 
+@pytest.mark.parametrize("what", ["av.__version__", "av.ffmpeg_version_info", "data_prep.validate.record.VERSION"])
+def test_results_of_other_versions_are_not_used(clips, monkeypatch, what):
+    """Of PyAV, of the FFmpeg it was built with, of the checks; from a report and from a journal."""
+    seen = counted(monkeypatch)
+    validate(str(clips))
+    seen.clear()
+    with monkeypatch.context() as other:
+        other.setattr(what, 99 if what.endswith("VERSION") else "0.0.1")
+        report = validate(str(clips))
+        assert len(seen) == 3
+        assert validate(str(clips)) == report and len(seen) == 3
+    Path("validated.json").unlink()
+    # As a run of the other version leaves it that was killed.
+    Path("validated.partial.jsonl").write_text("\n".join(json.dumps(entry) for entry in report["files"]))
+    validate(str(clips))
+    assert len(seen) == 6
+
+
 def test_fast_results_do_not_pass_for_full_ones(clips, monkeypatch):
     seen = counted(monkeypatch)
     validate(str(clips), fast=True)

@@ -10,8 +10,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
-
 from data_prep.validate.findings import Finding
 from data_prep.validate.tracks import Track, backward_steps, is_variable, read_tracks, step_range
 from omnimem.errors import OmniMemError
@@ -212,7 +210,7 @@ def _header(path: Path) -> list[Finding]:
     """What no frame tells: metadata, still pictures, tracks that are not read, depth of colour."""
     found = []
     try:
-        av.open(f"file:{path}").close()
+        open_container(path, metadata_errors="strict").close()
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x}"
         found.append(Finding("metadata", f"metadata that is not UTF-8 ({byte}); it is ignored"))

@@ -1,7 +1,7 @@
 """Results kept from one run to the next: the report, and the journal of a run that is not finished.
 
-A result is that of a file with the same path, size and time of modification, of this version of the checks and of
-PyAV; one that was decoded in full also serves `--fast`.
+A result is used again for a file with the same path, size and time of modification, checked by this version of the
+checks, of PyAV and of FFmpeg; one that was decoded in full also serves `--fast`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import av
 from omnimem.errors import OmniMemError
 from omnimem.files import explained_disk_errors
 
-VERSION = 1  # of the checks: a change of what is looked at invalidates what was found before
+VERSION = 2  # of the checks: a change of what is looked at invalidates what was found before
 
 KEYS = {"path", "size", "mtime_ns", "checks", "findings"}  # without which an entry is none of ours
 
@@ -29,7 +29,7 @@ def identity(path: Path, fast: bool) -> dict[str, Any]:
         size, modified = stat.st_size, stat.st_mtime_ns
     except OSError:
         size, modified = -1, 0
-    checks = {"version": VERSION, "av": av.__version__, "fast": fast}
+    checks = {"version": VERSION, "av": av.__version__, "ffmpeg": av.ffmpeg_version_info, "fast": fast}
     return {"path": printable(path), "size": size, "mtime_ns": modified, "checks": checks}
 
 

@@ -1,36 +1,73 @@
-"""Opening a file with FFmpeg's demuxers, and saying in one line why one cannot be opened.
+"""Open a media file with FFmpeg: the only place that does, with an allow-list of containers.
 
-Why: PyAV reports an empty file, a text file and a recording without its index with the same words; a user
-needs to know which it is.
+FFmpeg also reads formats that name other files or addresses (playlists, file name patterns, session descriptions), and
+it goes by the content of a file, not by its suffix. Opened without a list, a file of a data set could make it read any
+file of the machine. Only containers that hold their own audio and video are opened here.
 
     python -c "from omnimem.media import probe; probe('README.md')"
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import threading
 from pathlib import Path
 from typing import cast
 
 import av
+import av.logging
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.stream import Discard, Stream
 
 from .errors import MediaError
 
+CONTAINERS = (
+    # Containers of video, most of which also hold audio alone.
+    "mov,matroska,avi,flv,live_flv,asf,mpegts,mpeg,mpegvideo,mxf,gxf,dv,nut,ogg,rm,wtv,ivf,dhav,gif,"
+    # Video without a container.
+    "h261,h263,h264,hevc,vvc,av1,obu,m4v,mjpeg,vc1,yuv4mpegpipe,"
+    # Audio.
+    "aac,ac3,ac4,aiff,amr,ape,au,caf,dsf,dts,dtshd,eac3,flac,iff,loas,mlp,mp3,mpc,mpc8,nistsphere,oma,sox,tak,truehd,"
+    "tta,voc,w64,wav,wv"
+)
+"""FFmpeg's names of the demuxers that may open a file. None of them opens another file under `OPTIONS`."""
 
-def open_container(path: Path) -> InputContainer:
+OPTIONS = {
+    "format_whitelist": CONTAINERS,
+    "protocol_whitelist": "file",
+    "enable_drefs": "0",  # MOV: do not follow references to tracks in other files (the default, stated)
+    "use_absolute_path": "0",
+}
+
+NAMES_OTHERS = ("hls", "concat", "dash", "imf", "sdp", "rtsp", "rtp", "sap", "image2", "webm_dash_manifest", "vobsub")
+"""Formats of playlists, patterns and session descriptions."""
+
+_logging = threading.Lock()
+
+
+def open_container(path: Path, metadata_errors: str = "ignore") -> InputContainer:
     """Open ``path`` for reading (use as a context manager).
+
+    Parameters
+    ----------
+    path : Path
+        A local file.
+    metadata_errors : str
+        How bytes of the metadata that are not UTF-8 are decoded: ``ignore``, or ``strict`` to raise.
 
     Raises
     ------
     MediaError
-        No such file, a directory, not permitted, empty, without index, or not a media file.
+        No such file, a directory, not permitted, empty, without index, not a media file, or of a format that is not
+        among `CONTAINERS`.
+    UnicodeDecodeError
+        Under ``strict``.
     """
     try:
-        # "file:" keeps names with colons from being read as a protocol; metadata need not be UTF-8.
-        container = cast(InputContainer, av.open(f"file:{path}", metadata_errors="ignore"))
+        return _open(path, metadata_errors)
     except FileNotFoundError:
         raise MediaError.about(path, "no such file", "check the path") from None
     except IsADirectoryError:
@@ -39,21 +76,54 @@ def open_container(path: Path) -> InputContainer:
         raise MediaError.about(path, "not permitted to read it", "check the file's permissions") from None
     except FFmpegError as error:
         raise MediaError.about(path, *_why_unreadable(path, error)) from error
-    if container.format.name == "tty":
-        container.close()
-        raise MediaError.about(path, "this is text, which FFmpeg would draw", "give an audio or video file")
-    return container
+
+
+def _open(path: Path, metadata_errors: str = "ignore") -> InputContainer:
+    # "file:" keeps names with colons from being read as a protocol.
+    return cast(InputContainer, av.open(f"file:{path}", options=dict(OPTIONS), metadata_errors=metadata_errors))
 
 
 def _why_unreadable(path: Path, error: FFmpegError) -> tuple[str, str]:
-    """Cause and advice for a file that no demuxer accepts."""
+    """Cause and advice for a file that no allowed demuxer accepts."""
     if os.path.getsize(path) == 0:
         return "the file is empty", "copy or download it again"
+    refused = _refused_format(path) if error.errno == errno.EINVAL else None
+    if refused is not None:
+        return _why_refused(refused)
     with open(path, "rb") as file:
         head = file.read(12)
     if head[4:8] == b"ftyp":
         return "an MP4/MOV file without its index (moov): it was cut off", "copy or record it again"
     return f"not a media file FFmpeg can read ({reason(error)})", "give an audio or video file"
+
+
+def _refused_format(path: Path) -> str | None:
+    """FFmpeg's name of the format, if the file was refused because of it; only FFmpeg's log tells."""
+    with _logging:  # its settings are those of the whole process
+        level, skip_repeated = av.logging.get_level(), av.logging.get_skip_repeated()
+        av.logging.set_level(av.logging.ERROR)
+        av.logging.set_skip_repeated(False)  # PyAV would report the same words later, with the name of another format
+        try:
+            with av.logging.Capture() as lines:
+                _open(path).close()
+        except FFmpegError:
+            return next((name for _, name, text in lines if "not on whitelist" in text), None)
+        finally:
+            av.logging.set_level(level)
+            av.logging.set_skip_repeated(skip_repeated)
+    return None
+
+
+def _why_refused(name: str) -> tuple[str, str]:
+    """Cause and advice for a format that is not among `CONTAINERS`."""
+    if name in NAMES_OTHERS:
+        what = f"it names other files ({name}), which may lie anywhere; only a file's own audio and video are read"
+        return what, "give the media file itself, or make one: ffmpeg -i LIST -c copy clip.mkv"
+    if name == "tty":
+        return "this is text, not a media file", "give an audio or video file"
+    if re.search("_pipe$|^(ico|apng|jpegxl_anim)$", name):
+        return f"a still picture ({name}), not audio or video", "give an audio or video file"
+    return f"its format ({name}) is not one that is read", "give an audio or video file, or convert it with ffmpeg"
 
 
 def reason(error: FFmpegError) -> str:

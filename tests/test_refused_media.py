@@ -13,7 +13,7 @@ import av
 import pytest
 from PIL import Image
 
-from conftest import MEDIA, RABBIT
+from clips import MEDIA, RABBIT, ROOT
 from data_prep.manifest import read_manifest
 from data_prep.prepare import prepare
 from data_prep.prepare.shard import source
@@ -24,7 +24,7 @@ from omnimem.cli import main as omnimem
 from omnimem.errors import OmniMemError
 from omnimem.files import file_digest
 from omnimem.media import MediaError, container, open_media, probe
-from small_runs import FLOWER, ROOT, SPEECH, lines
+from small_runs import FLOWER, SPEECH, lines
 from train.config import DataConfig
 from train.data import load_rows
 

@@ -30,6 +30,7 @@ from omnimem.budget.statistics import METHOD, Compressibility, LayerStatistics
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, file_digest
 from omnimem.forward import Stream
+from omnimem.media.prefetch import prefetch
 from omnimem.memory import CompressedCache
 from omnimem.memory.layer import CompressedLayer
 from omnimem.modality import AUDIO, VISUAL
@@ -79,7 +80,7 @@ def measure_clip(backbone: Backbone, clip: Path, settings: StreamSettings) -> li
     stream = Stream(backbone, cache)
     reader, encoder = settings.open(clip, backbone)
     stream.forward(encoder.prefix(), text=True)
-    for chunk in reader:
+    for chunk in prefetch(reader, 1):
         stream.step(encoder.encode(chunk))
     return [_summarise(layer) for layer in cache.layers]
 

@@ -30,6 +30,7 @@ from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
 from omnimem.media import Chunk, MediaInfo, MediaReader, open_media, probe
+from omnimem.media.prefetch import prefetch
 from omnimem.memory import CompressedCache
 from omnimem.selection import build_selection
 
@@ -279,6 +280,8 @@ class StreamingSession:
     def watch(self, media: str | Path, **settings: Any) -> Iterator[StreamEvent]:
         """Stream a file into a fresh memory; ask whenever an event has come out.
 
+        A thread decodes the next chunk while the model processes the present one.
+
         Parameters
         ----------
         media : str or Path
@@ -294,6 +297,7 @@ class StreamingSession:
         reader, encoder = replace(self.settings, **settings).open(media, self.backbone)
         yield from self.stream(reader, encoder, reader.info.duration)
 
+    @torch.no_grad()
     def stream(
         self, chunks: Iterable[Chunk], encoder: StreamEncoder, duration: float | None = None
     ) -> Iterator[StreamEvent]:
@@ -301,7 +305,7 @@ class StreamingSession:
         self.memory.reset()
         self._encoder = encoder
         self._stream.forward(encoder.prefix(), text=True)
-        for chunk in chunks:
+        for chunk in prefetch(chunks, 1):
             inputs = encoder.encode(chunk)
             self._stream.step(inputs)
             yield StreamEvent(

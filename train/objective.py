@@ -21,6 +21,7 @@ from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
 from omnimem.media import Chunk, MediaError
+from omnimem.media.prefetch import prefetch
 from omnimem.memory import CompressedCache, SelectionGradient
 from omnimem.memory.store import Store
 from omnimem.modality import EVICTABLE
@@ -30,7 +31,6 @@ from omnimem.stream import StreamSettings
 from omnimem.tape import Tape, Truncation
 from train.config import DistillConfig
 from train.data import Asked, Sample, open_row
-from train.feed import ahead
 from train.lesson import BatchEncoder, Lesson, Teacher
 from train.processes import Processes
 from train.teacher import TeacherAnswers
@@ -127,7 +127,7 @@ class StreamObjective:
         self.model = model
         self._backbone, self._profile, self._method, self._settings = backbone, profile, method, settings
         self._skip_damaged, self._store, self._truncation = skip_damaged, store, truncation
-        self._ahead, self._answers = decode_ahead, answers
+        self._decode_ahead, self._answers = decode_ahead, answers
         self._distill = distill if distill is not None and distill.weight > 0 else None
         self._processes, self._encoders_learn = processes or Processes(), encoders_learn
         self._loss_dtype = torch.promote_types(backbone.model.dtype, torch.float32)
@@ -217,7 +217,7 @@ class StreamObjective:
     def _chunks(self, reader: Iterable[Chunk], queue: list[Asked]) -> Iterator[Chunk]:
         """Chunks of a clip; if it breaks off and may be skipped, nothing more is asked about it."""
         try:
-            yield from ahead(reader, self._ahead)
+            yield from prefetch(reader, self._decode_ahead)
         except MediaError as error:
             if not self._skip_damaged:
                 raise OmniMemError(f"{error}; data.on_bad_row=skip leaves it out of the training") from error

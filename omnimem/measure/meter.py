@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from omnimem.backbones import Backbone, StreamEncoder
+from omnimem.backbones import Backbone, ChunkInputs, StreamEncoder
 from omnimem.errors import OmniMemError
-from omnimem.media import Chunk, MediaReader
+from omnimem.media import Chunk, MediaInfo, MediaReader
 from omnimem.stream import StreamEvent, StreamingSession, StreamSettings
 
 SAMPLE_RATE = 16_000
@@ -53,7 +53,7 @@ class Meter:
         CUDA: most bytes allocated by PyTorch beyond those at the start (weights); None on other devices.
     step_seconds : list of float
         For every chunk but the first of a stream (which pays for what is prepared once): encoding, forward pass and
-        selection; reading and decoding the file is not in it.
+        selection. Time spent waiting for the thread that decodes the file is not in it.
     """
 
     def __init__(self, session: StreamingSession) -> None:
@@ -61,9 +61,9 @@ class Meter:
         self.kv_peak = self.memory_peak = 0
         self.device_peak: int | None = None
         self.step_seconds: list[float] = []
-        self._handed_out = 0.0
+        self._step_started = 0.0
         own = {field.name: getattr(session.settings, field.name) for field in fields(StreamSettings)}
-        session.settings = _MeteredSettings(**own, announce=self._announce)
+        session.settings = _MeteredSettings(**own, step_starts=self._start_step)
 
     def __enter__(self) -> Meter:
         device = self.session.backbone.device
@@ -84,7 +84,7 @@ class Meter:
         """`StreamingSession.watch`; with `loop_seconds` the clip is repeated until the stream is that long."""
         for event in self.session.watch(media, loop_seconds=loop_seconds, **settings):
             if event.chunk > 0:
-                self.step_seconds.append(self._now() - self._handed_out)
+                self.step_seconds.append(self._now() - self._step_started)
             yield event
 
     def ask(self, question: str, max_new_tokens: int) -> tuple[str, float]:
@@ -94,8 +94,8 @@ class Meter:
         answer = self.session.ask(question, max_new_tokens=max_new_tokens, stopping_criteria=[first])
         return cast(str, answer), first.arrived - started
 
-    def _announce(self) -> None:
-        self._handed_out = self._now()
+    def _start_step(self) -> None:
+        self._step_started = self._now()
 
     def _after_forward(self, *_: object) -> None:
         memory = self.session.memory
@@ -122,9 +122,9 @@ class _FirstToken(StoppingCriteria):
 
 @dataclass(frozen=True)
 class _MeteredSettings(StreamSettings):
-    """Settings whose reader says when it hands out a chunk, and can repeat the clip."""
+    """Settings whose encoder says when a step begins, and whose reader can repeat the clip."""
 
-    announce: Callable[[], None] = lambda: None
+    step_starts: Callable[[], None] = lambda: None
     loop_seconds: float | None = None
 
     def open(
@@ -132,26 +132,36 @@ class _MeteredSettings(StreamSettings):
     ) -> tuple[MediaReader, StreamEncoder]:
         """As `StreamSettings.open`."""
         if self.loop_seconds is None:
-            reader, encoder = super().open(path, backbone, sound)
-            return cast(MediaReader, _Announced(reader, reader, self.announce)), encoder
+            return super().open(path, backbone, sound)
         once = replace(self, loop_seconds=None, max_seconds=min(LOOPED_SECONDS, self.max_seconds or math.inf))
         reader, _ = StreamSettings.open(once, path, backbone, sound)
         whole = replace(self, max_seconds=self.loop_seconds)
         encoder = whole.begin(replace(reader.info, duration=self.loop_seconds), backbone)
         chunks = repeat(reader, self.fps, self.chunk_seconds, self.loop_seconds)
-        return cast(MediaReader, _Announced(reader, chunks, self.announce)), encoder
+        return cast(MediaReader, _Repeated(reader.info, chunks)), encoder
+
+    def begin(self, info: MediaInfo, backbone: Backbone) -> StreamEncoder:
+        """As `StreamSettings.begin`."""
+        encoder = super().begin(info, backbone)
+        encode = encoder.encode
+
+        def timed(chunk: Chunk) -> ChunkInputs:
+            self.step_starts()
+            return encode(chunk)
+
+        encoder.encode = timed  # not the reader: another thread runs that
+        return encoder
 
 
-class _Announced:
+@dataclass(frozen=True)
+class _Repeated:
     """What `watch` needs of a reader: facts about the file, and chunks."""
 
-    def __init__(self, reader: MediaReader, chunks: Iterable[Chunk], announce: Callable[[], None]) -> None:
-        self.info, self._chunks, self._announce = reader.info, chunks, announce
+    info: MediaInfo
+    chunks: Iterator[Chunk]
 
     def __iter__(self) -> Iterator[Chunk]:
-        for chunk in self._chunks:
-            self._announce()
-            yield chunk
+        return self.chunks
 
 
 def repeat(reader: MediaReader, fps: float, chunk_seconds: float, seconds: float) -> Iterator[Chunk]:

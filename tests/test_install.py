@@ -1,4 +1,4 @@
-"""The built wheel works away from the checkout: recipes and clips are inside, the quickstart runs in an empty folder."""
+"""The built wheel works away from the checkout: it holds recipes and clips, and runs the quickstart."""
 
 from __future__ import annotations
 

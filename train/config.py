@@ -289,7 +289,9 @@ def validate(recipe: Recipe) -> None:
                 _require(recipe, is_storable(entry), key, "text that a file can hold (UTF-8, no NUL character)")
         _require(recipe, hint is not str or str(value).strip() != "", key, "something other than empty")
     names = map(os.fsencode, Path(recipe.output_dir).parts)
-    _require(recipe, all(len(name) <= LONGEST_NAME for name in names), "output_dir", f"of names within {LONGEST_NAME} bytes")
+    _require(
+        recipe, all(len(name) <= LONGEST_NAME for name in names), "output_dir", f"of names within {LONGEST_NAME} bytes"
+    )
 
     def check(key: str, holds: Callable[[float], bool], rule: str) -> None:
         value = attrgetter(key)(recipe)

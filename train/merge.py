@@ -136,9 +136,7 @@ def verify(merged: Merged, written: Backbone) -> Verification:
     digests = _digests(written.model.state_dict())
     different = sorted(name for name, _ in merged.digests.items() ^ digests.items())
     if different:
-        raise OmniMemError(
-            f"the written checkpoint differs from base + adapter in {different[0]}; nothing was written"
-        )
+        raise OmniMemError(f"the written checkpoint differs from base + adapter in {different[0]}; nothing was written")
     share = min(LOGIT_STEPS * torch.finfo(written.model.dtype).eps, LOGIT_SHARE)
     limit = share * _largest(merged.logits)
     difference = _largest(_probe_logits(written) - merged.logits)

@@ -73,11 +73,12 @@ def summary(report: Report, settings: PrepareSettings) -> str:
 
 def _from_recipe(words: list[str]) -> tuple[PrepareSettings, str, str | None]:
     """How a recipe reads its data, its manifest and its root; no sound for a model that does not hear."""
-    from omnimem.backbones import backbone_class
+    from omnimem.backbones import backbone_class, detect_backbone
     from train.config import load_recipe
 
     name, *pairs = words
     recipe = load_recipe([f"recipe={name}", *pairs])
-    data, audio = recipe.data, recipe.data.audio and backbone_class(recipe.model.backbone).hears
+    backbone = recipe.model.backbone or detect_backbone(recipe.model.path, known_shapes=True)
+    data, audio = recipe.data, recipe.data.audio and backbone_class(backbone).hears
     settings = PrepareSettings(fps=data.fps, short_side=data.short_side, max_seconds=data.max_seconds, audio=audio)
     return settings, data.path, data.root

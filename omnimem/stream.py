@@ -418,10 +418,10 @@ class StreamingSession:
                 self._stream.forward(self._encoder.closing(), text=True)
             self.backbone.set_rope_deltas(self.memory.rope_deltas)
             ids = self.backbone.question_ids(question).to(self.backbone.device)
-            seen = self.memory.get_seq_length()
-            # Only the new ids go in; the mask spans everything ever seen, which is how generate() knows
-            # that they are new (transformers.md row 14).
-            mask = torch.ones(1, seen + ids.shape[1], dtype=torch.int64, device=ids.device)
+            stored = self.memory.get_seq_length()
+            # Only the new ids go in. The mask spans them and what is stored: by its length generate() knows that they
+            # are new, and their position ids follow from it and the rope deltas.
+            mask = torch.ones(1, stored + ids.shape[1], dtype=torch.int64, device=ids.device)
             yield {"input_ids": ids, "attention_mask": mask, "past_key_values": self.memory}
 
 

@@ -165,7 +165,7 @@ def test_text_in_the_middle_of_the_stream_is_always_kept(model, method, options)
             for layer in range(3):
                 table = cache.retained(layer)
                 assert table.index[0][table.modality[0] == TEXT].tolist() == texts
-    assert cache.get_seq_length() == seen
+    assert cache.get_seq_length() == cache.lengths()[0] <= seen
 
 
 def test_text_between_a_chunk_and_its_compression_does_not_lose_the_chunks_attention(model):
@@ -266,7 +266,7 @@ def test_bytes_are_flat_and_buffers_stay_put_over_a_twenty_times_longer_stream(m
                 assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers] == pointers
                 assert cache.lengths() == lengths == [3 + budget.total for budget in budgets.layers]
                 assert cache.nbytes == nbytes
-    assert cache.get_seq_length() == 3 + 120 * 8
+    assert cache.get_seq_length() == cache.lengths()[0] < 3 + 120 * 8
     assert state_nbytes == sum(lengths) * 2 * 2 * 8 * 8
     # The buffers hold the budget, the text and one chunk, no more; for probing methods the probe behind it.
     probe = 4 if cache.method.probes else 0

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from clips import RABBIT, WEBB
+from omnimem import stream as stream_module
 from omnimem.backbones import ChunkInputs, load_backbone
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
+from omnimem.measure.meter import Meter
 from omnimem.memory import CompressedCache
 from omnimem.selection import build_selection
 from omnimem.stream import StreamingSession, StreamSettings
@@ -39,7 +43,7 @@ def state(session: StreamingSession) -> list[torch.Tensor]:
 def assert_untouched(session: StreamingSession, before: list[torch.Tensor], seen: int) -> None:
     after = state(session)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert session.memory.get_seq_length() == seen
+    assert session.memory.get_seq_length() == seen == session.memory.lengths()[0]
 
 
 class PositionRecorder:
@@ -83,7 +87,7 @@ def greedy_by_hand(session: StreamingSession, question: str, count: int) -> tupl
 @pytest.mark.parametrize("clip", [WEBB, RABBIT], ids=["webb", "rabbit"])
 def test_generate_equals_a_greedy_loop_by_hand_at_the_same_positions(tiny64, clip, method):
     session = watch(new_session(tiny64, method=method), clip)
-    seen = session.memory.get_seq_length()
+    seen = int(session.memory.retained(0).index.max()) + 1
     assert min(session.memory.lengths()) < seen, "this test is about a memory that has evicted"
     expected, positions = greedy_by_hand(session, QUESTION, TOKENS)
     assert len(expected) > 2, "the tiny model should say something"
@@ -181,6 +185,50 @@ def test_streamed_text_is_the_answer(tiny64):
     assert_untouched(session, before, seen)
 
 
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor of each dtype that operations give or take."""
+
+    def __init__(self):
+        super().__init__()
+        self.of: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for one in tree_leaves((args, kwargs, result)):
+            if isinstance(one, torch.Tensor):
+                self.of[one.dtype] = max(self.of.get(one.dtype, 0), one.numel())
+        return result
+
+
+class Inline:
+    """A thread that runs where it is started: dispatch modes see one thread only."""
+
+    def __init__(self, target, daemon):
+        self.start = target
+
+    def join(self):
+        pass
+
+
+def test_what_a_question_needs_does_not_grow_with_the_stream(tiny64, monkeypatch):
+    monkeypatch.setattr(stream_module, "Thread", Inline)
+    profile = BudgetProfile.uniform(tiny64.config, mean=24, ratio=2.0)
+    settings = StreamSettings(chunk_seconds=2.0, short_side=56)
+    session = StreamingSession(tiny64, profile, "omnimem", settings)
+    largest, seen = {}, 0
+    with Meter(session) as meter:
+        for event in meter.watch(RABBIT, loop_seconds=120.0):
+            seen += event.new_positions
+            if event.chunk + 1 in (3, 60):
+                with Largest() as recorded:
+                    session.ask(QUESTION, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+                largest[event.chunk + 1] = recorded.of
+                tokens, _ = greedy_by_hand(session, QUESTION, TOKENS)
+                said = tiny64.tokenizer.decode(tokens, skip_special_tokens=True)
+                assert session.ask(QUESTION, max_new_tokens=TOKENS) == said
+    assert seen > 1000 and largest[60] == largest[3]
+
+
 def test_leaving_a_streamed_answer_early_stops_it_and_restores_the_memory(tiny64):
     session = watch(new_session(tiny64))
     expected = session.ask(QUESTION, max_new_tokens=TOKENS)
@@ -242,14 +290,14 @@ def test_teacher_forced_logits_equal_the_greedy_loop(tiny64):
 
 
 def test_generate_runs_on_a_cache_given_by_hand(tiny64):
-    """The public pieces suffice: cache, rope_deltas and a mask over everything seen (transformers.md row 14)."""
+    """The public pieces suffice: cache, rope_deltas and a mask over what is stored and the new tokens."""
     cache = CompressedCache(BudgetProfile.uniform(tiny64.config, mean=6, ratio=1.0), build_selection("omnimem"))
     ids = tiny64.question_ids(QUESTION)
     with torch.no_grad():
         tiny64.language_model(input_ids=ids, past_key_values=cache)
         tiny64.set_rope_deltas(cache.rope_deltas)
         more = tiny64.question_ids(OTHER)
-        mask = torch.ones(1, ids.shape[1] + more.shape[1], dtype=torch.int64)
+        mask = torch.ones(1, cache.get_seq_length() + more.shape[1], dtype=torch.int64)
         output = tiny64.model.generate(
             input_ids=more, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=TOKENS,
             eos_token_id=None, pad_token_id=tiny64.tokenizer.pad_token_id,

@@ -416,7 +416,7 @@ class Watched:
                     assert torch.equal(one["table"].index, other["table"].index)
                     assert torch.equal(one["mass"], other["mass"])
                 assert [torch.equal(a, b) for a, b in zip(before.counters[:2], after.counters[:2], strict=True)]
-                watched.asked.append((watched.steps, self.cache.layers[0].columns_seen))
+                watched.asked.append((watched.steps, int(self.cache._next_index[0])))
                 return result
 
         monkeypatch.setattr(train.objective, "CompressedCache", Cache)

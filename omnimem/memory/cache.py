@@ -289,12 +289,12 @@ class CompressedCache(Cache):
 
     @property
     def rope_deltas(self) -> Tensor:
-        """``[B, 1]`` what generate() adds to its count of tokens to get rotary positions."""
+        """``[B, 1]``: what generate() adds to its count of tokens, from `get_seq_length` on, to get position ids."""
         if self.next_position is None:
             raise RuntimeError("the memory is empty: nothing has been streamed yet")
         following = self.next_position
         if following.is_floating_point():
-            following = following.double()  # beside the count of a long stream float32 would round a fraction away
+            following = following.double()  # beside the larger count float32 would round a fraction away
         return (following - self.get_seq_length())[:, None]
 
     def retained(self, layer: int) -> PositionTable:

@@ -27,7 +27,7 @@ from omnimem.selection.gates import gates
 
 COLUMNS = ("_keys", "_values", "_features")
 STATE = (
-    "table", "valid", "ragged", "mass", "counts", "columns_seen", "is_initialized", "margin", "_settled", "_before",
+    "table", "valid", "ragged", "mass", "counts", "is_initialized", "margin", "_settled", "_before",
     "_new_mass", "_active", "bias",
 )  # fmt: skip
 """Attributes that, beside the stored columns, make up the state of a layer between two steps."""
@@ -136,7 +136,6 @@ class CompressedLayer(CacheLayerMixin):
         self.table: Any = None
         self.mass: Tensor | None = None
         self.counts: list[dict[str, int]] = []
-        self.columns_seen = 0
         self.is_initialized = False
         self.keys: Any = None
         self.values: Any = None
@@ -243,7 +242,6 @@ class CompressedLayer(CacheLayerMixin):
         if self._new_features is not None:
             self._features.append(self._new_features, bound)
         self.table = new if self.table is None else self.table.append(new)
-        self.columns_seen += step
         self._show()
         keys, values = self.rotated_keys(), self.values
         if self.method.per_head:
@@ -530,8 +528,11 @@ class CompressedLayer(CacheLayerMixin):
         self._announced = self._new_features = None
 
     def get_seq_length(self) -> int:
-        """Columns seen so far, evicted ones included: what generate() counts from (transformers.md, row 3)."""
-        return self.columns_seen
+        """Columns stored: what generate() counts from, so that its masks do not grow with the stream.
+
+        Position ids do not follow from it: see `CompressedCache.rope_deltas`.
+        """
+        return 0 if self.table is None else len(self.table)
 
     def get_max_length(self) -> int:
         """No limit on what may be seen."""
@@ -549,4 +550,4 @@ class CompressedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset for transformers' mask builder; the attention function does not use that mask."""
-        return self.columns_seen + query_length, 0
+        return self.get_seq_length() + query_length, 0

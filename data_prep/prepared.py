@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from data_prep.manifest import Manifest, Question, Row
 from omnimem.errors import OmniMemError
-from omnimem.media import AudioTrack, MediaInfo
+from omnimem.media import MediaInfo
 
 VERSION = 1
 SETTINGS_FILE, ROWS_FILE, CLIPS = "prepared.json", "rows.jsonl", "clips"
@@ -106,10 +106,8 @@ class ClipFacts:
     @classmethod
     def of(cls, known: dict[str, Any]) -> ClipFacts:
         """Read what `asdict` and JSON made of it."""
-        info = known["info"]
-        tracks = tuple(AudioTrack(**track) for track in info["audio_tracks"])
         shape = None if known["shape"] is None else tuple(known["shape"])
-        return cls(**{**known, "info": MediaInfo(**{**info, "audio_tracks": tracks}), "shape": shape})
+        return cls(**{**known, "info": MediaInfo.of(known["info"]), "shape": shape})
 
 
 @dataclass(frozen=True, kw_only=True)

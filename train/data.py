@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from data_prep.manifest import Manifest, Row, read_manifest
+from data_prep.opened import OpenedRow, open_rows
 from data_prep.prepared import PreparedRow, frame_step, is_prepared, read_prepared, read_settings
 from data_prep.prepared_reader import PreparedReader
 from omnimem.backbones import Backbone, StreamEncoder
 from omnimem.errors import OmniMemError
-from omnimem.media import Chunk, MediaInfo, open_media
+from omnimem.media import Chunk, MediaInfo
 from omnimem.stream import StreamSettings
 from train.config import DataConfig, TrainConfig
 
@@ -52,7 +53,8 @@ class Sample:
 def load_rows(config: DataConfig, hears: bool = True) -> Manifest:
     """Read the manifest and open every clip once, so that an unusable one is found before training begins.
 
-    Of a prepared folder no clip is opened: `omnimem data prepare` has read them to their end. For a model that does not
+    Clips are opened side by side, and only those that changed since an earlier start (`data_prep.opened`). Of a
+    prepared folder no clip is opened: `omnimem data prepare` has read them to their end. For a model that does not
     hear (`hears` false) a clip needs a picture.
 
     Raises
@@ -61,21 +63,26 @@ def load_rows(config: DataConfig, hears: bool = True) -> Manifest:
         As `read_manifest` and `read_prepared`; a clip that cannot be opened under ``on_bad_row=error``; no usable
         row; a folder that was prepared in another way.
     """
+    opened: Sequence[Row | OmniMemError]
     if is_prepared(config.path):
         settings, _ = read_settings(config.path)
         wanted = {key: getattr(config, key) for key in ("fps", "short_side", "max_seconds")}
         frame_step(settings, f"data.path={config.path}", audio=config.audio and hears, **wanted)
         manifest = read_prepared(config.path, config.on_bad_row)
+        opened = manifest.rows
     else:
         manifest = read_manifest(config.path, config.root, config.on_bad_row)
+        opened = open_rows(manifest.rows, config.path)
     rows, problems = [], list(manifest.problems)
-    for row in manifest.rows:
+    for row, outcome in zip(manifest.rows, opened, strict=True):
         try:
-            info = info_of(row)
+            if isinstance(outcome, OmniMemError):
+                raise outcome
+            info = info_of(outcome)
             if not info.has_video and not (info.has_audio and row.audio and config.audio and hears):
                 missing = "neither picture nor (wanted) sound" if hears else "no picture, and the model does not hear"
                 raise OmniMemError(f"{row.name}: {missing}")
-            rows.append(row)
+            rows.append(outcome)
             for question in row.questions:
                 if question.time is not None and info.duration is not None and question.time > info.duration:
                     log.warning(
@@ -93,8 +100,9 @@ def load_rows(config: DataConfig, hears: bool = True) -> Manifest:
 
 
 def info_of(row: Row) -> MediaInfo:
-    """The facts about a row's clip; a prepared one is not opened for them."""
-    return row.info if isinstance(row, PreparedRow) else open_media(row.media, sound=row.sound).info
+    """The facts about the clip of a row of `load_rows`."""
+    assert isinstance(row, OpenedRow | PreparedRow)
+    return row.info
 
 
 def open_row(row: Row, settings: StreamSettings, backbone: Backbone) -> tuple[Iterable[Chunk], StreamEncoder]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from data_prep.manifest import Row, rejected_answers
@@ -34,7 +35,7 @@ from train.finish import finish
 from train.lock import hold_lock
 from train.metrics import BarHandler, Metrics, Once, peak_gib
 from train.plan import print_plan
-from train.processes import new_accelerator, new_processes, zero_stage
+from train.processes import from_main_process, new_accelerator, new_processes, zero_stage
 from train.rundir import prepare_run_directory
 from train.setup import (
     add_lora,
@@ -71,24 +72,22 @@ def run(recipe: Recipe) -> None:
     # Recorded by name, so that the run's own recipe does not depend on another look at the checkpoint.
     recipe.model.backbone = backbone = backbone_of(recipe)
     supports_audio = backbone_class(backbone).hears
-    manifest = load_rows(recipe.data, supports_audio)
-    if rejected := rejected_answers(manifest.rows):
-        log.warning("%s: %d rejected answers are not trained on: no preference objective", recipe.data.path, rejected)
-    held_out = held_out_rows(recipe, supports_audio)
-    if recipe.data.path == "quickstart" and recipe.recipe != "quickstart":
-        log.info("training on the clips that ship with the package; data.path=my.jsonl takes your own")
     skeleton, profile = check_recipe(recipe)
     main_process = int(os.environ.get("RANK", 0)) == 0
     if recipe.dry_run:
         if main_process:
-            print_plan(recipe, manifest.rows, skeleton, profile, processes=int(os.environ.get("WORLD_SIZE", 1)))
+            rows, _ = _load(recipe, supports_audio)
+            print_plan(recipe, rows, skeleton, profile, processes=int(os.environ.get("WORLD_SIZE", 1)))
         return
+    accelerator = new_accelerator()
+    # The main process opens the clips: the others would only repeat it, and could leave out other rows.
+    rows, held_out = from_main_process(lambda: _load(recipe, supports_audio))
     with hold_lock(Path(recipe.output_dir), active=main_process), StopRequest() as stop:
         try:
-            main = train(recipe, manifest.rows, held_out, profile, stop)
+            main = train(recipe, accelerator, rows, held_out, profile, stop)
             # Not inside `train`, whose model would stay in memory beside the one that is exported.
             if main:
-                finish(recipe, Path(recipe.output_dir), manifest.rows)
+                finish(recipe, Path(recipe.output_dir), rows)
         except torch.OutOfMemoryError as error:
             raise OmniMemError(
                 f"out of memory on the accelerator ({peak_gib():.1f} GiB were in use): lower data.chunk_seconds, "
@@ -97,10 +96,26 @@ def run(recipe: Recipe) -> None:
             ) from error
 
 
-def train(recipe: Recipe, rows: list[Row], held_out: list[Row], profile: BudgetProfile, stop: StopRequest) -> bool:
+def _load(recipe: Recipe, supports_audio: bool) -> tuple[list[Row], list[Row]]:
+    """Rows of the training and of the evaluation, their clips opened."""
+    rows = load_rows(recipe.data, supports_audio).rows
+    if rejected := rejected_answers(rows):
+        log.warning("%s: %d rejected answers are not trained on: no preference objective", recipe.data.path, rejected)
+    if recipe.data.path == "quickstart" and recipe.recipe != "quickstart":
+        log.info("training on the clips that ship with the package; data.path=my.jsonl takes your own")
+    return rows, held_out_rows(recipe, supports_audio)
+
+
+def train(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    rows: list[Row],
+    held_out: list[Row],
+    profile: BudgetProfile,
+    stop: StopRequest,
+) -> bool:
     """Train on checked rows until the schedule or a signal ends it; returns whether this is the main process."""
     # ---- set up -----------------------------------------------------------------------------------------
-    accelerator = new_accelerator()
     output_dir = Path(recipe.output_dir)
     if accelerator.is_main_process:
         prepare_run_directory(output_dir, recipe, rows)

@@ -11,14 +11,15 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -27,6 +28,11 @@ from omnimem.backbones import Backbone
 from omnimem.backbones.adapter import trained_whole
 from omnimem.errors import OmniMemError
 from train.config import Recipe, TrainConfig
+
+GRACE_SECONDS = 2.0
+"""The launcher ends all processes with the first that fails: the main process needs the time to say why."""
+
+Result = TypeVar("Result")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW knows of a parameter, beside the number of its steps."""
@@ -60,6 +66,31 @@ def new_accelerator() -> Accelerator:
             "--config_file launch/multi_gpu.yaml or launch/deepspeed_zero2.yaml"
         )
     return accelerator
+
+
+def from_main_process(function: Callable[[], Result]) -> Result:
+    """What a function returns in the main process, in all; where it fails, all end and the main process says why.
+
+    Raises
+    ------
+    Exception
+        In the main process, what the function raises.
+    SystemExit
+        In the others, if it raises.
+    """
+    result, failure = None, None
+    if PartialState().is_main_process:
+        try:
+            result = function()
+        except Exception as error:  # the others wait
+            failure = error
+    result, failed = broadcast_object_list([result, failure is not None])
+    if failure is not None:
+        raise failure
+    if failed:
+        time.sleep(GRACE_SECONDS)
+        raise SystemExit(2)
+    return result
 
 
 def new_processes(accelerator: Accelerator, recipe: Recipe, backbone: Backbone, model: nn.Module) -> Processes:

@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 from av.audio.frame import AudioFrame
@@ -79,6 +80,17 @@ class MediaInfo:
     start: float
     video_offset: float | None
     audio_offset: float | None
+
+    @classmethod
+    def of(cls, known: dict[str, Any]) -> MediaInfo:
+        """Read what `asdict` and JSON made of it.
+
+        Raises
+        ------
+        TypeError
+            It was written by another version.
+        """
+        return cls(**{**known, "audio_tracks": tuple(AudioTrack(**track) for track in known["audio_tracks"])})
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,9 @@ def test_a_file_that_changed_is_opened_again(data, seen, change):
     seen.clear()
     folder = Path(data.path).parent
     if change == "size":
+        before = (folder / FLOWER).stat()
         with (folder / FLOWER).open("ab") as file:
             file.write(b"\0")
-        before = (MEDIA / FLOWER).stat()
         os.utime(folder / FLOWER, ns=(before.st_atime_ns, before.st_mtime_ns))
     else:
         os.utime(folder / (FLOWER if change == "time" else SPEECH), (0, 0))

@@ -353,7 +353,7 @@ def test_the_plan_is_the_same(folder, tmp_path, capsys, monkeypatch):
 
 
 def test_no_clip_is_opened_at_the_start(folder, monkeypatch):
-    for opened in ("train.data.open_media", "data_prep.prepared_reader.read_footer"):
+    for opened in ("data_prep.opened.open_media", "data_prep.prepared_reader.read_footer"):
         monkeypatch.setattr(opened, None)
     rows = load_rows(DataConfig(path=str(folder), fps=2.0)).rows
     assert [row.name for row in rows] == [row["media"] for row in ROWS]

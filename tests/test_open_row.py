@@ -1,0 +1,64 @@
+"""A row is opened in the same way from its file and from what was prepared of it: every setting reaches the reader."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from conftest import MEDIA, RABBIT
+from data_prep.manifest import Row, read_manifest
+from data_prep.prepare import prepare
+from data_prep.prepared import PrepareSettings, read_prepared
+from omnimem.media import Chunk
+from omnimem.stream import StreamSettings
+from small_runs import write_manifest
+from train.data import open_row
+
+SETTINGS = StreamSettings(chunk_seconds=2.0)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> dict[str, Row]:
+    """The same clip of 7.8 s as a file and prepared at two frames a second."""
+    folder = tmp_path_factory.mktemp("rows")
+    manifest = read_manifest(
+        write_manifest(folder / "set.jsonl", [{"media": RABBIT.name, "question": "What?", "answer": "A rabbit."}]),
+        MEDIA,
+    )
+    prepare(manifest, folder / "prepared", PrepareSettings(fps=2.0), workers=1)
+    return {"file": manifest.rows[0], "prepared": read_prepared(folder / "prepared").rows[0]}
+
+
+def chunks(row: Row, settings: StreamSettings, backbone) -> list[Chunk]:
+    reader, _ = open_row(row, settings, backbone)
+    return list(reader)
+
+
+@pytest.mark.parametrize("kind", ["file", "prepared"])
+@pytest.mark.parametrize(
+    ("changes", "spans", "frames"),
+    [
+        ({}, [(0, 2), (2, 4), (4, 6), (6, 7.8)], 8),
+        ({"max_seconds": 5.0}, [(0, 2), (2, 4), (4, 5)], 5),
+        ({"chunk_seconds": 4.0}, [(0, 4), (4, 7.8)], 8),
+        ({"fps": 2.0}, [(0, 2), (2, 4), (4, 6), (6, 7.8)], 16),
+    ],
+    ids=str,
+)
+def test_chunks_are_those_that_the_settings_ask_for(rows, tiny, kind, changes, spans, frames):
+    found = chunks(rows[kind], replace(SETTINGS, **changes), tiny)
+    assert [(one.t0, pytest.approx(one.t1)) for one in found] == spans
+    assert sum(len(one.frames) for one in found) == frames
+    assert all(one.audio is not None for one in found)
+    for one, other in zip(found, chunks(rows["file"], replace(SETTINGS, **changes), tiny), strict=True):
+        assert np.array_equal(one.frames, other.frames) and np.array_equal(one.audio, other.audio)
+
+
+@pytest.mark.parametrize("kind", ["file", "prepared"])
+def test_a_row_is_heard_only_if_row_and_settings_say_so(rows, tiny, kind):
+    for row_heard, wanted in ((True, True), (True, False), (False, True), (False, False)):
+        row = replace(rows[kind], audio=row_heard)
+        found = chunks(row, replace(SETTINGS, audio=wanted), tiny)
+        assert {one.audio is not None for one in found} == {row_heard and wanted}

@@ -7,7 +7,10 @@
 The release keeps, of every retained position and layer, the layer's input hidden state and its rotary cos and sin, and
 projects keys and values of all of them anew for every chunk. Here that is written down once, as fast as plain modules
 allow (retained positions ask no queries), beside `omnimem` with the release's settings; both score and keep alike.
-`--full N` adds a step over an uncompressed cache of N positions. Rounds alternate; reported are medians.
+`--full N` adds a step over an uncompressed cache of N positions. Rounds alternate; reported are medians, and every
+byte held between two chunks (`bytes_of` in `cost.py`; of the carrier its hidden states, cos and sin, metadata and
+scores). By default `omnimem` keeps hidden states beside keys and values, to score redundancy exactly, and so holds more
+than the carrier; with `redundancy=sketch` it holds less.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cost import Run, add_shape, build_decoder, clock
+from cost import Run, add_shape, build_decoder, bytes_of, clock
 from torch import Tensor
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import apply_rotary_pos_emb
 
@@ -50,7 +53,8 @@ class Carrier:
         args, model = self.args, self.model
         hidden = torch.randn(1, args.chunk, args.hidden, device=args.device, dtype=model.dtype)
         positions = (self.seen + torch.arange(args.chunk, device=args.device)).expand(3, 1, -1)
-        kinds = torch.tensor([([VISUAL] * 5 + [AUDIO]) * args.chunk], device=args.device)[:, : args.chunk]
+        kinds = torch.tensor([([VISUAL] * 5 + [AUDIO]) * args.chunk], dtype=torch.int8, device=args.device)
+        kinds = kinds[:, : args.chunk]
         self.seen += args.chunk
         started = clock(args.device)
         new = model.rotary_emb(hidden, positions)
@@ -95,11 +99,15 @@ class Carrier:
         keep = best(score, kinds == VISUAL, visual) | best(score, kinds == AUDIO, self.args.memory - visual)
         return keep[0].nonzero()[:, 0]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        pairs = [tensor for pair in self.angles for tensor in pair]
-        return sum(tensor.nbytes for tensor in (*self.hidden, *pairs, *self.kinds, *self.mass))
+    def bytes(self) -> dict[str, int]:
+        """Bytes held by what they are, and all of them."""
+        parts = {
+            "hidden states": sum(tensor.nbytes for tensor in self.hidden),
+            "cos and sin": sum(tensor.nbytes for pair in self.angles for tensor in pair),
+            "metadata": sum(tensor.nbytes for tensor in self.kinds),
+            "scores": sum(tensor.nbytes for tensor in self.mass),
+        }
+        return {**parts, "all": sum(parts.values())}
 
 
 def main() -> int:
@@ -125,13 +133,18 @@ def main() -> int:
             step = run.step()
             times[name].append(step if isinstance(step, float) else step["step"])
     rows = []
-    base = statistics.median(times["hidden-state carrier (release)"])
-    print(f"{'memory':<34}{'ms a chunk':>11}{'ratio':>8}{'positions/s':>13}{'MiB':>8}")
-    for name, run in runs.items():
-        seconds = statistics.median(times[name])
-        held = (run if isinstance(run, Carrier) else run.cache).nbytes / 2**20
-        rows.append({"memory": name, "seconds": seconds, "ratio": seconds / base, "mib": held})
-        print(f"{name:<34}{seconds * 1e3:>11.0f}{seconds / base:>8.2f}{args.chunk / seconds:>13.0f}{held:>8.0f}")
+    held = {name: run.bytes() if isinstance(run, Carrier) else bytes_of(run.cache) for name, run in runs.items()}
+    release = "hidden-state carrier (release)"
+    base = statistics.median(times[release])
+    print(f"{'memory':<34}{'ms a chunk':>11}{'ratio':>8}{'positions/s':>13}{'MiB':>8}{'ratio':>8}")
+    for name, parts in held.items():
+        seconds, size = statistics.median(times[name]), parts["all"]
+        ratios = {"ratio": seconds / base, "memory_ratio": size / held[release]["all"]}
+        rows.append({"memory": name, "seconds": seconds, **ratios, "bytes": parts})
+        print(
+            f"{name:<34}{seconds * 1e3:>11.0f}{ratios['ratio']:>8.2f}{args.chunk / seconds:>13.0f}"
+            f"{size / 2**20:>8.0f}{ratios['memory_ratio']:>8.2f}"
+        )
     if args.out:
         device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
         shape = {k: v for k, v in vars(args).items() if k != "out"}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import math
 import os
 import select
 import sys
@@ -333,8 +332,10 @@ def _at_least(kind: type[int] | type[float], least: int) -> Callable[[str], floa
         except ValueError:
             wanted = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-        if not math.isfinite(value) or value < least:
+        if value != value or value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        if value >= 2**31:
+            raise argparse.ArgumentTypeError(f"must be below {2**31}, got {text[:20]}")
         return value
 
     return read
@@ -351,8 +352,8 @@ def _list_of(kind: Callable[[str], float]) -> Callable[[str], list[float]]:
 
 def _above_zero(text: str) -> float:
     value = _at_least(float, 0)(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("must be above 0, got 0")
+    if value < 1e-6:  # smaller ones are no longer 0 and yet too small to divide by
+        raise argparse.ArgumentTypeError(f"must be above 0.000001, got {text}")
     return value
 
 

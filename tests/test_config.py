@@ -1,6 +1,7 @@
 """Recipes: one source of defaults, key=value on top, and one line for every mistake."""
 
 import dataclasses
+import random
 import re
 import subprocess
 import sys
@@ -190,7 +191,32 @@ def test_recipe_names():
         ("lora.r=0", "lora.r must be at least 1, got 0"),
         ("lora.targets=[]", "lora.targets must be a list of at least one module name, got []"),
         ("model.path= ", "model.path takes text, got null"),
-        ("finish.question=Who?", "finish.question and finish.media belong together"),
+        ("finish.media=clip.mp4", "finish.media without finish.question: set what is asked about the clip"),
+        ("train.seed=1" + "0" * 26, "train.seed must be at most 4294967295, got 1000"),
+        ("train.max_steps=1" + "0" * 26, "train.max_steps must be at most 2147483647, got 1000"),
+        ("train.lr=" + "9" * 400, "train.lr takes a number, got 9999"),
+        ("data.time_scale=" + "9" * 400, "data.time_scale takes text or a number, got 9999"),
+        ("train.betas=[0.9," + "9" * 400 + "]", "train.betas takes a list of numbers such as [0.9,0.99], got [0.9, 99"),
+        ("train.lr=" + "9" * 5000, "train.lr takes a number, cannot read '9999"),
+        ("train.lr=" + "[" * 3000 + "]" * 3000, "train.lr takes a number, cannot read '[[["),
+        ("train.lr=" + "{a: " * 500 + "1" + "}" * 500, "train.lr takes a number, cannot read '{a: {a:"),
+        (
+            "memory.random_budget=64",
+            "memory.random_budget takes a list of whole numbers such as [64,1024] or null, got 64",
+        ),
+        ("data.fps=1e308", "data.chunk_seconds must hold a whole number of frames"),
+        ("data.fps=1e18", "data.fps must be at most 1024, got 1e+18"),
+        ("data.max_seconds=1e-300", "data.max_seconds must be above 0.000001, got 1e-300"),
+        ("train.threads=1" + "0" * 9, "train.threads must be at most 1024"),
+        ("lora.r=1" + "0" * 9, "lora.r must be at most 65536"),
+        ("output_dir=runs/" + "x" * 300, "output_dir must be of names within 255 bytes, got 'runs/xxx"),
+        ("output_dir=" + "é" * 128, "output_dir must be of names within 255 bytes"),
+        ("output_dir=a\udcff", r"argument 'output_dir=a\udcff' is not valid UTF-8 text"),
+        ("train.lr=\ud800", r"argument 'train.lr=\ud800' is not valid UTF-8 text"),
+        ("recipe=\udcff", r"argument 'recipe=\udcff' is not valid UTF-8 text"),
+        ("recipe=" + "x" * 300 + ".yaml", "does not exist; "),
+        ("recipe=" + "a/" * 3000, "does not exist; "),
+        ("recipe=~nosuchuser/mine.yaml", "recipe file ~nosuchuser/mine.yaml does not exist; "),
     ],
 )
 def test_mistakes_in_arguments(recipe, argument, message):
@@ -212,11 +238,91 @@ def test_mistakes_in_arguments(recipe, argument, message):
         ("train: {learning: 1}\n", ": unknown key train.learning; train has max_steps,"),
         ("lora: {targets: {a: 1}}\n", ": lora.targets takes a list of names such as [a,b], got {'a': 1}"),
         ("1: 2\n", ": unknown key 1; "),
+        ("train: " + "[" * 3000 + "]" * 3000, ": too deeply nested; "),
+        ("train: " + "{a: " * 300 + "1" + "}" * 300, ": too deeply nested; "),
+        ("train: {lr: " + "9" * 5000 + "}", ": not valid YAML: Exceeds the limit"),
+        ("train: {lr: " + "9" * 400 + "}", ": train.lr takes a number, got 9999"),
     ],
 )
 def test_mistakes_in_a_file_name_the_file(recipe, text, message):
     argument = recipe(text)
     assert argument.removeprefix("recipe=") + message in fails(argument)
+
+
+@pytest.mark.parametrize("text", [r'"a\ud800"', r'"a\0b"'], ids=["half a character", "NUL"])
+def test_text_that_no_file_holds(recipe, text):
+    message = fails(recipe(f"output_dir: {text}\n"))
+    assert "output_dir must be text that a file can hold (UTF-8, no NUL character), got 'a\\" in message
+    assert message.isascii()
+
+
+MALFORMED = [
+    *(
+        "9" * 26,
+        "9" * 400,
+        "-" + "9" * 400,
+        "9" * 5000,
+        "0x" + "f" * 200,
+        "1e308",
+        "1e400",
+        "1e-320",
+        "nan",
+        ".inf",
+        "-1",
+    ),
+    *(
+        "x" * 300,
+        "a/" * 3000,
+        "a\0b",
+        "\ud800",
+        "\udcff",
+        "\u202e",
+        "é\n",
+        "???",
+        "~",
+        "~nosuch/x",
+        "",
+        "  ",
+        "- a",
+        "%",
+        "|",
+    ),
+    *(
+        "[",
+        "[" * 3000,
+        "[" * 3000 + "]" * 3000,
+        "{a: " * 500 + "1" + "}" * 500,
+        "[null]",
+        "[[1]]",
+        "{}",
+        "&a [*a]",
+        "*a",
+    ),
+    *(
+        "${x}",
+        "${",
+        "${oc.env:NO}",
+        "${oc.decode:'[1'}",
+        "!!binary aGk=",
+        "!!python/object:os.x {}",
+        "b'x'",
+        "2020-01-01",
+    ),
+]
+
+
+def test_anything_malformed_is_one_line_or_a_recipe(recipe):
+    """Values drawn at random for keys drawn at random: nothing but an `OmniMemError` comes out."""
+    chosen, keys, argument = random.Random(0), [*LEAVES, "train", "zzz"], recipe()
+    refused = 0
+    for _ in range(300):
+        key, value = chosen.choice(keys), chosen.choice(MALFORMED)
+        try:
+            load_recipe([argument, f"{key}={value}"])
+        except OmniMemError as error:
+            line, refused = str(error), refused + 1
+            assert "\n" not in line and len(line) < 700 and line.encode(), (key, value)
+    assert refused > 200
 
 
 def test_a_file_that_is_not_text(tmp_path):

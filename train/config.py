@@ -284,14 +284,12 @@ def validate(recipe: Recipe) -> None:
                 _require(recipe, math.isfinite(entry), key, "finite")
             elif isinstance(entry, int):
                 most = LARGEST_SEED if key.endswith("seed") else LARGEST
-                _require(recipe, abs(entry) <= most, key, f"at most {most}")
+                _require(recipe, entry <= most, key, f"at most {most}")
             elif isinstance(entry, str):
                 _require(recipe, is_storable(entry), key, "text that a file can hold (UTF-8, no NUL character)")
         _require(recipe, hint is not str or str(value).strip() != "", key, "something other than empty")
-    names = map(os.fsencode, Path(recipe.output_dir).parts)
-    _require(
-        recipe, all(len(name) <= LONGEST_NAME for name in names), "output_dir", f"of names within {LONGEST_NAME} bytes"
-    )
+    longest = max(len(os.fsencode(name)) for name in (*Path(recipe.output_dir).parts, ""))
+    _require(recipe, longest <= LONGEST_NAME, "output_dir", f"of names within {LONGEST_NAME} bytes")
 
     def check(key: str, holds: Callable[[float], bool], rule: str) -> None:
         value = attrgetter(key)(recipe)
@@ -301,10 +299,14 @@ def validate(recipe: Recipe) -> None:
         for key in keys:
             unit = " position" if key == "memory.mean_budget" else ""
             check(key, lambda value, least=least: value >= least, f"at least {least}{unit}")
+    for most, keys in AT_MOST.items():
+        for key in keys:
+            check(key, lambda value, most=most: value <= most, f"at most {most}")
     for key in ABOVE_ZERO:
         check(key, lambda value: value > 0, "above 0")
     for key in FRACTIONS:
         check(key, lambda value: 0 <= value <= 1, "between 0 and 1")
+    check("data.max_seconds", lambda value: value >= 1e-6, "above 0.000001")
     check("lora.dropout", lambda value: 0 <= value < 1, "at least 0 and below 1")
 
     span = recipe.memory.random_budget
@@ -380,6 +382,9 @@ AT_LEAST: dict[int, tuple[str, ...]] = {
         *("memory.start_budget", "eval.every", "eval.patience", "eval.keep", "train.window", "train.to_layer"),
     ),
 }
+AT_MOST: dict[int, tuple[str, ...]] = {1024: ("data.fps", "train.threads"), 2**16: ("lora.r",)}
+"""Beyond which no machine gives the memory or the threads."""
+
 ABOVE_ZERO = (
     *("data.fps", "data.chunk_seconds", "data.max_seconds", "memory.ratio"),
     *("train.epochs", "train.max_grad_norm", "gate.temperature", "gate.temperature_end", "gate.gain"),

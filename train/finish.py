@@ -18,7 +18,7 @@ MERGED_FOLDER = "merged"
 
 
 def finish(recipe: Recipe, output_dir: Path, rows: list[Row]) -> None:
-    """Export and ask, as ``recipe.finish`` says; without a clip of its own the question is about that of the first row.
+    """Export and ask, as ``recipe.finish`` says; where it names no clip, about that of the first row.
 
     The caller has dropped the model that was trained, so that it is not in memory beside the one that is loaded here.
     """

@@ -61,7 +61,7 @@ class Owner:
 
     @classmethod
     def current(cls) -> Owner:
-        """This process."""
+        """Return the owner that this process is."""
         namespace = ""
         with suppress(OSError):  # only Linux has it
             namespace = os.readlink("/proc/self/ns/pid")

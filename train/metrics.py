@@ -28,7 +28,7 @@ log = logging.getLogger("omnimem.train")
 class Metrics:
     """Log of a run on its main process; other ranks make one with `active=False`, which stays silent.
 
-    On a terminal the progress is a bar. Elsewhere, in a log file or a pipe, it is a line every ``train.log_every`` steps.
+    On a terminal the progress is a bar; in a log file or a pipe it is a line every ``train.log_every`` steps.
 
     Parameters
     ----------

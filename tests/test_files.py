@@ -179,6 +179,37 @@ def test_full_disk_found_by_fsync(tmp_path, monkeypatch, kind):
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("kind", [atomic_file, atomic_directory])
+def test_a_rename_is_flushed_to_disk_behind_what_it_names(tmp_path, monkeypatch, kind):
+    """The new name is data of the parent folder: flushed earlier, or not at all, a crash takes it back."""
+    events, fsync = [], os.fsync
+
+    def flush(descriptor):
+        found = os.fstat(descriptor)
+        events.append(("flush", found.st_dev, found.st_ino))
+        fsync(descriptor)
+
+    def recorded(genuine):
+        def move(source, destination):
+            genuine(source, destination)
+            events.append(("move", Path(destination).name))
+
+        return move
+
+    def flushed(path):
+        return ("flush", path.stat().st_dev, path.stat().st_ino)
+
+    target = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", flush)
+        for name in ("replace", "rename"):
+            patch.setattr(os, name, recorded(getattr(os, name)))
+        with kind(target) as temporary:
+            (temporary / "inner" if kind is atomic_directory else temporary).write_text("x")
+    inside = [target] if kind is atomic_file else [target / "inner", target]
+    assert events == [*map(flushed, inside), ("move", "out"), flushed(tmp_path)]
+
+
 ON_A_FULL_DISK = """
 import os, sys
 from pathlib import Path

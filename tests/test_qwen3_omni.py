@@ -462,7 +462,9 @@ def test_a_weight_too_many_is_named(path, tmp_path, name):
 
 def test_the_talker_of_a_published_checkpoint_is_left_out(path, tmp_path):
     more = {name: torch.zeros(2) for name in ("talker.model.norm.weight", "code2wav.decoder.0.bias")}
-    load_backbone(changed(path, tmp_path / "whole", lambda weights: weights.update(more)), device="cpu")
+    whole = changed(path, tmp_path / "whole", lambda weights: weights.update(more))
+    plain, loaded = (load_backbone(one, dtype="float32", device="cpu").model.state_dict() for one in (path, whole))
+    assert plain.keys() == loaded.keys() and all(torch.equal(plain[name], loaded[name]) for name in plain)
 
 
 # ---- training ------------------------------------------------------------------------------------------------------

@@ -415,7 +415,7 @@ class Watched:
                     assert all(torch.equal(one[name][0], other[name][0]) for name in ("_keys", "_values"))
                     assert torch.equal(one["table"].index, other["table"].index)
                     assert torch.equal(one["mass"], other["mass"])
-                assert [torch.equal(a, b) for a, b in zip(before.counters[:2], after.counters[:2], strict=True)]
+                assert all(torch.equal(a, b) for a, b in zip(before.counters[:2], after.counters[:2], strict=True))
                 watched.asked.append((watched.steps, int(self.cache._next_index[0])))
                 return result
 

@@ -227,10 +227,30 @@ def test_a_crash_is_reported_and_looked_at_again_next_time(clips, monkeypatch):
     assert seen == [VFR.name]
 
 
-def test_two_runs_at_once_do_not_disturb_each_other(clips):
-    with Journal(clips / "report.json") as one, Journal(clips / "report.json") as other:
-        one.finish()
-        other.finish()
+def test_two_runs_at_once_do_not_disturb_each_other(clips, tmp_path):
+    """Two processes with one report: the second begins while the first is at work; both write all of it."""
+    report = tmp_path / "report.json"
+    at_work = f"""
+import time
+from pathlib import Path
+from data_prep.validate import record
+genuine = record.Journal.add
+def add(self, entry):  # each waits for the other's first result
+    genuine(self, entry)
+    while self.path.exists() and self.path.read_bytes().count({VFR.name!r}.encode()) < 2:
+        time.sleep(0.01)
+record.Journal.add = add
+from omnimem.cli import main
+raise SystemExit(main(["data", "validate", {str(clips)!r}, "--report", {str(report)!r}, "--workers", "1"]))
+"""
+    runs = [
+        subprocess.Popen([sys.executable, "-c", at_work], cwd=MEDIA.parents[1], stderr=subprocess.PIPE) for _ in "ab"
+    ]
+    told = [run.communicate(timeout=90)[1].decode() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], told
+    names = {name for entry in json.loads(report.read_text())["files"] for name in entry["names"]}
+    assert names == {VFR.name, ROTATED.name, SPEECH.name}
+    assert not list(tmp_path.glob("*.partial.jsonl"))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
@@ -246,11 +266,13 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 
 
 def test_interrupted_workers_end_at_once():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     results = in_processes(slow, [Path("a"), Path("b")], workers=2)
     started = time.monotonic()
     timer = subprocess.Popen([sys.executable, "-c", f"import os,time;time.sleep(2);os.kill({os.getpid()},2)"])
     with pytest.raises(KeyboardInterrupt):
         next(results)
+    signal.signal(signal.SIGINT, before)
     timer.wait()
     assert time.monotonic() - started < 30
 

@@ -516,13 +516,13 @@ def test_row_22_the_sampled_rate_has_no_default(tiny):
 
 
 def test_a_ragged_batch_of_chunks_needs_no_position_of_its_padding():
-    """Rows of a batch are padded with id 0; the next text must not care."""
+    """Whatever ids stand in the padding of a row, the next text must not care."""
     rows = [stream_parts([(4, 2)])[1], stream_parts([(9, 5)], seed=1)[1]]
     batch = ChunkInputs.batch(rows)
+    padded = batch.positions.masked_fill(~batch.valid, 10_000)
+    assert padded.max() == 10_000, "the rows are of equal length"
     model, cache = text_model(), new_cache()
     attach(model)
     with torch.no_grad():
-        model(
-            inputs_embeds=batch.embeds, position_ids=batch.positions, attention_mask=batch.valid, past_key_values=cache
-        )
+        model(inputs_embeds=batch.embeds, position_ids=padded, attention_mask=batch.valid, past_key_values=cache)
     assert cache.next_position.tolist() == [int(row.positions.max()) + 1 for row in rows]

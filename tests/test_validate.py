@@ -228,24 +228,23 @@ def test_a_crash_is_reported_and_looked_at_again_next_time(clips, monkeypatch):
 
 
 def test_two_runs_at_once_do_not_disturb_each_other(clips, tmp_path):
-    """Two processes with one report: the second begins while the first is at work; both write all of it."""
+    """Two processes with one report: both are at work at the same time, and both succeed."""
     report = tmp_path / "report.json"
-    at_work = f"""
-import time
+    meet = f"""
+import os, time
 from pathlib import Path
 from data_prep.validate import record
-genuine = record.Journal.add
-def add(self, entry):  # each waits for the other's first result
-    genuine(self, entry)
-    while self.path.exists() and self.path.read_bytes().count({VFR.name!r}.encode()) < 2:
+genuine = record.Journal.__init__
+def opened(self, path):  # each goes on when the other has its journal open
+    genuine(self, path)
+    Path({str(tmp_path)!r}, f"{{os.getpid()}}.here").touch()
+    while len(list(Path({str(tmp_path)!r}).glob("*.here"))) < 2:
         time.sleep(0.01)
-record.Journal.add = add
+record.Journal.__init__ = opened
 from omnimem.cli import main
 raise SystemExit(main(["data", "validate", {str(clips)!r}, "--report", {str(report)!r}, "--workers", "1"]))
 """
-    runs = [
-        subprocess.Popen([sys.executable, "-c", at_work], cwd=MEDIA.parents[1], stderr=subprocess.PIPE) for _ in "ab"
-    ]
+    runs = [subprocess.Popen([sys.executable, "-c", meet], cwd=MEDIA.parents[1], stderr=subprocess.PIPE) for _ in "ab"]
     told = [run.communicate(timeout=90)[1].decode() for run in runs]
     assert [run.returncode for run in runs] == [0, 0], told
     names = {name for entry in json.loads(report.read_text())["files"] for name in entry["names"]}

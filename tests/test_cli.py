@@ -76,6 +76,8 @@ def test_version_and_module_form():
         ["answer", "model", "clip.mp4"],
         ["answer", "m", "c", "q", "--fps", "0"],
         ["answer", "m", "c", "q", "--fps", "nan"],
+        ["answer", "m", "c", "q", "--fps", "1e-308"],
+        ["answer", "m", "c", "q", "--max-seconds", "1e-308"],
         ["answer", "m", "c", "q", "--mean-budget", "0"],
         ["answer", "m", "c", "q", "--mean-budget", "1.5"],
         ["answer", "m", "c", "q", "--at", "-1"],
@@ -154,6 +156,44 @@ def test_answer_calls_its_worker(worker):
         **{"fps": 0.5, "chunk_seconds": 4.0, "max_seconds": 60.0, "device": "cpu", "dtype": "float32"},
     }
     assert isinstance(full["mean_budget"], int)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, ["data", "validate"], ["data", "prepare"]], ids=" ".join)
+def test_an_argument_that_is_no_text_is_one_line(command, capsys):
+    assert main([*command, os.fsdecode(b"caf\xe9.mp4")]) == 2
+    line = "omnimem: argument 'caf\\udce9.mp4' is not valid UTF-8 text; rename the file\n"
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("command", [["train.py", "recipe=quickstart"], ["-m", "omnimem", "profile", "show"]])
+def test_bytes_that_are_no_text_are_one_line(command):
+    done = start(*command, b"data.path=\xff", PYTHONIOENCODING="ascii")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert r"argument 'data.path=\udcff' is not valid UTF-8 text" in done.stderr
+
+
+def test_a_message_with_text_that_cannot_be_printed_is_printed(capsys):
+    def fail():
+        raise OmniMemError("no file a\ud800")
+
+    assert omnimem.cli.run_guarded("omnimem", fail) == 2
+    assert capsys.readouterr().err == "omnimem: no file a\\ud800\n"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000], ids=["name", "path"])
+def test_a_path_that_is_too_long_is_one_line(name, capsys):
+    assert main(["profile", "show", name]) == 2
+    error = capsys.readouterr().err
+    assert "File name too long" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["9" * 400, "9" * 5000, "inf", "1e400", "2147483648"])
+def test_numbers_beyond_every_library_are_one_line(value, capsys):
+    for option in ("--mean-budget", "--ratio", "--fps"):
+        with pytest.raises(SystemExit) as caught:
+            main(["answer", "m", "c", "q", option, value])
+        error = capsys.readouterr().err
+        assert caught.value.code == 2 and error.count("\n") == 1 and f"argument {option}: " in error
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
+import re
+import shlex
+import struct
+import sys
+import termios
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -112,6 +119,8 @@ def test_a_run_leaves_what_is_needed_to_use_and_to_repeat_it(trained):
     environment = json.loads((trained.run / "environment.json").read_text())
     assert all(environment["packages"][name] for name in ("torch", "transformers", "peft", "safetensors", "omnimem"))
     assert {"python", "platform", "commit", "device"} <= environment.keys()
+    assert (environment["processes"], environment["distributed"], environment["backend"]) == (1, "none", None)
+    assert shlex.split(environment["command"]) == sys.orig_argv
 
 
 def test_metrics_have_a_line_a_step_with_every_field(trained):
@@ -620,6 +629,40 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(tmp_path, capsys, override)
     assert word in refused(arguments(tmp_path, override, "dry_run=true"), capsys)
 
 
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_file_gets_a_line_every_few_steps(tmp_path, capsys, caplog):
+    with caplog.at_level("INFO", "omnimem.train"):
+        run = trained_run(tmp_path, "train.max_steps=5", "train.log_every=2", "train.lr=3e-4", "train.min_lr_ratio=1")
+    assert "\r" not in capsys.readouterr().err
+    shown = [message for message in caplog.messages if message.startswith("step ")]
+    records = {record["step"]: record for record in metrics(run)}
+    assert list(records) == [2, 4, 5]
+    for line, (step, record) in zip(shown, records.items(), strict=True):
+        learned = f"step {step}/5 loss {record['loss']:.3f} lr 3.0e-04 kept {VISUAL}v+{AUDIO}a"
+        spent = f"{record['positions_per_second']:.0f} tokens/s {record['peak_gib']:.2f} GiB"
+        assert re.fullmatch(rf"{re.escape(f'{learned} {spent}')} eta 0:0\d:\d\d", line), line
+    assert shown[-1].endswith("eta 0:00:00")
+
+
+def test_a_terminal_gets_a_bar(tmp_path, monkeypatch, caplog):
+    reader, writer = os.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
+    recipe = load_recipe(arguments(tmp_path))
+    record = {"step": 2, "loss": None, "lr": 1e-3, "retained": {"visual": 80.0, "audio": 16.0}}
+    with os.fdopen(writer, "w") as terminal, caplog.at_level("INFO", "omnimem.train"):
+        monkeypatch.setattr(sys, "stderr", terminal)
+        shown = train.metrics.Metrics(tmp_path, 1, 3, True, recipe)
+        shown.progress({**record, "positions_per_second": 1234.0, "peak_gib": 0.91})
+        shown.close()
+        text = os.read(reader, 100_000).decode()
+    os.close(reader)
+    assert "\rtrain:  67%| 2/3 [" in text
+    assert "loss not finite lr 1.0e-03 kept 80v+16a 1234 tokens/s 0.91 GiB]" in text
+    assert not caplog.messages
+
+
 # ---- TensorBoard -----------------------------------------------------------------------------------------------------
 
 
@@ -700,6 +743,10 @@ def test_a_checkpoint_of_more_processes_is_not_resumed_by_fewer(trained, tmp_pat
         ("data.chunk_seconds=3", ["chunk_seconds", "multiple of 2"]),
         ("model.path=/nosuch/folder", ["/nosuch/folder"]),
         ("model.backbone=nosuch", ["nosuch", "qwen2_5_omni"]),
+        ("output_dir=" + "x" * 300, ["output_dir must be of names within 255 bytes"]),
+        ("output_dir=" + "x/" * 3000, ["output_dir", "File name too long"]),
+        ("train.seed=1" + "0" * 26, ["train.seed must be at most"]),
+        ("data.path=" + "x" * 300, ["File name too long"]),
     ],
 )
 def test_wrong_settings_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch, override, words):

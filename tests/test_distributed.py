@@ -141,7 +141,7 @@ def alone(tmp_path_factory) -> dict[str, Path]:
 
 EXTRAS = {
     "hard": ("selection.gradient=none",),
-    "taught": ("selection.gradient=straight_through", "distill.weight=0.5", "train.window=1", "train.from_layer=1"),
+    "taught": ("selection.gradient=straight_through", "distill.weight=0.5", "train.window=2", "train.from_layer=1"),
     "probed": ("selection.method=streammem", "selection.gradient=none"),
 }
 

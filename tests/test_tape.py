@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 import omnimem.memory.layer
 from omnimem.backbones import ChunkInputs
 from omnimem.forward import Stream
-from omnimem.memory import CompressedCache, SelectionGradient
+from omnimem.memory import CompressedCache, SelectionGradient, attach
 from omnimem.memory.store import DiskStore, HostStore, Store
 from omnimem.selection import build_selection
 from omnimem.tape import Tape, Truncation
-from oracles import held, offline, same
+from oracles import held, offline, profile, run, same, stream_parts, text_model, text_part
 from test_selection_gradient import BUDGETS, answer, answer_loss, lora_weights, model, streams  # noqa: F401
 
 ASKED = (1, 3, 3, 4)
@@ -237,6 +238,51 @@ def real_states(cache: CompressedCache) -> list[Tensor]:
     return [one.clone() for one in found]
 
 
+# ---- in lower precision ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("chunks", "questions"), [(2, 60), (60, 1)])
+def test_many_small_gradients_do_not_vanish_beside_a_large_one_in_bfloat16(chunks, questions):
+    """One question of weight 8 at the end and 60 that weigh 1 together, all at the end or one after every chunk.
+
+    Gradients are linear in the weights, so those of the small questions can be measured with the large one and without.
+    Summed in bfloat16 they differed by 9 % and 21 %.
+    """
+    decoder: Any = text_model(layers=1, dtype=torch.bfloat16).requires_grad_(False)
+    attach(decoder)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    decoder = inject_adapter_in_model(config, decoder)
+    weights = lora_weights(decoder)
+    for weight in weights:
+        weight.data = weight.data.float()  # as PeftModel has it
+    prefix, *rest = stream_parts([(4, 2)] * chunks, dtype=torch.bfloat16)
+
+    def gradient(small: float, large: float) -> Tensor:
+        cache = CompressedCache(profile((4, 2)), build_selection("streaming_llm"))
+        tape = new_tape(decoder, cache)
+
+        def ask(seed: int, factor: float) -> None:
+            def loss() -> tuple[Tensor]:
+                text = text_part(4, int(cache.next_position[0]), seed, torch.bfloat16)
+                with cache.scratch():
+                    return (factor * answer_loss(run(decoder, cache, text, text=True).double()),)
+
+            tape.ask(loss)
+
+        tape.forward(prefix)
+        for number, part in enumerate(rest, start=1):
+            tape.step(part)
+            for _ in range(questions if questions == 1 or number == chunks else 0):
+                ask(8, small)
+        ask(7, large)
+        found = gradients_of(decoder, [], tape.backward)
+        return torch.cat([one.flatten() for one in found if one is not None])
+
+    alone, beside = gradient(1 / 60, 0.0), gradient(1 / 60, 8.0) - gradient(0.0, 8.0)
+    assert (beside - alone).norm() <= 0.02 * alone.norm()
+
+
 # ---- where records wait ----------------------------------------------------------------------------------------------
 
 
@@ -267,7 +313,7 @@ def test_what_waits_for_a_step_does_not_grow_with_the_stream(model):  # noqa: F8
     class Weighed(Store):
         def put(self, record):
             _, _, _, decided = record
-            gone = [one.evicted.columns for one in decided if one is not None]
+            gone = [one.evicted for one in decided if one is not None]
             sizes.append(sum(tensor.nbytes for columns in gone for tensor in columns[:2]))
             return super().put(record)
 
@@ -282,6 +328,34 @@ def test_what_waits_for_a_step_does_not_grow_with_the_stream(model):  # noqa: F8
     assert len(sizes) == 13 and max(sizes[2:]) < held_at_once
     streamed = sum(len(part) for part in parts[1:] * 3) + len(parts[0])
     assert sum(sizes) + held_at_once <= streamed * 3 * 2 * 2 * 8 * 8
+
+
+@pytest.mark.parametrize(
+    ("gradient", "exactly"), [(None, False), (SelectionGradient(), True), (SelectionGradient(margin=2), False)]
+)
+def test_a_state_is_stored_once_whatever_still_looks_at_it(model, gradient, exactly):  # noqa: F811
+    """In the memory, in the margin behind it, or in one record; those that go at once and unseen are nowhere."""
+    stored = [0, 0, 0]
+
+    class Counted(Store):
+        def put(self, record):
+            _, _, before, decided = record
+            for i, (facts, kept) in enumerate(zip(before.layers, decided, strict=True)):
+                gone = () if kept is None else kept.evicted[:2]
+                margin = () if facts["margin"] is None else facts["margin"][:2]
+                stored[i] += sum(tensor.shape[2] for tensor in (*gone, *margin))
+            return super().put(record)
+
+    cache = cache_of("omnimem", {}, gradient)
+    tape = new_tape(model, cache, store=Counted())
+    parts = streams(1)
+    tape.forward(parts[0])
+    for part in parts[1:] * 3:
+        tape.step(part)
+    streamed = 2 * (len(parts[0]) + 3 * sum(map(len, parts[1:])))
+    for layer, count in zip(cache.layers, stored, strict=True):
+        held_now = 2 * len(layer.table) + (0 if layer.margin is None else 2 * layer.margin.keys.shape[2])
+        assert count > 0 and (count + held_now == streamed if exactly else count + held_now < streamed)
 
 
 def test_a_record_comes_back_as_it_was(tmp_path):
@@ -347,35 +421,36 @@ def test_pinned_host_memory_gives_back_what_it_took():
 
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("gradient", [None, SelectionGradient()])
-@pytest.mark.parametrize(
-    ("window", "asked", "cut"),
-    [
-        (1, (4,), (4,)),
-        (2, (4,), (3,)),
-        (4, (4,), (1,)),
-        (5, (4,), ()),
-        (1, (1, 4), (1, 4)),
-        (2, (2, 4), (1,)),
-        (1, (1, 2, 3, 4), (1,)),
-    ],
-)
-def test_a_window_ends_the_gradient_so_many_chunks_before_a_question(
-    model, samples, gradient, window, asked, cut  # noqa: F811
-):  # fmt: skip
-    """The boundaries that nothing crosses are those that no question is asked behind within the window."""
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("asked", [(1, 4), (1, 2, 3, 4, 4)])
+def test_a_window_limits_the_gradient_of_each_question_by_itself(model, samples, gradient, window, asked):  # noqa: F811
+    """The reference backpropagates every question alone, with the memory before its window detached."""
     parts = parts_of(samples)
-    _, expected = plain(model, cache_of("omnimem", {}, gradient), parts, asked, cut)
+    expected: list[Any] = [0.0] * (len(lora_weights(model)) + len(parts))
+    for question in asked:
+        _, alone = plain(model, cache_of("omnimem", {}, gradient), parts, (question,), cut=(question + 1 - window,))
+        expected = [total if one is None else total + one for total, one in zip(expected, alone, strict=True)]
     tape = new_tape(model, cache_of("omnimem", {}, gradient), truncation=Truncation(window=window))
     _, found = taped(model, tape, parts, asked)
-    assert_equal(found, expected)
+    assert_equal(found, [torch.as_tensor(one) for one in expected])
 
 
-def test_chunks_out_of_reach_are_not_run_again(model):  # noqa: F811
+def test_chunks_out_of_reach_are_not_recomputed(model):  # noqa: F811
     calls: list[Any] = []
     truncation = Truncation(window=2)
     tape = new_tape(model, cache_of("omnimem", {}), truncation=truncation, call=lambda f: calls.append(f) or f())
     taped(model, tape, parts_of(1), asked=(4,))
-    assert len(calls) == 5 + 1 + (1 + 2), "five steps and a question there, the question and two steps back"
+    assert len(calls) == 5 + 1 + (1 + 2), "five steps and a question forwards, the question and two steps backwards"
+
+
+@pytest.mark.parametrize(("window", "recomputed"), [(None, 5), (1, 5), (2, 1 + 2 + 2 + 2 + 1), (3, 1 + 2 + 3 + 2 + 1)])
+def test_a_step_is_recomputed_once_for_every_place_where_gradients_end(model, window, recomputed):  # noqa: F811
+    """Questions after all five steps. Gradients that end at the same step share a pass, as all do at the first."""
+    calls: list[Any] = []
+    truncation = Truncation(window=window)
+    tape = new_tape(model, cache_of("omnimem", {}), truncation=truncation, call=lambda f: calls.append(f) or f())
+    taped(model, tape, parts_of(1), asked=(0, 1, 2, 3, 4))
+    assert len(calls) == 5 + 5 + (5 + recomputed)
 
 
 @pytest.mark.parametrize("gradient", [None, SelectionGradient()])
@@ -421,25 +496,49 @@ def cut_by_hand(model, parts, start: int, stop: int, gradient) -> list[Tensor | 
 # ---- in step with other processes ------------------------------------------------------------------------------------
 
 
-def test_in_lockstep_everything_is_run_and_idle_steps_add_nothing(model):  # noqa: F811
-    parts, calls, backs = parts_of(1), [], []
-    _, expected = plain(model, cache_of("omnimem", {}), parts, asked=(4,))
+@pytest.mark.parametrize("window", [None, 1, 2, 3])
+def test_in_lockstep_processes_make_the_same_passes_and_idle_ones_add_nothing(model, window):  # noqa: F811
+    """One process takes four chunks in and is asked after each; the other has two chunks, and one question."""
+    parts = parts_of(1)
+    pending: list[bool] = []
 
-    def backward(total: Tensor) -> None:
-        backs.append(total.detach())
-        total.backward()
+    def tape_of(any_process):
+        calls, backs = [], []
 
-    tape = new_tape(
-        model, cache_of("omnimem", {}), call=lambda f: calls.append(f) or f(), backward=backward, lockstep=True
-    )
-    tape.forward(parts[0])
-    for part in parts[1:]:
-        tape.step(part)
-        tape.idle(part, probes=True)
-    tape.ask(lambda: (answer_loss(answer(model, tape.cache, seed=54)),))
-    tape.idle(parts[0], probes=False)
-    before = held(tape.cache)
-    assert len(calls) == 11 and same(before, held(tape.cache))
-    found = gradients_of(model, parts, tape.backward)
-    assert len(calls) == 22 and len(backs) == 11
-    assert_equal(found, expected)
+        def backward(total: Tensor) -> None:
+            backs.append(len(calls))
+            total.backward()
+
+        options = {"call": lambda f: calls.append(f) or f(), "backward": backward, "lockstep": True}
+        truncation = Truncation(window=window)
+        return new_tape(model, cache_of("omnimem", {}), truncation=truncation, any_process=any_process, **options), (
+            calls, backs,
+        )  # fmt: skip
+
+    def ask(tape: Tape, number: int) -> None:
+        tape.ask(lambda: (answer_loss(answer(model, tape.cache, seed=50 + number)),))
+
+    longer, passes_of_longer = tape_of(lambda here: pending.append(here) or here)
+    longer.forward(parts[0])
+    for number, part in enumerate(parts[1:], start=1):
+        longer.step(part)
+        ask(longer, number)
+    gradients_of(model, parts, longer.backward)
+
+    answers = iter(pending)
+    shorter, passes_of_shorter = tape_of(lambda here: (next(answers), here)[0])
+    shorter.forward(parts[0])
+    shorter.step(parts[1])
+    shorter.idle(parts[0], probes=False)
+    shorter.step(parts[2])
+    ask(shorter, 2)
+    for _ in range(2):
+        before = held(shorter.cache)
+        shorter.idle(parts[0], probes=True)
+        shorter.idle(parts[0], probes=False)
+        assert same(before, held(shorter.cache))
+    found = gradients_of(model, parts, shorter.backward)
+    assert passes_of_shorter[1] == passes_of_longer[1] and next(answers, None) is None
+    assert len(passes_of_shorter[0]) == len(passes_of_longer[0])
+    cut = () if window is None else (3 - window,)
+    assert_equal(found, plain(model, cache_of("omnimem", {}), parts, (2,), cut)[1])

@@ -161,6 +161,7 @@ class StreamObjective:
             processes.backward,
             record=training,
             lockstep=processes.lockstep,
+            any_process=processes.any,
         )
         opened = [open_row(sample.row, self._settings, self._backbone) for sample in samples]
         encoders = BatchEncoder([encoder for _, encoder in opened], learn=self._encoders_learn and training)

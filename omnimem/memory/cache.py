@@ -21,13 +21,18 @@ from transformers.cache_utils import Cache
 
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
-from omnimem.memory.layer import COLUMNS, CompressedLayer, Kept
+from omnimem.memory import undo
+from omnimem.memory.columns import COLUMNS
+from omnimem.memory.layer import CompressedLayer, Kept
 from omnimem.memory.margin import SelectionGradient
 from omnimem.memory.numbering import Reindexing
 from omnimem.memory.rotary import Rotary
 from omnimem.memory.table import PositionTable, count
 from omnimem.modality import KINDS, TEXT
 from omnimem.selection.base import Probe, SelectionMethod
+
+Gradients = dict[tuple[int, str], Tensor]
+"""Gradients of tensors of the memory by layer and name, as in `CompressedCache.flowing`."""
 
 
 class MemoryState(NamedTuple):
@@ -243,7 +248,7 @@ class CompressedCache(Cache):
             What the step's `compress`, made `rewindable`, returned; Nones if it was not compressed.
         """
         for layer, kept, facts in zip(self.layers, decided, before.layers, strict=True):
-            layer.rewind(kept, 0 if facts["table"] is None else len(facts["table"]))
+            undo.rewind(layer, kept, _length(facts))
         columns = [{name: getattr(layer, name).state() for name in COLUMNS} for layer in self.layers]
         states = [{**facts, **own} for facts, own in zip(before.layers, columns, strict=True)]
         self.restore(MemoryState(states, before.counters))
@@ -259,6 +264,35 @@ class CompressedCache(Cache):
     def flowing(self, tensors: dict[tuple[int, str], Tensor]) -> None:
         for i, layer in enumerate(self.layers):
             layer.flowing = {name: tensor for (index, name), tensor in tensors.items() if index == i}
+
+    def brought(
+        self, gradients: Gradients, decided: list[Kept | None], before: MemoryState
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What a step that was just run made or changed: each tensor and its gradient, in the tensor's dtype.
+
+        Parameters
+        ----------
+        gradients : dict
+            Gradients of `flowing` after the step.
+        decided : list
+            What the step's `compress` returned; Nones if it was not compressed.
+        before : MemoryState
+            The moment before the step; of it only the `facts` are used.
+        """
+        for i, (layer, kept, facts) in enumerate(zip(self.layers, decided, before.layers, strict=True)):
+            own = {name: gradient for (index, name), gradient in gradients.items() if index == i}
+            yield from undo.brought(layer, own, kept, _length(facts))
+
+    def unchanged(self, gradients: Gradients, decided: list[Kept | None], before: MemoryState) -> Gradients:
+        """Gradients, before a step, of what the step did not change.
+
+        Parameters as for `brought`; `gradients` is used up.
+        """
+        found: Gradients = {}
+        for i, (layer, kept, facts) in enumerate(zip(self.layers, decided, before.layers, strict=True)):
+            own = {name: gradients.pop((i, name)) for index, name in list(gradients) if index == i}
+            found |= {(i, name): one for name, one in undo.unchanged(layer, own, kept, _length(facts)).items()}
+        return found
 
     @contextmanager
     def scratch(self) -> Iterator[CompressedCache]:
@@ -343,3 +377,8 @@ class CompressedCache(Cache):
     def state_nbytes(self) -> int:
         """Bytes of the stored keys and values alone."""
         return sum(layer.state_nbytes for layer in self.layers)
+
+
+def _length(facts: dict[str, Any]) -> int:
+    """Columns of a layer in this state."""
+    return 0 if facts["table"] is None else len(facts["table"])

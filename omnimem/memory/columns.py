@@ -7,11 +7,14 @@ earlier step still needs is overwritten.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+COLUMNS = ("_keys", "_values", "_features")
+"""Attributes of a layer that are `Columns`."""
 
 TILE = 1024
 """Columns moved at once when keeping in place; bounds the scratch memory."""
@@ -88,24 +91,40 @@ class Columns:
         """A copy of the columns ``[B, M]``; None where nothing is stored."""
         return None if self.tensor is None else self._gather(self.tensor, columns)
 
-    def rewind(self, order: Tensor | None, gone: Tensor | None, before: int) -> None:
-        """Put back what was taken: the stored columns and those `gone`, in `order` ``[B, N]``, are the N `before`."""
-        if self.tensor is None:
-            return
-        if gone is None or order is None:
-            self.tensor, self.buffer = self.tensor.narrow(self.dim, 0, before), None
-            return
-        stayed = self.tensor.narrow(self.dim, 0, before - gone.shape[self.dim])
-        self.tensor, self.buffer = self._gather(torch.cat((stayed, gone), self.dim), order), None
+    def truncate(self, count: int) -> None:
+        """Forget all but the first `count` columns, and the buffer."""
+        self.tensor, self.buffer = self.tensor.narrow(self.dim, 0, count), None
+
+    def rebuild(self, others: Sequence[Tensor], place: Tensor) -> None:
+        """Select the columns at `place` (int64 ``[R, N]``) among the stored ones followed by `others`."""
+        self.tensor, self.buffer = self._gather(torch.cat((self.tensor, *others), self.dim), place), None
+
+    def moved_back(self, gradient: Tensor, place: Tensor) -> Tensor:
+        """Gradient of columns that were at `place` (int64 ``[R, N]``) after a step; 0 for those evicted, at -1."""
+        return self._gather(gradient, place.clamp_min(0)).masked_fill_(self._spread(place < 0, gradient), 0)
+
+    def brought(self, gradient: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+        """The stored columns that are not `old` (bool ``[R, M]``, old ones in front), and their part of a gradient.
+
+        Rows have different numbers of them; where a row has more old ones than another, their gradient is 0.
+        """
+        start = int(old.sum(1).min())
+        new = gradient.narrow(self.dim, start, gradient.shape[self.dim] - start)
+        new = new.masked_fill(self._spread(old[:, start:], new), 0).to(self.tensor.dtype)
+        return self.tensor.narrow(self.dim, start, new.shape[self.dim]), new
+
+    def _spread(self, values: Tensor, like: Tensor) -> Tensor:
+        """One value a column ``[R, N]`` in the dimensions of a stored tensor."""
+        shape = [1] * like.ndim
+        shape[0], shape[self.dim] = values.shape
+        return values.view(shape)
 
     def _gather(self, source: Tensor, columns: Tensor) -> Tensor:
         if columns.shape[0] == 1:
             return source.index_select(self.dim, columns[0])
-        shape = [1] * source.ndim
-        shape[0], shape[self.dim] = columns.shape
         size = list(source.shape)
         size[self.dim] = columns.shape[1]
-        return source.gather(self.dim, columns.view(shape).expand(size))
+        return source.gather(self.dim, self._spread(columns, source).expand(size))
 
     def state(self) -> tuple[Any, Any]:
         """Snapshot for `restore`; valid until the next `take` in place."""

@@ -17,35 +17,20 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from omnimem.budget import LayerBudget
-from omnimem.memory.columns import Columns
+from omnimem.memory.columns import COLUMNS, Columns
 from omnimem.memory.margin import Margin, SelectionGradient
 from omnimem.memory.rotary import Rotary
 from omnimem.memory.table import PositionTable, count
+from omnimem.memory.undo import evicted
 from omnimem.modality import EVICTABLE, KINDS, TEXT
 from omnimem.selection.base import Candidates, MassSpec, Merged, Probe, SelectionMethod
 from omnimem.selection.gates import gates
 
-COLUMNS = ("_keys", "_values", "_features")
 STATE = (
     "table", "valid", "ragged", "mass", "counts", "is_initialized", "margin", "_settled", "_before",
     "_new_mass", "_active", "bias",
 )  # fmt: skip
 """Attributes that, beside the stored columns, make up the state of a layer between two steps."""
-
-
-class Evicted(NamedTuple):
-    """What a step took out of a layer: beside what stayed, all that is needed to return to the layer before it.
-
-    Attributes
-    ----------
-    order : Tensor
-        int32 ``[R, N]``: the columns before the step, those that stayed first.
-    columns : tuple of (Tensor or None)
-        Keys, values and features of the last columns in that order; None where none are stored.
-    """
-
-    order: Tensor
-    columns: tuple[Tensor | None, ...]
 
 
 class Kept(NamedTuple):
@@ -61,15 +46,21 @@ class Kept(NamedTuple):
         What was made of the others and stands behind them.
     margin : Tensor or None
         int64 ``[R, M]``: columns that went, but that the next step still looks at (`SelectionGradient`).
-    evicted : Evicted or None
-        What of the layer before the step went, where that was asked for.
+    evicted : tuple or None
+        Keys, values and features (None where there are none) of the columns from before the step that are neither
+        retained nor in the margin, where a step is to be undone.
     """
 
     columns: Tensor
     valid: Tensor
     merged: Merged | None = None
     margin: Tensor | None = None
-    evicted: Evicted | None = None
+    evicted: tuple[Tensor | None, ...] | None = None
+
+    @property
+    def retained(self) -> Tensor:
+        """int64 ``[R, M]``: the same columns, -1 where a shorter sample is padded."""
+        return self.columns.masked_fill(~self.valid, -1)
 
     @classmethod
     def of(cls, keep: Tensor, merged: Merged | None = None) -> Kept:
@@ -329,7 +320,7 @@ class CompressedLayer(CacheLayerMixin):
             if score is not None:
                 kept = self._hold_back(kept, score)
             if rewindable:
-                kept = kept._replace(evicted=self._evicted(kept))
+                kept = kept._replace(evicted=evicted(self, kept, self._before))
             merged = None if kept.merged is None else self._merge(kept.merged)
             self.bias = None if self.bias is None else self._padded_bias.gather(1, kept.columns)
             for stored in (self._keys, self._values, self._features):
@@ -419,23 +410,6 @@ class CompressedLayer(CacheLayerMixin):
         stays = torch.zeros_like(self.table.valid, dtype=torch.int8)
         # A maximum, because padding points at column 0.
         return stays.scatter_reduce_(1, kept.columns, kept.valid.to(torch.int8), "amax").bool()
-
-    # ---- back to where a step began ---------------------------------------------------------------------
-
-    def _evicted(self, kept: Kept) -> Evicted:
-        """What goes of the columns that were there before the step."""
-        stays = self._stays(kept)[:, : self._before]
-        order = torch.sort((~stays).to(torch.int8), dim=1, stable=True).indices
-        going = order[:, int(stays.sum(1).min()) :]
-        return Evicted(order.int(), tuple(getattr(self, name).read(going) for name in COLUMNS))
-
-    def rewind(self, kept: Kept | None, before: int) -> None:
-        """Bring the stored columns back to the `before` columns from which the step began that kept these."""
-        evicted = None if kept is None else kept.evicted
-        order = None if evicted is None else evicted.order.long().argsort(1)
-        for name, gone in zip(COLUMNS, (None,) * 3 if evicted is None else evicted.columns, strict=True):
-            getattr(self, name).rewind(order, gone, before)
-        self._show()
 
     def _merge(self, merged: Merged) -> tuple[Tensor, Tensor]:
         """Keys and values ``[R, G, S, D]`` of positions made of others: weighted means, keys without rotation."""

@@ -95,6 +95,11 @@ def test_values_may_refer_to_each_other(recipe):
     assert "data.root: Interpolation key 'nowhere' not found" in fails(recipe(), "data.root=${nowhere}")
 
 
+def test_float16_is_refused_with_the_reason(recipe):
+    line = fails(recipe(), "model.dtype=float16")
+    assert "model.dtype=float16" in line and "loss scaling" in line and "use bfloat16 or float32" in line
+
+
 AWKWARD = [
     "1e5",
     "on",

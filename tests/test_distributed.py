@@ -116,11 +116,11 @@ PLAIN = ("train.optimizer=sgd", "train.max_steps=3", "train.save_every=3", "lora
 """SGD shows errors of scale that Adam hides."""
 
 
-def configured(name: str, *args: str):
+def configured(name: str, *args: str, script: Path = ROOT / "train.py"):
     """Two processes by `accelerate launch` with one of the files in launch/."""
     cpu = {"ACCELERATE_USE_CPU": "true"} if name == "multi_gpu" else {}
     launcher = ("-m", "accelerate.commands.launch", "--config_file", f"launch/{name}.yaml", "--num_processes", "2")
-    return start(*launcher, "--main_process_port", str(free_port()), "train.py", *args, **cpu)
+    return start(*launcher, "--main_process_port", str(free_port()), script, *args, PYTHONPATH=str(ROOT), **cpu)
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -204,6 +204,33 @@ def test_a_sharded_run_resumes_to_the_same_parameters(tmp_path, launcher):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["multi_gpu", "deepspeed_zero2"])
+def test_every_process_group_waits_as_long_as_the_recipe_says(tmp_path, launcher):
+    """DeepSpeed makes a group of its own, which would have the default of the backend (10 minutes with NCCL)."""
+    script = tmp_path / "timeouts.py"
+    script.write_text(
+        "import pathlib, os, runpy, sys, torch\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train.loop\n"
+        "from torch.distributed.distributed_c10d import _world\n"
+        "genuine = train.loop.new_processes\n"
+        "def started(*args):\n"
+        "    genuine(*args)\n"
+        "    backends = [group._get_backend(torch.device('cpu')) for group in _world.pg_map]\n"
+        "    seconds = ' '.join(str(backend.options._timeout.total_seconds()) for backend in backends)\n"
+        f"    pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(seconds)\n"
+        "    sys.exit()\n"
+        "train.loop.new_processes = started\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    done = configured(launcher, *arguments(tmp_path, *PLAIN, "train.ddp_timeout=4321", rows=UNEQUAL), script=script)
+    assert done.returncode == 0, done.stderr
+    for rank in ("0", "1"):
+        found = [float(seconds) for seconds in (tmp_path / rank).read_text().split()]
+        assert len(found) == (2 if launcher == "deepspeed_zero2" else 1) and set(found) == {4321.0}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed_zero2", pytest.param("deepspeed_zero3", marks=pytest.mark.long)])
 def test_a_sharded_step_that_is_not_finite_is_skipped_by_all(tmp_path, launcher):
     """One process meets the bad clip; none of them moves, and the run goes on."""
@@ -223,8 +250,7 @@ def test_a_sharded_step_that_is_not_finite_is_skipped_by_all(tmp_path, launcher)
         f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
     )
     args = arguments(tmp_path, *PLAIN, "train.save_every=1", "train.keep_checkpoints=9", rows=UNEQUAL)
-    launching = ("-m", "accelerate.commands.launch", "--config_file", f"launch/{launcher}.yaml", "--num_processes", "2")
-    done = start(*launching, "--main_process_port", str(free_port()), script, *args, PYTHONPATH=str(ROOT))
+    done = configured(launcher, *args, script=script)
     assert done.returncode == 0, done.stderr
     found = [record["skipped"] for record in metrics(tmp_path / "run")]
     assert found == [True, False, False]

@@ -174,6 +174,31 @@ def test_dropout_falls_the_same_way_on_the_way_back(model):  # noqa: F811
         model.eval()
 
 
+def test_random_states_are_those_of_the_device_of_the_model(model, monkeypatch):  # noqa: F811
+    """Which need not be the current one; the random states of a GPU stand for themselves here."""
+    read, written = [], []
+
+    def get_rng_state(device: Any = "cuda") -> Tensor:
+        read.append(torch.device(device))
+        return torch.tensor([len(read)])
+
+    def set_rng_state(state: Tensor, device: Any = "cuda") -> None:
+        written.append((torch.device(device), int(state)))
+
+    monkeypatch.setattr(torch.cuda, "get_rng_state", get_rng_state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", set_rng_state)
+    parts, device = streams(1), torch.device("cuda:1")
+    tape = new_tape(model, cache_of("omnimem", {}))
+    tape.stream.backbone.device = device
+    tape.forward(parts[0])
+    tape.step(parts[1])
+    tape.ask(lambda: (answer_loss(answer(model, tape.cache)),))
+    tape.backward()
+    # The question's, those of the two steps, and at the end the one from before `backward`.
+    assert written == [(device, 3), (device, 2), (device, 1), (device, 4)]
+    assert read == [device] * 4
+
+
 @pytest.mark.parametrize("samples", [1, 2])
 def test_decisions_are_replayed_and_never_taken_again(model, monkeypatch, samples):  # noqa: F811
     """Scores and gates may come out differently the second time (rounding); who stays and who is watched may not."""

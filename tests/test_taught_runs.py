@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from omnimem.budget import BudgetProfile, LayerBudget
 from omnimem.memory.store import DiskStore, Store
-from small_runs import adapter, arguments, main, metrics, trained_run
+from small_runs import ROWS, adapter, arguments, main, metrics, trained_run
 from train.budgets import profile_at
 from train.config import load_recipe
 from train.setup import gradient_of, store_of
@@ -120,6 +120,17 @@ def test_half_precision_teaches_too(tmp_path, form, attention):
     options = (f"selection.gradient={form}", f"gate.attention={attention}", "selection.lam=1.0", "model.dtype=bfloat16")
     run = trained_run(tmp_path, *options, "train.max_steps=2")
     assert all(record["grad_norm"] > 0 and not record["skipped"] for record in metrics(run))
+
+
+def test_retention_does_not_depend_on_the_batch(tmp_path):
+    """Twice the same clip side by side keeps the same part of it as the clip alone."""
+    settings = ("train.max_steps=1", "data.chunk_seconds=4")
+    alone, (twice,) = (
+        metrics(trained_run(tmp_path / str(size), *settings, f"train.batch_size={size}", rows=ROWS[1:] * size))
+        for size in (1, 2)
+    )
+    assert twice["positions"] == 2 * alone[0]["positions"] and 0 < twice["retention"]["visual"] < 1
+    assert twice["retention"] == pytest.approx(alone[0]["retention"])
 
 
 def test_gates_and_retention_are_in_the_metrics(tmp_path):

@@ -579,8 +579,16 @@ def test_a_run_of_them_ends_the_training_with_one_line(tmp_path, monkeypatch, ca
     assert "Traceback" not in " ".join(shown)
     assert len([line for line in shown if f"{MAX_SKIPPED} steps in a row" in line]) == 1
     assert shown[-1].startswith("train: ") and (FLOWER in shown[-1] or RABBIT in shown[-1])
-    assert [record["step"] for record in metrics(tmp_path / "run")][:1] == [1]
-    assert len(metrics(tmp_path / "run")) <= 1 + MAX_SKIPPED
+    # Step 1 and four skipped ones; the fifth in a row ends the run.
+    assert [record["skipped"] for record in metrics(tmp_path / "run")] == [False] + [True] * (MAX_SKIPPED - 1)
+
+
+def test_steps_that_are_not_skipped_in_a_row_do_not_end_the_training(tmp_path, monkeypatch):
+    skipped = [1, 2, 3, 4, 6, 7, 8, 9]
+    assert len(skipped) > MAX_SKIPPED
+    Poisoned(monkeypatch, set(skipped))
+    run = trained_run(tmp_path, "train.max_steps=11", "train.save_every=100", "data.chunk_seconds=4", rows=ROWS[:1])
+    assert [record["step"] - 1 for record in metrics(run) if record["skipped"]] == skipped
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ class TrainConfig:
     min_lr_ratio: float = 0.0  # of lr, where the cosine ends
     max_grad_norm: float = 1.0
     offload: Literal["none", "host", "disk"] = "host"  # where what left the memory waits for the way back
-    window: int | None = None  # chunks before a question that its gradient reaches; null: all
+    window: int | None = None  # chunks that the gradient of each question reaches, whatever else is asked; null: all
     from_layer: float = (
         0  # first layer that learns from chunks no question follows; below 1: a share (the paper's: 0.5)
     )
@@ -162,6 +162,7 @@ class TrainConfig:
     save_every: int = 100  # steps
     keep_checkpoints: int = 2
     threads: int | None = None  # torch CPU threads; null: torch decides
+    ddp_timeout: int = 10800  # seconds a process waits for the others, whose streams may be longer, before the run ends
 
 
 @dataclass
@@ -309,6 +310,11 @@ def validate(recipe: Recipe) -> None:
     check("data.max_seconds", lambda value: value >= 1e-6, "above 0.000001")
     check("lora.dropout", lambda value: 0 <= value < 1, "at least 0 and below 1")
 
+    if recipe.model.dtype == "float16":
+        raise OmniMemError(
+            "model.dtype=float16: small gradients underflow without loss scaling, which training does not have; use "
+            "bfloat16 or float32"
+        )
     span = recipe.memory.random_budget
     ordered = span is None or (len(span) == 2 and 2 <= span[0] <= span[1])
     _require(recipe, ordered, "memory.random_budget", "two whole numbers, at least 2 and in order")
@@ -380,6 +386,7 @@ AT_LEAST: dict[int, tuple[str, ...]] = {
         *("train.max_steps", "train.batch_size", "train.accumulation", "train.log_every", "train.save_every"),
         *("train.keep_checkpoints", "train.threads", "selection.window", "selection.kernel", "gate.margin"),
         *("memory.start_budget", "eval.every", "eval.patience", "eval.keep", "train.window", "train.to_layer"),
+        "train.ddp_timeout",
     ),
 }
 AT_MOST: dict[int, tuple[str, ...]] = {1024: ("data.fps", "train.threads"), 2**16: ("lora.r",)}

@@ -79,7 +79,7 @@ def run(recipe: Recipe) -> None:
             rows, _ = _load(recipe, supports_audio)
             print_plan(recipe, rows, skeleton, profile, processes=int(os.environ.get("WORLD_SIZE", 1)))
         return
-    accelerator = new_accelerator()
+    accelerator = new_accelerator(recipe.train.ddp_timeout)
     # The main process opens the clips: the others would only repeat it, and could leave out other rows.
     rows, held_out = from_main_process(lambda: _load(recipe, supports_audio))
     with hold_lock(Path(recipe.output_dir), active=main_process), StopRequest() as stop:

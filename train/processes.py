@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.optim import Optimizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -38,8 +40,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW knows of a parameter, beside the number of its steps."""
 
 
-def new_accelerator() -> Accelerator:
+def new_accelerator(timeout: float) -> Accelerator:
     """The processes this one was launched with.
+
+    Parameters
+    ----------
+    timeout : float
+        Seconds one waits for the others in a collective operation before the run ends.
 
     Raises
     ------
@@ -50,10 +57,11 @@ def new_accelerator() -> Accelerator:
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     # Without a GPU: `cpu=True` would turn DeepSpeed off, and the default backend finds one process of one.
+    group = InitProcessGroupKwargs(backend=None if gpu else "gloo", timeout=timedelta(seconds=timeout))
     accelerator = Accelerator(
         cpu=not gpu and not deepspeed,
         mixed_precision=None if deepspeed else "no",
-        kwargs_handlers=[] if gpu or alone else [InitProcessGroupKwargs(backend="gloo")],
+        kwargs_handlers=[] if alone else [group],
     )
     if deepspeed != (accelerator.distributed_type == DistributedType.DEEPSPEED):
         raise OmniMemError("DeepSpeed was asked for and is off: unset ACCELERATE_USE_CPU")
@@ -99,7 +107,16 @@ def new_processes(accelerator: Accelerator, recipe: Recipe, backbone: Backbone, 
     optimizer = new_optimizer(recipe.train, parameters)
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return Processes(parameters, optimizer, recipe.train.max_grad_norm)
-    return DeepSpeed(accelerator, recipe.train.max_grad_norm, backbone, parameters, optimizer)
+    processes = DeepSpeed(accelerator, recipe.train.max_grad_norm, backbone, parameters, optimizer)
+    _set_timeouts(recipe.train.ddp_timeout)
+    return processes
+
+
+def _set_timeouts(seconds: float) -> None:
+    """Set the timeout of all process groups: those that DeepSpeed makes have the default of their backend."""
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # the name in older torch
+    for group in distributed_c10d._world.pg_map:
+        set_timeout(timedelta(seconds=seconds), group)
 
 
 def new_optimizer(train: TrainConfig, parameters: dict[str, nn.Parameter]) -> Optimizer:

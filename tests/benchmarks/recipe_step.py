@@ -44,7 +44,7 @@ from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json
 from omnimem.media import open_media
 from train.budgets import profile_at
-from train.config import Recipe, load_recipe
+from train.config import Recipe, TrainConfig, load_recipe
 from train.data import Schedule, load_rows, tokenise
 from train.environment import _version, environment
 from train.loop import rate_at
@@ -300,7 +300,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help="write the results as JSON, after every recipe")
     args = parser.parse_args()
-    accelerator = new_accelerator()
+    accelerator = new_accelerator(TrainConfig().ddp_timeout)
     device = accelerator.device
     if device.type != args.device:
         parser.error(f"training here runs on {device.type}, not {args.device} (CUDA_VISIBLE_DEVICES= hides GPUs)")

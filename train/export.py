@@ -9,7 +9,6 @@ and written in shards, everything is freed, and the written checkpoint is loaded
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 from pathlib import Path
@@ -90,7 +89,6 @@ def export_run(
             backbone.processor.save_pretrained(folder)
         profile.save(folder / PROFILE_FILE)
         del backbone
-        gc.collect()  # models are full of reference cycles
         written = load_backbone(folder, backbone=name, dtype=wanted, device=device)
         checked = verify(merged, written)
         # What an adapter is merged into is never quantised.

@@ -22,7 +22,7 @@ def finish(recipe: Recipe, output_dir: Path, rows: list[Row]) -> None:
 
     The caller has dropped the model that was trained, so that it is not in memory beside the one that is loaded here.
     """
-    gc.collect()  # models are full of reference cycles
+    gc.collect()  # engines of DeepSpeed are in reference cycles
     merged = output_dir / MERGED_FOLDER
     if recipe.finish.export:
         log.info("%s: %s", merged, export_run(output_dir, merged, overwrite=True))

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 import train.lock
 from omnimem.errors import OmniMemError
 from small_runs import ROOT, arguments, environment, lines, main, metrics, start
+from test_distributed import configured
 from train.checkpoint import RECORDS
 from train.lock import LOCK_FILE, Owner, hold_lock
 
@@ -151,11 +151,6 @@ def test_a_lock_that_has_become_anothers_is_left(tmp_path):
     assert (tmp_path / LOCK_FILE).is_file()
 
 
-def test_processes_that_need_no_lock_take_none(tmp_path):
-    with hold_lock(tmp_path / "run", active=False):
-        assert not (tmp_path / "run").exists()
-
-
 def contend(folder: Path, ready, done, results) -> None:
     ready.wait()
     try:
@@ -192,17 +187,11 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
         pytest.fail("held")
 
 
-def test_one_process_of_a_run_holds_the_lock(tmp_path, monkeypatch):
-    held = []
-
-    @contextmanager
-    def hold(folder, active):
-        held.append((folder, active))
-        raise OmniMemError("as far as this test goes")
-        yield
-
-    monkeypatch.setattr("train.loop.hold_lock", hold)
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        assert main(arguments(tmp_path)) == 2
-    assert held == [(tmp_path / "run", True), (tmp_path / "run", False)]
+@pytest.mark.slow
+def test_of_two_processes_the_one_that_takes_the_lock_says_that_it_is_held(tmp_path):
+    with hold_lock(tmp_path / "run"):
+        done = configured("multi_gpu", *arguments(tmp_path))
+    assert done.returncode == 1, "the launcher's status of every failure"
+    assert len([line for line in lines(done.stderr) if line.startswith("train")]) == 1, done.stderr
+    assert f"train: {tmp_path / 'run'} is in use by a run on" in done.stderr
+    assert not (tmp_path / "run" / "recipe.yaml").exists()

@@ -79,24 +79,19 @@ class Owner:
 
 
 @contextmanager
-def hold_lock(folder: Path, active: bool = True) -> Iterator[None]:
+def hold_lock(folder: Path) -> Iterator[None]:
     """Make a folder and hold its lock during the block; a lock whose owner is dead is taken over.
 
     Parameters
     ----------
     folder : Path
         The output folder of a run.
-    active : bool
-        Off: do nothing. One process of a run holds the lock, whatever their number.
 
     Raises
     ------
     OmniMemError
         Another run holds the lock, or the folder cannot be written. Nothing in it has changed.
     """
-    if not active:
-        yield
-        return
     path, owner = folder / LOCK_FILE, Owner.current()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +74,17 @@ def run(recipe: Recipe) -> None:
     recipe.model.backbone = backbone = backbone_of(recipe)
     supports_audio = backbone_class(backbone).hears
     skeleton, profile = check_recipe(recipe)
-    main_process = int(os.environ.get("RANK", 0)) == 0
     if recipe.dry_run:
-        if main_process:
+        if int(os.environ.get("RANK", 0)) == 0:
             rows, _ = _load(recipe, supports_audio)
             print_plan(recipe, rows, skeleton, profile, processes=int(os.environ.get("WORLD_SIZE", 1)))
         return
     accelerator = new_accelerator(recipe.train.ddp_timeout)
     # The main process opens the clips: the others would only repeat it, and could leave out other rows.
     rows, held_out = from_main_process(lambda: _load(recipe, supports_audio))
-    with hold_lock(Path(recipe.output_dir), active=main_process), StopRequest() as stop:
+    with ExitStack() as stack:
+        from_main_process(lambda: stack.enter_context(hold_lock(Path(recipe.output_dir))))
+        stop = stack.enter_context(StopRequest())
         try:
             main = train(recipe, accelerator, rows, held_out, profile, stop)
             # Not inside `train`, whose model would stay in memory beside the one that is exported.
@@ -106,6 +108,13 @@ def _load(recipe: Recipe, supports_audio: bool) -> tuple[list[Row], list[Row]]:
     return rows, held_out_rows(recipe, supports_audio)
 
 
+def _set_up(recipe: Recipe, output_dir: Path, rows: list[Row]) -> None:
+    """What the main process does in the output folder before any process reads it."""
+    prepare_run_directory(output_dir, recipe, rows)
+    sweep_run(output_dir)
+    build_base(recipe, output_dir)
+
+
 def train(
     recipe: Recipe,
     accelerator: Accelerator,
@@ -117,11 +126,7 @@ def train(
     """Train on checked rows until the schedule or a signal ends it; returns whether this is the main process."""
     # ---- set up -----------------------------------------------------------------------------------------
     output_dir = Path(recipe.output_dir)
-    if accelerator.is_main_process:
-        prepare_run_directory(output_dir, recipe, rows)
-        sweep_run(output_dir)
-        build_base(recipe, output_dir)
-    accelerator.wait_for_everyone()
+    from_main_process(lambda: _set_up(recipe, output_dir, rows))
 
     # ZeRO-3 cuts the layers up before they go to the device.
     device = torch.device("cpu") if zero_stage(accelerator) == 3 else accelerator.device

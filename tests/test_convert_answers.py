@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import RABBIT
+from clips import RABBIT
 from data_prep.convert import Report, convert
 from data_prep.convert.sample import REJECTED
 from data_prep.manifest import read_manifest

@@ -10,7 +10,7 @@ import pytest
 
 import data_prep.manifest
 import data_prep.prepare
-from conftest import MEDIA
+from clips import MEDIA
 from omnimem.cli import main as omnimem
 from small_runs import FLOWER, RABBIT, ROWS, SPEECH, arguments, lines, main, write_manifest
 

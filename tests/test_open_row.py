@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from conftest import MEDIA, RABBIT
+from clips import MEDIA, RABBIT
 from data_prep.manifest import Row, read_manifest
 from data_prep.prepare import prepare
 from data_prep.prepared import PrepareSettings, read_prepared

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from conftest import RABBIT
+from clips import RABBIT
 from data_prep.manifest import read_manifest, rejected_answers
 from data_prep.stats import print_stats, stats
 from small_runs import FLOWER, MEDIA, arguments, main, trained_run, weights_bytes, write_manifest

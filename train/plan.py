@@ -117,6 +117,8 @@ def memory_plan(
         inner = experts * (text.hidden_size + 3 * text.moe_intermediate_size)
     activation = (5 * text.hidden_size + 3 * queries + inner) * itemsize + 2 * kv
     states = kv + (features if learning else 0)
+    # The gradient that is carried from chunk to chunk is at least float32, beside that of one chunk in the model's dtype.
+    carried = states * max(1, 4 // itemsize)
     # Every position of the stream, less what is still in the memory when its way back begins.
     left = max(0, whole * layers - retained)
     # And what went into the decoder, unless it is encoded again.
@@ -128,7 +130,7 @@ def memory_plan(
         "weights": weights,
         "adapter, gradients, optimiser": trained * ADAM_BYTES,
         RETAINED: batch * retained * (kv + features),
-        "memory, again and its gradient, on the way back": 3 * batch * (retained + layers * chunk) * states,
+        "backward: restored cache, its gradient": batch * (retained + layers * chunk) * (2 * states + carried),
         "margin of evicted positions": batch * layers * margin * kv,
         "activations of a chunk": batch * layers * chunk * activation,
         "logits of an answer": batch * longest.answer * text.vocab_size * 3 * 4,

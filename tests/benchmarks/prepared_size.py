@@ -2,7 +2,7 @@
 
     python tests/benchmarks/prepared_size.py [--out results.json] [--fps 1] [--short-side 360]
 
-Every clip of `tests/media` that has both picture and audio and lasts at least 5 seconds is prepared alone, as
+Every clip of `data_prep/quickstart` that has both picture and audio and lasts at least 5 seconds is prepared alone, as
 `omnimem data prepare` does it, once for each encoding of frames and audio. Reported are bytes of the shard divided by
 the length of the clip, for each clip and for all of them together (GB are 10^9 bytes). Frames dominate what differs
 between clips: a size depends on the resolution of the file (frames are never enlarged) and on what is filmed. Audio is
@@ -63,7 +63,7 @@ def main() -> int:
     """Measure every clip in every encoding, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--media", type=Path, default=Path(__file__).parents[1] / "media")
+    parser.add_argument("--media", type=Path, default=Path(__file__).parents[2] / "data_prep" / "quickstart")
     parser.add_argument("--fps", type=float, default=1.0)
     parser.add_argument("--short-side", type=int, default=360)
     args = parser.parse_args()

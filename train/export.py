@@ -30,7 +30,7 @@ from train.merge import Verification, merge_adapter, verify
 log = logging.getLogger("omnimem.train")
 
 SHARD = "2GB"
-"""Largest file of a checkpoint; tensors that are converted while it is written are held at most this far."""
+"""Largest file of a checkpoint, and most that is converted to the published layout at a time."""
 
 
 def export_run(
@@ -61,8 +61,9 @@ def export_run(
     Returns
     -------
     Verification
-        What was compared, and the peak host memory of the process, which is counted from the start of the call. Where
-        `dtype` is not that of the base's files, their mapped pages count in addition to the model.
+        What was compared, and the peak host memory of the process, counted from the start of the call. Where weights
+        are converted while they are loaded (to another `dtype`, or experts that are joined), the mapped pages of the
+        files count in addition to the model; the kernel can drop them.
 
     Raises
     ------
@@ -84,6 +85,8 @@ def export_run(
         backbone = load_backbone(base, dtype=wanted, device=device)
         name, profile = backbone.name, _profile_of(Path(adapter), backbone)
         merged = merge_adapter(backbone, adapter)
+        # As if offloaded: weights are converted to the published layout shard by shard, not all before the first one.
+        backbone.model.hf_device_map = {"": "cpu"}
         with quiet_stock():
             backbone.model.save_pretrained(folder, max_shard_size=SHARD)
             backbone.processor.save_pretrained(folder)

@@ -152,7 +152,7 @@ def test_a_large_checkpoint_is_written_in_shards(run, export, tmp_path, monkeypa
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_an_honest_bfloat16_export_of_a_mixture_of_experts_passes(tmp_path):
+def test_an_honest_bfloat16_export_of_a_mixture_of_experts_passes(tmp_path, monkeypatch):
     """Rounding can send a token to another expert, and its logits anywhere: in bfloat16 by half of the largest."""
     base = backbone_class("qwen3_omni").build_tiny(tmp_path / "base")
     backbone = load_backbone(base, dtype="bfloat16", device="cpu")
@@ -163,9 +163,13 @@ def test_an_honest_bfloat16_export_of_a_mixture_of_experts_passes(tmp_path):
         if "lora_" in name:
             weight.data.copy_(0.02 * torch.randn(weight.shape, generator=generator))
     model.save_pretrained(str(tmp_path / "adapter"))
+    monkeypatch.setattr("train.export.SHARD", "100KB")
     checked = export_run(tmp_path / "adapter", tmp_path / "out", dtype="bfloat16", base=base)
     assert checked.difference == 0 < checked.rounding
     assert load_backbone(tmp_path / "out", device="cpu").name == "qwen3_omni"
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == load_file(base / "model.safetensors").keys(), "single experts, as published"
+    assert len(set(index.values())) > 2
 
 
 # ---- where and in what memory ----------------------------------------------------------------------------------------

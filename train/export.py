@@ -1,9 +1,9 @@
-"""Merge a run's adapter into its full-precision base and save what stock transformers loads.
+"""Merge a run's adapter into its full-precision base and save a checkpoint that transformers loads.
 
     omnimem export runs/quickstart --out quickstart-merged
 
 It happens on the CPU unless told otherwise, and host memory holds the model once: base and adapter are merged in place
-and written in shards, everything is freed, and the written checkpoint is loaded by the stock class and verified (see
+and written in shards, everything is freed, and the written checkpoint is loaded by transformers and verified (see
 `train.merge`) before anything appears under the output's name.
 """
 

@@ -117,7 +117,7 @@ def memory_plan(
         inner = experts * (text.hidden_size + 3 * text.moe_intermediate_size)
     activation = (5 * text.hidden_size + 3 * queries + inner) * itemsize + 2 * kv
     states = kv + (features if learning else 0)
-    # The gradient that is carried from chunk to chunk is at least float32, beside that of one chunk in the model's dtype.
+    # The gradient carried from chunk to chunk is at least float32; that of one chunk, beside it, has the model's dtype.
     carried = states * max(1, 4 // itemsize)
     # Every position of the stream, less what is still in the memory when its way back begins.
     left = max(0, whole * layers - retained)

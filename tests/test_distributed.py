@@ -97,7 +97,10 @@ def test_one_process_writes_and_speaks(two):
         assert len(list((run / "tensorboard").iterdir())) == 1
     shown = lines(done.stderr)
     assert len([line for line in shown if "adapter and budget profile saved" in line]) == 1
-    assert len([line for line in shown if line.startswith("train: 100%")]) == 1
+    assert len([line for line in shown if line.startswith("omnimem.train: step 2/2 loss ")]) == 1
+    environment = json.loads((run / "environment.json").read_text())
+    assert (environment["processes"], environment["distributed"], environment["backend"]) == (2, "ddp", "gloo")
+    assert f"output_dir={run}" in environment["command"]
 
 
 def test_a_run_of_two_processes_is_not_continued_by_one(two, capsys):
@@ -171,6 +174,8 @@ def test_parameters_are_those_of_one_process(tmp_path, alone, launcher, extra):
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     assert largest_difference(adapter(run), adapter(alone[extra])) <= 1e-6
+    kind = "ddp" if launcher == "multi_gpu" else f"deepspeed zero {3 if 'zero3' in launcher else 2}"
+    assert json.loads((run / "environment.json").read_text())["distributed"] == kind
     assert all(value.abs().max() > 1e-4 for name, value in adapter(run).items() if "lora_B" in name), "it moved"
     for found, wanted in zip(metrics(run), metrics(alone[extra]), strict=True):
         assert (found["step"], found["targets"], found["positions"]) == (

@@ -48,47 +48,58 @@ class Peak(threading.Thread):
             time.sleep(0.005)
 
 
-def step(variant: str, chunks: int) -> dict[str, Any]:
-    """One training step over so many chunks."""
+def decoder(layers: int = LAYERS) -> Any:
+    """As much of a backbone as a stream needs: a decoder of the Qwen2.5-Omni kind with LoRA, random weights."""
     from types import SimpleNamespace
 
     import torch
     from peft import LoraConfig, inject_adapter_in_model
     from transformers import Qwen2_5OmniTextConfig, Qwen2_5OmniThinkerTextModel
 
-    from omnimem.backbones import ChunkInputs
-    from omnimem.budget import BudgetProfile, LayerBudget
-    from omnimem.forward import Stream
-    from omnimem.memory import CompressedCache, SelectionGradient, attach
-    from omnimem.memory.store import DiskStore
-    from omnimem.modality import AUDIO as SOUND
-    from omnimem.modality import VISUAL as PICTURE
-    from omnimem.selection import build_selection
-    from omnimem.tape import Tape
+    from omnimem.memory import attach
 
     torch.manual_seed(0)
     config = Qwen2_5OmniTextConfig(
-        vocab_size=64, hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=8,
+        vocab_size=64, hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=layers, num_attention_heads=8,
         num_key_value_heads=4, max_position_embeddings=2**20, pad_token_id=0,
         rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6},
     )  # fmt: skip
     model: Any = Qwen2_5OmniThinkerTextModel(config).requires_grad_(False)
     attach(model)
     inject_adapter_in_model(LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"]), model)
-    backbone: Any = SimpleNamespace(language_model=model, device=torch.device("cpu"))
+    return SimpleNamespace(language_model=model, device=torch.device("cpu"), frame_anchored=False)
+
+
+def chunk(number: int, size: int = VISUAL + AUDIO) -> Any:
+    """The first `size` positions of a chunk of random embeddings."""
+    import torch
+
+    from omnimem.backbones import ChunkInputs
+    from omnimem.modality import AUDIO as SOUND
+    from omnimem.modality import VISUAL as PICTURE
+
     length = VISUAL + AUDIO
-    modality = torch.tensor([[PICTURE] * VISUAL + [SOUND] * AUDIO], dtype=torch.int8)
+    return ChunkInputs(
+        embeds=torch.randn(1, size, WIDTH, generator=torch.Generator().manual_seed(number)),
+        positions=(number * length + torch.arange(size)).expand(3, 1, -1),
+        modality=torch.tensor([[PICTURE] * VISUAL + [SOUND] * AUDIO], dtype=torch.int8)[:, :size],
+        time=torch.full((1, size), float(number)),
+        next_position=torch.tensor([(number + 1) * length]),
+    )
 
-    def chunk(number: int, size: int = length) -> ChunkInputs:
-        generator = torch.Generator().manual_seed(number)
-        return ChunkInputs(
-            embeds=torch.randn(1, size, WIDTH, generator=generator),
-            positions=(number * length + torch.arange(size)).expand(3, 1, -1),
-            modality=modality[:, :size],
-            time=torch.full((1, size), float(number)),
-            next_position=torch.tensor([(number + 1) * length]),
-        )
 
+def step(variant: str, chunks: int) -> dict[str, Any]:
+    """One training step over so many chunks."""
+    import torch
+
+    from omnimem.budget import BudgetProfile, LayerBudget
+    from omnimem.forward import Stream
+    from omnimem.memory import CompressedCache, SelectionGradient
+    from omnimem.memory.store import DiskStore
+    from omnimem.selection import build_selection
+    from omnimem.tape import Tape
+
+    backbone = decoder()
     budget = LayerBudget(BUDGET * 5 // 8, BUDGET * 3 // 8)
     gradient = SelectionGradient() if "straight" in variant else None
 

@@ -1,0 +1,159 @@
+"""What does a gradient through the selection cost? A training step with `straight_through` relative to one with `none`.
+
+    python tests/benchmarks/straight_through.py [--out results.json] [--steps 4]
+
+A step is forward and backward over 16 chunks of 256 random embeddings through a decoder of the Qwen2.5-Omni kind (width
+256, 4 layers, float32, LoRA, 512 positions a layer), a question after every 4th chunk, one thread. Each setting is a
+process of its own, started twice: one measures seconds (the median of the steps after a first one; the settings take
+turns), the other bytes:
+
+- `live`: the most bytes of tensors at once, above those before the step, as the allocator reports them: the device
+  memory a step needs beside the weights;
+- `stored`: the most bytes in the store at once. It writes to disk here, so that they are in no other number;
+- `process`: the largest resident set, everything included, and `grown`, that above its level before the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from training_memory import AUDIO, VISUAL, WIDTH, Peak, chunk, decoder, resident
+
+GRADIENTS = ("none", "straight_through")
+LAYERS, BUDGET, CHUNKS, ASKED = 4, 512, 16, 4
+
+
+def run(backbone: Any, gradient: str, folder: Path) -> int:
+    """One training step; returns the most bytes that were stored at once."""
+    from omnimem.budget import BudgetProfile, LayerBudget
+    from omnimem.forward import Stream
+    from omnimem.memory import CompressedCache, SelectionGradient
+    from omnimem.memory.store import DiskStore
+    from omnimem.selection import build_selection
+    from omnimem.tape import Tape
+
+    stored = 0
+
+    class Counted(DiskStore):
+        def put(self, record: Any) -> Any:
+            nonlocal stored
+            handle = super().put(record)
+            stored += handle.tensors.stat().st_size + len(handle.skeleton)
+            return handle
+
+    budget = LayerBudget(BUDGET * 5 // 8, BUDGET * 3 // 8)
+    learning = None if gradient == "none" else SelectionGradient(gradient)  # pyright: ignore[reportArgumentType]
+    cache = CompressedCache(BudgetProfile((budget,) * LAYERS), build_selection("omnimem"), learning)
+    stream = Stream(backbone, cache)
+    tape = Tape(stream, Counted(folder))
+
+    def loss(number: int) -> tuple[Any]:
+        with cache.scratch():
+            return (stream.forward(chunk(number, 8), text=True).square().mean(),)
+
+    for number in range(CHUNKS):
+        tape.step(chunk(number))
+        if number % ASKED == ASKED - 1:
+            tape.ask(lambda number=number: loss(number))
+    tape.backward()
+    return stored
+
+
+def seconds(gradient: str, steps: int) -> list[float]:
+    """Seconds of each of so many steps."""
+    backbone, found = decoder(LAYERS), []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(1 + steps):
+            started = time.perf_counter()
+            run(backbone, gradient, Path(folder))
+            found.append(time.perf_counter() - started)
+    return found[1:]
+
+
+def memory(gradient: str) -> dict[str, int]:
+    """Bytes of one step."""
+    import torch
+
+    backbone = decoder(LAYERS)
+    with tempfile.TemporaryDirectory() as folder:
+        run(backbone, gradient, Path(folder))  # threads, kernels and gradients of the weights are there before
+        peak = Peak()
+        peak.start()
+        stored = run(backbone, gradient, Path(folder))
+        peak.running = False
+        peak.join()
+        peak.peak = max(peak.peak, resident())
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            run(backbone, gradient, Path(folder))
+    results: Any = profiler.profiler
+    events = results.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    held = live = 0
+    for _, change in sorted(changes, key=lambda one: one[0]):
+        held += change
+        live = max(live, held)
+    return {"live": live, "stored": stored, "grown": peak.peak - peak.start_bytes, "process": peak.peak}
+
+
+def child(*args: str) -> Any:
+    """What this file prints in a process of its own, with one thread and an allocator that gives memory back."""
+    settings = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, *args], stdout=subprocess.PIPE, text=True, env=settings, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of each setting (default: %(default)s)")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        import torch
+
+        torch.set_num_threads(1)
+        gradient, what = args.child
+        print(json.dumps(memory(gradient) if what == "memory" else seconds(gradient, int(what))))
+        return 0
+    # In turns, so that a machine that slows down slows both settings down.
+    turns: dict[str, list[float]] = {gradient: [] for gradient in GRADIENTS}
+    for _ in range(2):
+        for gradient in GRADIENTS:
+            turns[gradient] += child("--child", gradient, str(-(-args.steps // 2)))
+    rows = {
+        gradient: {"seconds": statistics.median(turns[gradient]), **child("--child", gradient, "memory")}
+        for gradient in GRADIENTS
+    }
+    none, taught = (rows[gradient] for gradient in GRADIENTS)
+    ratios = {name: taught[name] / none[name] for name in none}
+    for name, ratio in ratios.items():
+        unit, scale = ("s", 1) if name == "seconds" else ("MiB", 2**20)
+        shown = [f"{row[name] / scale:7.2f} {unit}" for row in (none, taught)]
+        print(f"{name:<8} none {shown[0]}, straight_through {shown[1]}: {ratio:.2f}x")
+    if args.out:
+        shape = {"layers": LAYERS, "width": WIDTH, "chunk": VISUAL + AUDIO, "budget": BUDGET, "chunks": CHUNKS}
+        report = {"machine": platform.machine(), "shape": shape, "rows": rows, "ratios": ratios}
+        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,7 +1,8 @@
 """What training sees of positions that were just evicted: the gradient that teaches what to keep.
 
 The forward pass is the hard selection of inference, to the bit. The positions evicted after a chunk stay one chunk
-longer as the *margin*, detached (and are stored for the backward pass, those of the chunk itself included), and add to every attention output of that chunk a term whose value is zero::
+longer as the *margin*, detached, and add to every attention output of that chunk a term whose value is zero. For the
+backward pass they are stored once, also those the chunk itself brought, which nothing else would have to keep::
 
     o_q += c · Σ_k (g_k − sg g_k) · sg[σ(s_qk − ℓ_q) · (v_k − o_q)]
 

@@ -32,7 +32,7 @@ from omnimem.selection import SELECTION_METHODS
 FRAMES, PATCHES, AUDIO_TOKENS = 4, 12, 16
 SHORT, LONG = 12, 120
 SHAPE = {"layers": 8, "hidden": 512, "heads": 8, "kv_heads": 8, "ffn": 256}
-MEMORY_LIMIT, PROCESS_LIMIT = 1.001, 1.05
+MEMORY_LIMIT, PROCESS_LIMIT = 1.001, 1.03
 """Largest ratio of long to short: bytes the cache counts are exact, a resident set has pages of the allocator in it."""
 
 

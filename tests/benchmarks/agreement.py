@@ -113,9 +113,13 @@ def main() -> int:
     parser.add_argument("--variant", default="paper", choices=("paper", "release"))
     parser.add_argument("--mean-budget", type=int, default=96)
     parser.add_argument("--seconds", type=float, default=40.0, help="of each clip (default: %(default)s)")
-    parser.add_argument("--media", type=Path, default=Path(__file__).parents[2] / "data_prep" / "quickstart")
+    folders = [Path(__file__).parents[2] / "data_prep" / "quickstart", Path(__file__).parents[1] / "media"]
+    parser.add_argument("--media", type=Path, nargs="+", default=folders, help="folders of clips")
     args = parser.parse_args()
-    clips = sorted(path for path in args.media.iterdir() if path.name.startswith(("speech_", "odd_", "ambient_")))
+    files = [path for folder in args.media for path in folder.iterdir()]
+    clips = sorted(
+        (path for path in files if path.name.startswith(("speech_", "odd_", "ambient_"))), key=lambda p: p.name
+    )
     base = StreamingSession.from_pretrained(args.run, mean_budget=args.mean_budget)
     profile = BudgetProfile.uniform(base.backbone.config, args.mean_budget)
 

@@ -189,7 +189,7 @@ def test_random_states_are_those_of_the_device_of_the_model(model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_rng_state", set_rng_state)
     parts, device = streams(1), torch.device("cuda:1")
     tape = new_tape(model, cache_of("omnimem", {}))
-    tape.stream.backbone.device = device
+    tape.stream.backbone.device = device  # pyright: ignore[reportAttributeAccessIssue]
     tape.forward(parts[0])
     tape.step(parts[1])
     tape.ask(lambda: (answer_loss(answer(model, tape.cache)),))

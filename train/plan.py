@@ -117,20 +117,20 @@ def memory_plan(
         inner = experts * (text.hidden_size + 3 * text.moe_intermediate_size)
     activation = (5 * text.hidden_size + 3 * queries + inner) * itemsize + 2 * kv
     states = kv + (features if learning else 0)
-    # The gradient carried from chunk to chunk is at least float32; that of one chunk, beside it, has the model's dtype.
-    carried = states * max(1, 4 // itemsize)
-    # Every position of the stream, less what is still in the memory when its way back begins.
+    # Every position of the stream, in the margin or not, less what is still in the memory when the backward begins.
     left = max(0, whole * layers - retained)
+    # Gradients of the memory are summed in float32; with a window, those of as many questions are kept apart.
+    sums = min(recipe.train.window or 1, longest.questions) * max(itemsize, 4) / itemsize
     # And what went into the decoder, unless it is encoded again.
     maps = 1 + len(getattr(backbone.config.vision_config, "deepstack_visual_indexes", ()))
     inputs = 0 if recipe.train.projectors else whole * maps * text.hidden_size * itemsize
-    waiting = batch * (left * states + longest.chunks * layers * margin * kv + inputs)
+    waiting = batch * (left * (kv + features) + inputs)
     place = "on the device" if recipe.train.offload == "none" else f"in {recipe.train.offload} memory"
     return {
         "weights": weights,
         "adapter, gradients, optimiser": trained * ADAM_BYTES,
         RETAINED: batch * retained * (kv + features),
-        "backward: restored cache, its gradient": batch * (retained + layers * chunk) * (2 * states + carried),
+        "backward: restored cache, its gradient": round(batch * (retained + layers * chunk) * (2 + sums) * states),
         "margin of evicted positions": batch * layers * margin * kv,
         "activations of a chunk": batch * layers * chunk * activation,
         "logits of an answer": batch * longest.answer * text.vocab_size * 3 * 4,

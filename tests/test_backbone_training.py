@@ -626,7 +626,7 @@ def test_a_step_holds_what_the_plan_says(tmp_path, monkeypatch, name, more):
     streams = [plan_stream(row, skeleton, settings_of(recipe)) for row in load_rows(recipe.data).rows]
     assert (streams[0].text > 0) == (name == "video_salmonn2")
     parts = memory_plan(recipe, skeleton, profile, selection_of(recipe), streams)
-    of_a_step = sum(size for part, size in parts.items() if part not in ("weights", "adapter, gradients, optimiser"))
+    of_a_step = sum(size for part, size in parts.items() if part not in ("weights", "adapter, gradients, optimizer"))
     assert 0.75 <= of_a_step / measured(recipe, profile, tmp_path, monkeypatch) <= 1.33
 
 

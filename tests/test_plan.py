@@ -86,7 +86,7 @@ def test_a_step_holds_what_the_plan_says(tmp_path, monkeypatch, more):
     skeleton, profile = check_recipe(recipe)
     streams = [plan_stream(row, skeleton, settings_of(recipe)) for row in load_rows(recipe.data).rows]
     parts = memory_plan(recipe, skeleton, profile, selection_of(recipe), streams)
-    of_a_step = sum(size for name, size in parts.items() if name not in ("weights", "adapter, gradients, optimiser"))
+    of_a_step = sum(size for name, size in parts.items() if name not in ("weights", "adapter, gradients, optimizer"))
     found = measured(recipe, profile, tmp_path, monkeypatch)
     assert 0.75 <= of_a_step / found <= 1.33
     assert any(WAITING in name for name in parts)

@@ -332,7 +332,7 @@ def test_records_on_disk_give_the_same_bits_and_are_gone_afterwards(model, tmp_p
 
 
 def test_what_waits_for_a_step_does_not_grow_with_the_stream(model):  # noqa: F811
-    """Each state is stored once: a record holds what left the memory, not the memory."""
+    """Each state is stored once: a record holds evicted tokens, not the cache."""
     sizes = []
 
     class Weighed(Store):

@@ -58,7 +58,7 @@ def save_checkpoint(
 ) -> Path:
     """Save after `step` optimiser steps and drop all but the newest `keep` checkpoints; every rank calls it."""
     target = output_dir / FOLDER / f"step-{step:08d}"
-    random_states = gather_object([_rng_state()])
+    random_states = gather_object([_rng_state(accelerator.device)])
     weights, known = processes.weights(), processes.optimizer_state()
     if accelerator.is_main_process:
         with atomic_directory(target, overwrite=True) as folder:
@@ -119,7 +119,7 @@ def load_progress(folder: Path, accelerator: Accelerator, processes: Processes) 
     """
     with _explained(folder):
         processes.load_optimizer_state(load_file(folder / "optimizer.safetensors"))
-        _set_rng_state(load_file(folder / f"rng-{accelerator.process_index}.safetensors"))
+        _set_rng_state(load_file(folder / f"rng-{accelerator.process_index}.safetensors"), accelerator.device)
 
 
 @contextmanager
@@ -134,14 +134,14 @@ def _explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _rng_state() -> dict[str, torch.Tensor]:
+def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
+def _set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

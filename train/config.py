@@ -148,7 +148,7 @@ class TrainConfig:
     warmup_ratio: float = 0.03
     min_lr_ratio: float = 0.0  # of lr, where the cosine ends
     max_grad_norm: float = 1.0
-    offload: Literal["none", "host", "disk"] = "host"  # where what left the memory waits for the way back
+    offload: Literal["none", "host", "disk"] = "host"  # where evicted tokens are kept for the backward pass
     window: int | None = None  # chunks that the gradient of each question reaches, whatever else is asked; null: all
     from_layer: float = (
         0  # first layer that learns from chunks no question follows; below 1: a share (the paper's: 0.5)

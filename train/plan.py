@@ -27,10 +27,10 @@ ADAM_BYTES = 4 + 4 + 8
 NF4_BYTES = 0.5 + 1 / 64 * (1 + 4 / 256)
 """Bytes of a weight in NF4: half of one, a byte of scale for each block of 64, a float for each 256 of those."""
 
-RETAINED = "memory (all layers at budget)"
+RETAINED = "cache (all layers at budget)"
 """Name of the part that does not grow with the stream."""
 
-WAITING = "what left the memory, waiting"
+WAITING = "evicted tokens kept for the backward,"
 """Name of the part that grows with the stream; on the device only under ``train.offload=none``."""
 
 
@@ -128,7 +128,7 @@ def memory_plan(
     place = "on the device" if recipe.train.offload == "none" else f"in {recipe.train.offload} memory"
     return {
         "weights": weights,
-        "adapter, gradients, optimiser": trained * ADAM_BYTES,
+        "adapter, gradients, optimizer": trained * ADAM_BYTES,
         RETAINED: batch * retained * (kv + features),
         "backward: restored cache, its gradient": round(batch * (retained + layers * chunk) * (2 + sums) * states),
         "margin of evicted positions": batch * layers * margin * kv,

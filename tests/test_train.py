@@ -106,7 +106,7 @@ def test_a_run_leaves_what_is_needed_to_use_and_to_repeat_it(trained):
     assert not [path for path in trained.run.rglob("*") if path.name.startswith(".")], "temporary files left behind"
     assert not [path for path in trained.run.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".pth")]
 
-    recipe = load_recipe(trained.args)
+    recipe = load_recipe([*trained.args, "model.backbone=qwen2_5_omni"])  # recorded as detected
     assert load_recipe([f"recipe={trained.run / 'recipe.yaml'}"]) == recipe
 
     profile = BudgetProfile.load(trained.run / "budget_profile.json")

@@ -111,7 +111,8 @@ class BarHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line to stderr."""
-        tqdm.write(self.format(record), file=sys.stderr)
+        # Text and line end in one write: another process writes to the same stream.
+        tqdm.write(self.format(record) + "\n", file=sys.stderr, end="")
 
 
 class Once(logging.Filter):

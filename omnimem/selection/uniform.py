@@ -17,9 +17,9 @@ GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
 class Uniform(SelectionMethod):
-    """Keep the tokens that were first in the largest cells of the stream.
+    """Tokens evenly spaced over everything seen, to a factor of two.
 
-    Cut the stream (token index, all modalities counted) into aligned cells of w = 1, 2, 4, … tokens. The priority of a
+    Retained are the tokens that were first in the largest cells of the stream. Cut the stream (token index, all modalities counted) into aligned cells of w = 1, 2, 4, … tokens. The priority of a
     token is the largest w in whose cell it was the first of its modality; equal priorities are ordered by the
     golden-ratio sequence, any number of whose first members is spread evenly.
 

@@ -157,11 +157,11 @@ EXTRAS = {
         ("deepspeed_zero2", "hard"),
         ("deepspeed_zero2", "taught"),
         ("deepspeed_zero3", "taught"),
-        ("deepspeed_zero3", "probed"),
         *(
             pytest.param(*row, marks=pytest.mark.long)
             for row in (
                 ("deepspeed_zero2", "probed"),
+                ("deepspeed_zero3", "probed"),
                 ("deepspeed_zero3", "hard"),
                 ("deepspeed_zero3_offload", "hard"),
                 ("deepspeed_zero3_offload", "taught"),
@@ -186,7 +186,7 @@ def test_parameters_are_those_of_one_process(tmp_path, alone, launcher, extra):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed_zero2", "deepspeed_zero3"])
+@pytest.mark.parametrize("launcher", ["deepspeed_zero2", pytest.param("deepspeed_zero3", marks=pytest.mark.long)])
 def test_a_sharded_run_resumes_to_the_same_parameters(tmp_path, launcher):
     """With AdamW, whose moments and steps have to come back; held-out questions are asked before and after."""
     settings = ("train.save_every=2", "lora.dropout=0.1", "train.max_steps=3")

@@ -433,7 +433,7 @@ def test_a_ray_cluster_that_does_not_answer_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
-@pytest.mark.parametrize("running", [False, True], ids=["started here", "found"])
+@pytest.mark.parametrize("running", [False, pytest.param(True, marks=pytest.mark.long)], ids=["started here", "found"])
 def test_a_ray_cluster_does_the_same(running, tmp_path, monkeypatch, caplog):
     """On a cluster that is there already, and on one started for the purpose."""
     from ray.cluster_utils import Cluster

@@ -19,9 +19,10 @@ GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 class Uniform(SelectionMethod):
     """Tokens evenly spaced over everything seen, to a factor of two.
 
-    Retained are the tokens that were first in the largest cells of the stream. Cut the stream (token index, all modalities counted) into aligned cells of w = 1, 2, 4, … tokens. The priority of a
-    token is the largest w in whose cell it was the first of its modality; equal priorities are ordered by the
-    golden-ratio sequence, any number of whose first members is spread evenly.
+    Retained are the tokens that were first in the largest cells of the stream. Cut the stream (token index, all
+    modalities counted) into aligned cells of w = 1, 2, 4, … tokens. The priority of a token is the largest w in
+    whose cell it was the first of its modality; equal priorities are ordered by the golden-ratio sequence, any
+    number of whose first members is spread evenly.
 
     With a budget of B, and s tokens of stream between the first and the latest token of a modality, there is a w below
     2·s/(B − 1) so that in every cell of w tokens the first of that modality is retained, and of the others only such as

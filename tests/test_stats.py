@@ -13,7 +13,7 @@ from data_prep.prepared import PrepareSettings
 from data_prep.stats import count, durations, stats
 from omnimem.cli import main
 from omnimem.errors import OmniMemError
-from train.plan import StreamPlan
+from train.plan import WAITING, StreamPlan
 
 TIMECODE = "speech_burned_in_timecode_42s.mp4"
 
@@ -57,7 +57,8 @@ def test_memory_of_the_clip(tmp_path, tiny):
     features = text.num_hidden_layers * text.hidden_size * 4  # what the selection compares
     assert memory["retained"] == 96 * (position + features)
     parts = memory["training_step_parts"]
-    waiting = [size for name, size in parts.items() if "waiting" in name]
+    waiting = [size for name, size in parts.items() if WAITING in name]
+    assert len(waiting) == 1
     assert memory["training_step"] == sum(parts.values()) - sum(waiting)
 
 

@@ -359,7 +359,7 @@ def test_what_waits_for_a_step_does_not_grow_with_the_stream(model):  # noqa: F8
     ("gradient", "exactly"), [(None, False), (SelectionGradient(), True), (SelectionGradient(margin=2), False)]
 )
 def test_a_state_is_stored_once_whatever_still_looks_at_it(model, gradient, exactly):  # noqa: F811
-    """In the memory, in the margin behind it, or in one record; those that go at once and unseen are nowhere."""
+    """In the cache, the margin or one record; tokens evicted on arrival and outside the margin are nowhere."""
     stored = [0, 0, 0]
 
     class Counted(Store):

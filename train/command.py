@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in args
     rank = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
 
-    # Every rank finds the same mistake in a recipe, so one of them says so. What goes wrong later may concern
-    # a single rank (its clip, its disk): that rank speaks for itself.
+    # Every rank finds the same error in a recipe, so rank 0 alone prints it. A later error may concern a single rank
+    # (its clip, its disk), which prints it itself.
     recipes: list[Recipe] = []
     parse = [arg for arg in args if arg != "--debug"]
     status = run_guarded("train", lambda: recipes.append(load_recipe(parse)), debug, quiet=rank > 0)

@@ -109,7 +109,7 @@ def _load(recipe: Recipe, supports_audio: bool) -> tuple[list[Row], list[Row]]:
 
 
 def _set_up(recipe: Recipe, output_dir: Path, rows: list[Row]) -> None:
-    """What the main process does in the output folder before any process reads it."""
+    """Prepare the output folder in the main process, before any process reads it."""
     prepare_run_directory(output_dir, recipe, rows)
     sweep_run(output_dir)
     build_base(recipe, output_dir)

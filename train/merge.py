@@ -3,7 +3,7 @@
 Three checks, each where it can be exact:
 
 1. `merge_adapter`: every merged weight is within half a rounding step of W + s·B·A, element by element, while base and
-   adapter are both in memory. The sum is taken in float32 and rounded once.
+   adapter are both in memory. The sum is computed in float32 and rounded once.
 2. `verify`: every tensor that transformers loads from disk has the same bits as the merged one, or as the base's
    where the adapter changes nothing (SHA-256 of each tensor, so that no second copy of the model is needed).
 3. `verify`: the loaded model's logits are those of the merged model in memory. Both run the same operations on the same
@@ -37,7 +37,7 @@ PROBE = "What is seen, what is heard, and what happened first? " * 4
 """Text whose logits are compared."""
 
 WEIGHT_STEPS = 4
-"""Allowed error of the sum W + s·B·A, in rounding steps of the dtype it is taken in (float32 or float64)."""
+"""Allowed error of the sum W + s·B·A, in rounding steps of the dtype it is computed in (float32 or float64)."""
 
 LOGIT_STEPS, LOGIT_SHARE = 64, 0.01
 """Allowed difference of the logits: rounding steps at the largest one, and never more than this share of it.

@@ -3,7 +3,7 @@
 A decoder that crashes, or that takes all memory, takes its process along, and with it Python's whole pool. Whatever was
 at work then is done again, each file alone: the one whose process dies again is the one.
 
-    python -m pytest tests/test_validate.py -k "crash or interrupted"
+    python -m pytest tests/data_prep/test_validate.py -k "crash or interrupted"
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def stats(
     settled.dry_run = True  # shapes are enough
     settled.data.on_bad_row = "skip"
     backbone, profile = check_recipe(settled)
-    read = load_rows(settled.data, backbone.hears)
+    read = load_rows(settled.data, backbone.supports_audio)
     console = Console(stderr=True)
     rows = track(read.rows, "planning", console=console, disable=not console.is_terminal, transient=True)
     streams = [plan_stream(row, backbone, settings_of(settled)) for row in rows]
@@ -98,7 +98,7 @@ def stats(
     return {
         "manifest": str(manifest),
         "recipe": recipe,
-        "model": settled.model.path,
+        "model": settled.model.name_or_path,
         "fps": settled.data.fps,
         "chunk_seconds": settled.data.chunk_seconds,
         "mean_budget": profile.mean_budget,
@@ -111,9 +111,9 @@ def stats(
         **count(streams, profile.mean_budget),
         "memory": {
             "per_token": position,
-            "full_cache_per_hour": round(_per_hour(sum(s.positions for s in streams), streams) * position),
-            "full_cache_of_longest": max(s.positions for s in streams) * position,
-            "retained": parts[RETAINED] // settled.train.batch_size,
+            "full_cache_per_hour": round(_per_hour(sum(s.tokens for s in streams), streams) * position),
+            "full_cache_of_longest": max(s.tokens for s in streams) * position,
+            "retained": parts[RETAINED] // settled.train.per_device_train_batch_size,
             "training_step": sum(on_device),
             "training_step_parts": parts,
         },
@@ -141,8 +141,8 @@ def count(streams: Sequence[StreamPlan], mean_budget: float) -> dict[str, Any]:
             "visual_per_hour": round(_per_hour(visual, streams)),
             "audio_per_hour": round(_per_hour(audio, streams)),
             "visual_to_audio": round(visual / audio, 3) if audio else None,
-            "longest_stream": max((s.positions for s in streams), default=0),
-            "streams_over_budget": sum(s.positions > mean_budget for s in streams),
+            "longest_stream": max((s.tokens for s in streams), default=0),
+            "streams_over_budget": sum(s.tokens > mean_budget for s in streams),
         },
         "chunks": {
             "total": chunks,

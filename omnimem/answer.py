@@ -29,10 +29,10 @@ def answer_command(args: argparse.Namespace) -> None:
     console = Console(stderr=True)
     started = time.perf_counter()
     event: StreamEvent | None = None
-    positions = 0
+    tokens = 0
     with Live(console=console, refresh_per_second=8, transient=True) as live:
         for event in session.watch(args.media):
-            positions += event.new_positions
+            tokens += event.new_tokens
             live.update(progress_line(event))
             if args.at is not None and event.seconds >= args.at:
                 break
@@ -60,7 +60,7 @@ def answer_command(args: argparse.Namespace) -> None:
         "media": str(args.media),
         "model": args.model,
         **asdict(event),
-        "positions": positions,
+        "tokens": tokens,
         "mean_budget": session.profile.mean_budget,
         "method": session.method,
         "watch_seconds": watched - started,
@@ -99,5 +99,5 @@ def progress_line(event: StreamEvent) -> Text:
     kept = event.retained
     return Text(
         f"{event.seconds:.0f}{total} s read · kept {kept['visual']:.0f} visual + {kept['audio']:.0f} audio + "
-        f"{kept['text']:.0f} text a layer · {event.state_bytes / 2**20:.2f} MiB"
+        f"{kept['text']:.0f} text a layer · {event.kv_bytes / 2**20:.2f} MiB"
     )

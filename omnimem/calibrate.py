@@ -34,7 +34,7 @@ from omnimem.media.prefetch import prefetch
 from omnimem.memory import CompressedCache
 from omnimem.memory.layer import CompressedLayer
 from omnimem.modality import AUDIO, VISUAL
-from omnimem.selection import MassSpec
+from omnimem.selection import AttentionScoreSpec
 from omnimem.selection.base import compute_dtype
 from omnimem.selection.full import Full
 from omnimem.selection.redundancy import redundancy
@@ -48,7 +48,7 @@ GROUPS = {"visual": (VISUAL,), "audio": (AUDIO,), "both": (VISUAL, AUDIO)}
 class Observe(Full):
     """Keep everything and observe what allocation needs: attention mass and hidden states."""
 
-    mass = MassSpec()
+    attention_scores = AttentionScoreSpec()
     stores_features = True
 
     def features(self, hidden: Tensor, layer: int) -> Tensor:
@@ -86,8 +86,8 @@ def measure_clip(backbone: Backbone, clip: Path, settings: StreamSettings) -> li
 
 
 def _summarise(layer: CompressedLayer) -> dict[str, dict[str, float]]:
-    table, features = layer.table, layer.features
-    assert features is not None and layer.mass is not None
+    table, features = layer.metadata, layer.features
+    assert features is not None and layer.attention_scores is not None
     s = redundancy(features.to(compute_dtype(features)), table.modality, table.valid, "sequence")[0]
     summary = {}
     for name, kinds in GROUPS.items():
@@ -95,7 +95,7 @@ def _summarise(layer: CompressedLayer) -> dict[str, dict[str, float]]:
         count = int(member.sum())
         if count < 2:
             continue  # the entropy of a single position says nothing, and log 1 = 0
-        share = layer.mass[0][member].double()
+        share = layer.attention_scores[0][member].double()
         share = share / share.sum()
         entropy = -torch.xlogy(share, share).sum().item() / math.log(count)
         summary[name] = {"entropy": entropy, "redundancy": s[member].double().mean().item(), "count": float(count)}

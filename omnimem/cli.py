@@ -231,7 +231,11 @@ def _add_compare_arguments(compare: argparse.ArgumentParser) -> None:
     )
     compare.add_argument("--profile", type=Path, metavar="P", help="budgets in the proportions of this profile")
     compare.add_argument(
-        "--lam", type=_list_of(_at_least(float, 0)), metavar="L,L,...", help="λ of methods that have it"
+        "--lambda",
+        dest="lambda_",
+        type=_list_of(_at_least(float, 0)),
+        metavar="L,L,...",
+        help="λ of methods that have it",
     )
     compare.add_argument(
         "--temperature",

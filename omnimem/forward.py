@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from omnimem.backbones import Backbone, ChunkInputs
-from omnimem.memory import CompressedCache, Kept
+from omnimem.memory import CompressedCache, Eviction
 from omnimem.modality import VISUAL
 from omnimem.selection import Probe
 
@@ -42,7 +42,7 @@ class Stream:
         self.cache = cache
         cache.frame_anchored = backbone.frame_anchored
 
-    def step(self, inputs: ChunkInputs, rewindable: bool = False) -> list[Kept | None]:
+    def step(self, inputs: ChunkInputs, rewindable: bool = False) -> list[Eviction | None]:
         """Take a chunk in and bring every layer back to its budget; returns what `CompressedCache.compress` does."""
         if len(inputs) == 0:
             return [None] * len(self.cache.layers)
@@ -55,9 +55,9 @@ class Stream:
     def _ask(self, probe: Probe, batch: int) -> None:
         ids = self.backbone.question_ids(probe.text) if probe.turn else self.backbone.text_ids(probe.text)
         embeds = self.backbone.embed(ids).expand(batch, -1, -1)
-        assert self.cache.next_position is not None
+        assert self.cache.next_position_id is not None
         with self.cache.probing(probe, embeds):
-            self._run(ChunkInputs.text(embeds, self.cache.next_position), text=True)
+            self._run(ChunkInputs.text(embeds, self.cache.next_position_id), text=True)
 
     def forward(self, inputs: ChunkInputs, text: bool = False) -> Tensor:
         """Append positions to the memory without compressing it.
@@ -76,10 +76,10 @@ class Stream:
         """
         if len(inputs) == 0:
             return inputs.embeds  # nothing ends a media that has not begun
-        positions, next_position = self.cache.place(
-            inputs.positions, inputs.modality, inputs.valid, inputs.next_position, text
+        positions, next_position_id = self.cache.assign_position_ids(
+            inputs.position_ids, inputs.modality, inputs.valid, inputs.next_position_id, text
         )
-        return self._run(replace(inputs, positions=positions, next_position=next_position), text)
+        return self._run(replace(inputs, position_ids=positions, next_position_id=next_position_id), text)
 
     def _run(self, inputs: ChunkInputs, text: bool) -> Tensor:
         """The decoder on ids that are the memory's own."""
@@ -92,13 +92,13 @@ class Stream:
             }
         return self.backbone.language_model(
             inputs_embeds=inputs.embeds,
-            position_ids=inputs.positions,
+            position_ids=inputs.position_ids,
             attention_mask=inputs.valid,
             past_key_values=self.cache,
             use_cache=True,
             modality=None if text else inputs.modality,
             time=inputs.time,
-            next_position=inputs.next_position,
+            next_position_id=inputs.next_position_id,
             **pictures,
         ).last_hidden_state
 
@@ -125,7 +125,7 @@ class Stream:
         rows = []
         for i, ids in enumerate(text):
             end = closing.row(i)
-            rows.append(end + ChunkInputs.text(self.backbone.embed(ids[None]), end.next_position))
+            rows.append(end + ChunkInputs.text(self.backbone.embed(ids[None]), end.next_position_id))
         with self.cache.scratch():
             hidden = self.forward(ChunkInputs.batch(rows), text=True)
         predicting = [

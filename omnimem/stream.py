@@ -114,14 +114,14 @@ class StreamSettings:
             The chunk length does not fit the encoders, or the file cannot be read.
         """
         self.check(backbone)
-        if not backbone.hears and not probe(path).has_video:
+        if not backbone.supports_audio and not probe(path).has_video:
             raise OmniMemError(f"{path}: no picture, and {backbone.name} takes no sound")
         reader = open_media(
             path,
             sound=sound,
             fps=self.fps,
             chunk_seconds=self.chunk_seconds,
-            audio=self.audio and backbone.hears,
+            audio=self.audio and backbone.supports_audio,
             short_side=self.short_side,
             max_seconds=self.max_seconds,
             on_truncated="warn" if self.on_truncated == "warn" else "error",
@@ -135,7 +135,7 @@ class StreamSettings:
             duration = self.max_seconds if duration is None else min(duration, self.max_seconds)
         return backbone.stream_encoder(
             picture=info.has_video,
-            sound=info.has_audio and self.audio and backbone.hears,
+            sound=info.has_audio and self.audio and backbone.supports_audio,
             fps=self.fps,
             duration=duration,
             time_scale=self.time_scale,
@@ -172,10 +172,10 @@ class StreamEvent:
     chunk: int
     seconds: float
     duration: float | None
-    new_positions: int
+    new_tokens: int
     retained: dict[str, float]
     bytes: int
-    state_bytes: int
+    kv_bytes: int
     last: bool
 
 
@@ -263,7 +263,7 @@ class StreamingSession:
             load_adapter(backbone, adapter)
         if profile is None or mean_budget is not None or ratio is not None:
             recorded = {} if profile is None else {"selection": profile.selection, "stream": profile.stream}
-            ratio = (ratio or 5.0) if backbone.hears else math.inf
+            ratio = (ratio or 5.0) if backbone.supports_audio else math.inf
             uniform = BudgetProfile.uniform(backbone.config, mean_budget or 8192, ratio, backbone.model_id)
             profile = replace(uniform, **recorded)
         recorded = dict(profile.selection)
@@ -312,10 +312,10 @@ class StreamingSession:
                 chunk=chunk.index,
                 seconds=chunk.t1,
                 duration=duration,
-                new_positions=len(inputs),
-                retained=self.memory.mean_counts(),
+                new_tokens=len(inputs),
+                retained=self.memory.mean_token_counts(),
                 bytes=self.memory.nbytes,
-                state_bytes=self.memory.state_nbytes,
+                kv_bytes=self.memory.kv_nbytes,
                 last=chunk.last,
             )
 

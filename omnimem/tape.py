@@ -30,7 +30,7 @@ from torch import Tensor
 
 from omnimem.backbones import ChunkInputs
 from omnimem.forward import Stream
-from omnimem.memory import Kept, MemoryState
+from omnimem.memory import Eviction, MemoryState
 from omnimem.memory.cache import Gradients
 from omnimem.memory.store import Store
 
@@ -57,8 +57,8 @@ class Truncation:
     """
 
     window: int | None = None
-    from_layer: int = 0
-    to_layer: int | None = None
+    detach_below_layer: int = 0
+    detach_from_layer: int | None = None
 
 
 @dataclass
@@ -93,7 +93,7 @@ class _Step:
     asked: list[_Question] = field(default_factory=list)
 
 
-class Tape:
+class ChunkwiseBPTT:
     """A stream that is run forwards without a graph and backwards with one.
 
     Parameters
@@ -153,7 +153,7 @@ class Tape:
     def _take(self, inputs: ChunkInputs, text: bool, again: Callable[[], ChunkInputs] | None = None) -> None:
         before, random = self.cache.state().facts, _random_state(self.stream.backbone.device)
 
-        def run() -> list[Kept | None]:
+        def run() -> list[Eviction | None]:
             if not text:
                 return self.stream.step(inputs, rewindable=self._record)
             self.stream.forward(inputs, text=True)
@@ -172,7 +172,7 @@ class Tape:
         return self._call(loss)
 
     @torch.no_grad()
-    def idle(self, text: ChunkInputs, probes: bool) -> None:
+    def empty_pass(self, text: ChunkInputs, probes: bool) -> None:
         """What a process in lockstep does while another takes a chunk in (then with `probes`) or is asked something."""
 
         def nothing(passes: int = 1) -> tuple[Tensor, ...]:
@@ -239,13 +239,13 @@ class Tape:
         step: _Step,
         inputs: ChunkInputs,
         before: MemoryState,
-        decided: list[Kept | None],
+        decided: list[Eviction | None],
         gradients: Gradients,
     ) -> Gradients:
         """Recompute a step with its graph: from the gradient of the memory after it to that of the memory before it."""
         layers = range(len(self.cache.layers))
         if not any(question.real for question in step.asked):
-            layers = layers[self.truncation.from_layer : self.truncation.to_layer]
+            layers = layers[self.truncation.detach_below_layer : self.truncation.detach_from_layer]
         gradients = {key: gradients.pop(key) for key in list(gradients) if key[0] in layers}
 
         def run() -> Tensor:
@@ -273,8 +273,8 @@ class Tape:
         passes, which can be thousands, are float32 at least.
         """
         present = self.cache.state()
-        leaves = {key: tensor.detach().requires_grad_() for key, tensor in self.cache.flowing.items()}
-        self.cache.flowing = leaves
+        leaves = {key: tensor.detach().requires_grad_() for key, tensor in self.cache.differentiable_state.items()}
+        self.cache.differentiable_state = leaves
         self._backward(run())
         self.cache.restore(present)
         return {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}

@@ -1,6 +1,6 @@
 """Compare our compressed stream with what the authors' released code computed.
 
-    python tests/check_golden.py tests/golden/*.safetensors
+    python tests/check_golden.py tests/data/golden/*.safetensors
 
 Each file holds the weights of a small Qwen3-VL text model, a stream with deepstack inputs, the positions kept after
 every chunk in every layer and the hidden states of a question, all in float64. The model here is the stock
@@ -69,7 +69,7 @@ def compare(path: str | Path) -> Comparison:
     metadata, tensors = load(path)
     model = build_model(metadata, tensors)
     profile = BudgetProfile.from_lists(json.loads(metadata["budgets_audio_visual"]))
-    cache = CompressedCache(profile, build_selection("omnimem", variant="release", lam=float(metadata["lambda"])))
+    cache = CompressedCache(profile, build_selection("omnimem", variant="release", lambda_=float(metadata["lambda"])))
     embeds, positions, modality = (tensors[f"inputs.{n}"] for n in ("embeds", "position_ids", "modality"))
     deepstack_maps = [tensors[name] for name in sorted(tensors) if name.startswith("inputs.deepstack")]
     visual_row = (modality[0] == VISUAL).cumsum(0) - 1
@@ -99,7 +99,7 @@ def compare(path: str | Path) -> Comparison:
         cache.compress()
         for layer in range(len(profile.layers)):
             name = f"chunk{number}.layer{layer}"
-            kept = cache.retained(layer).index[0]
+            kept = cache.token_metadata(layer).index[0]
             if not torch.equal(kept, tensors[f"kept.{name}"]):
                 wrong.append(name)
     hidden = step(stream, embeds.shape[1])

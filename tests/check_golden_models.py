@@ -1,6 +1,6 @@
 """Compare our video-SALMONN 2+ with what the authors' released code computed, from the sound's features to the logits.
 
-    python tests/check_golden_models.py tests/golden_models/*.safetensors
+    python tests/check_golden_models.py tests/data/golden_models/*.safetensors
 
 Each file holds a small random model of one family with weights in the published layout, a prompt with picture and
 sound, and the released code's outputs in float32. The model is written to a folder as it would be published and read by
@@ -92,9 +92,9 @@ class Golden:
                 cache.compress()
         closing = encoder.closing()
         hidden.append(stream.forward(closing, text=True))
-        question = ChunkInputs.text(self.backbone.embed(self._texts[-1]), closing.next_position)
+        question = ChunkInputs.text(self.backbone.embed(self._texts[-1]), closing.next_position_id)
         hidden.append(stream.forward(question, text=True))
-        return cache.retained(0).position.permute(2, 0, 1), self.backbone.lm_head(torch.cat(hidden, dim=1))
+        return cache.token_metadata(0).position_ids.permute(2, 0, 1), self.backbone.lm_head(torch.cat(hidden, dim=1))
 
     # ---- the file as a stream -----------------------------------------------------------------------------
 

@@ -27,8 +27,8 @@ LONG = StreamSettings(chunk_seconds=3, max_seconds=12)
 
 def following(memory: CompressedCache) -> int:
     """Id of the text that comes next."""
-    assert memory.next_position is not None
-    return int(memory.next_position)
+    assert memory.next_position_id is not None
+    return int(memory.next_position_id)
 
 
 def session_of(backbone: Backbone, method: str = "omnimem", mean: int = 24, **options: Any) -> StreamingSession:
@@ -39,7 +39,7 @@ def session_of(backbone: Backbone, method: str = "omnimem", mean: int = 24, **op
 
 def check_answer_by_hand(backbone: Backbone, method: str, positions: str) -> None:
     """An answer from a full memory is the greedy one of the stock decoder, at the ids the memory goes on with."""
-    session = session_of(backbone, method, positions=positions)
+    session = session_of(backbone, method, position_ids=positions)
     received: list[Tensor] = []
     handle = backbone.language_model.register_forward_pre_hook(
         lambda _model, _args, kwargs: received.append(kwargs["position_ids"].clone()), with_kwargs=True
@@ -54,9 +54,9 @@ def check_answer_by_hand(backbone: Backbone, method: str, positions: str) -> Non
         ids, start = backbone.question_ids(QUESTION), following(memory)
         for _ in range(5):
             part = ChunkInputs.text(backbone.embed(ids), start + len(used))
-            used += part.positions[0, 0].tolist()
+            used += part.position_ids[0, 0].tolist()
             hidden = backbone.language_model(
-                inputs_embeds=part.embeds, position_ids=part.positions, past_key_values=memory, use_cache=True
+                inputs_embeds=part.embeds, position_ids=part.position_ids, past_key_values=memory, use_cache=True
             ).last_hidden_state
             tokens.append(int(backbone.lm_head(hidden[:, -1]).argmax()))
             ids = torch.tensor([tokens[-1:]])
@@ -97,7 +97,7 @@ def check_strict_loading(path: Path, tmp_path: Path, missing: str, stray: str) -
 def check_trained_run(tmp_path: Path, backbone: type, video_token: str, *overrides: str) -> None:
     """Two steps with the projector: the export is what the stock classes load, with the logits of base and adapter."""
     run = trained_run(
-        *(tmp_path, f"model.backbone={backbone.name}", "train.max_steps=2", "train.projectors=[visual]"),
+        *(tmp_path, f"model.backbone={backbone.name}", "train.max_steps=2", "lora.modules_to_save=[visual]"),
         *("data.audio=false", *overrides),
     )
     assert omnimem(["export", str(run), "--out", str(tmp_path / "merged")]) == 0

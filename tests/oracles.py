@@ -66,17 +66,19 @@ def media_part(
     positions = torch.stack((ids, torch.where(seen, start + height, ids), torch.where(seen, start + width, ids)))
     return ChunkInputs(
         embeds=torch.randn(1, length, WIDTH, generator=generator).to(dtype),
-        positions=positions[:, None],
+        position_ids=positions[:, None],
         modality=kinds[None],
         time=(time + torch.arange(length) / max(length, 1))[None],
-        next_position=torch.tensor([start + (3 * length) // 2 + 5]),
+        next_position_id=torch.tensor([start + (3 * length) // 2 + 5]),
     )
 
 
-def idle_part(next_position: int, dtype: torch.dtype = torch.float64) -> ChunkInputs:
+def idle_part(next_position_id: int, dtype: torch.dtype = torch.float64) -> ChunkInputs:
     """No positions, for a stream that has ended."""
     inputs = text_part(0, 0, dtype=dtype)
-    return ChunkInputs(inputs.embeds, inputs.positions, inputs.modality, inputs.time, torch.tensor([next_position]))
+    return ChunkInputs(
+        inputs.embeds, inputs.position_ids, inputs.modality, inputs.time, torch.tensor([next_position_id])
+    )
 
 
 def stream_parts(
@@ -85,7 +87,7 @@ def stream_parts(
     """A prefix of text and chunks of (visual, audio) positions, each starting where the last one ended."""
     parts = [text_part(prefix, 0, seed, dtype)]
     for number, (visual, audio) in enumerate(sizes):
-        start = int(parts[-1].next_position[0])
+        start = int(parts[-1].next_position_id[0])
         parts.append(media_part(visual, audio, start, float(number), 100 * seed + number, dtype))
     return parts
 
@@ -94,25 +96,27 @@ def run(model, cache, inputs: ChunkInputs, text: bool = False) -> Tensor:
     """One forward pass of a decoder with the memory."""
     return model(
         inputs_embeds=inputs.embeds,
-        position_ids=inputs.positions,
+        position_ids=inputs.position_ids,
         attention_mask=inputs.valid,
         past_key_values=cache,
         use_cache=True,
         modality=None if text else inputs.modality,
         time=inputs.time,
-        next_position=inputs.next_position,
+        next_position_id=inputs.next_position_id,
     ).last_hidden_state
 
 
 def step(model, cache, inputs: ChunkInputs) -> Tensor:
     """A chunk as `omnimem.forward.Stream` takes it: ids placed, forward, the method's probes, compression."""
-    positions, following = cache.place(inputs.positions, inputs.modality, inputs.valid, inputs.next_position)
-    hidden = run(model, cache, replace(inputs, positions=positions, next_position=following))
+    positions, following = cache.assign_position_ids(
+        inputs.position_ids, inputs.modality, inputs.valid, inputs.next_position_id
+    )
+    hidden = run(model, cache, replace(inputs, position_ids=positions, next_position_id=following))
     with torch.no_grad():
         for number, probe in enumerate(cache.method.probes):
             embeds = probe_embeds(number, len(inputs.embeds), inputs.embeds.dtype)
             with cache.probing(probe, embeds):
-                run(model, cache, ChunkInputs.text(embeds, cache.next_position), text=True)
+                run(model, cache, ChunkInputs.text(embeds, cache.next_position_id), text=True)
     cache.compress()
     return hidden
 
@@ -125,20 +129,22 @@ def probe_embeds(number: int, batch: int, dtype=torch.float64) -> Tensor:
 
 def stream(model, cache, parts: list[ChunkInputs]) -> list[Tensor]:
     """Prefix, then every chunk with compression behind it; the hidden states of each."""
-    cache.place(parts[0].positions, parts[0].modality, parts[0].valid, parts[0].next_position, text=True)
+    cache.assign_position_ids(
+        parts[0].position_ids, parts[0].modality, parts[0].valid, parts[0].next_position_id, text=True
+    )
     return [run(model, cache, parts[0], text=True), *(step(model, cache, part) for part in parts[1:])]
 
 
 def kept(cache, layer: int, sample: int = 0) -> list[int]:
     """Stream indices stored in a layer for one sample, in stored order."""
-    table = cache.retained(layer)
+    table = cache.token_metadata(layer)
     return table.index[sample][table.valid[sample]].tolist()
 
 
 def batch_parts(*streams: list[ChunkInputs]) -> list[ChunkInputs]:
     """Streams side by side; one that has ended waits."""
     longest = max(len(parts) for parts in streams)
-    rows = [[*parts, *[idle_part(int(parts[-1].next_position[0]))] * (longest - len(parts))] for parts in streams]
+    rows = [[*parts, *[idle_part(int(parts[-1].next_position_id[0]))] * (longest - len(parts))] for parts in streams]
     return [ChunkInputs.batch(list(one)) for one in zip(*rows, strict=True)]
 
 
@@ -186,14 +192,16 @@ def held(cache) -> list[Tensor]:
     """Copies of everything a memory holds: states, facts, mass, features, counters of all layers."""
     tensors = []
     for layer in cache.layers:
-        table = layer.table
-        tensors += [layer.keys, layer.values, table.index, table.position, table.time, table.modality, table.valid]
-        if layer.mass is not None:
+        table = layer.metadata
+        tensors += [layer.keys, layer.values, table.index, table.position_ids, table.time, table.modality, table.valid]
+        if layer.attention_scores is not None:
             # Mass may be stored for a part of the columns; the rest has none yet.
-            tensors.append(torch.nn.functional.pad(layer.mass, (0, len(table) - layer.mass.shape[1])))
+            tensors.append(
+                torch.nn.functional.pad(layer.attention_scores, (0, len(table) - layer.attention_scores.shape[1]))
+            )
         tensors += [] if layer.features is None else [layer.features]
         tensors.append(torch.tensor([list(sample.values()) for sample in layer.counts]))
-    tensors += [cache.next_position, torch.tensor([cache.get_seq_length(), *cache.lengths()])]
+    tensors += [cache.next_position_id, torch.tensor([cache.get_seq_length(), *cache.lengths()])]
     return [tensor.detach().clone().nan_to_num(-1) for tensor in tensors]
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -39,12 +40,15 @@ ROWS = [
 ]
 
 RECIPE = """
-model: {path: tiny, dtype: float32}
+model: {name_or_path: tiny, dtype: float32}
 data: {chunk_seconds: 2.0}
 memory: {mean_budget: 24}
-lora: {r: 4, alpha: 8, dropout: 0.0, targets: [q_proj, k_proj, v_proj, o_proj]}
-train: {max_steps: 4, lr: 1.0e-2, save_every: 2, threads: 1}
+lora: {r: 4, lora_alpha: 8, lora_dropout: 0.0, target_modules: [q_proj, k_proj, v_proj, o_proj]}
+train: {max_steps: 4, learning_rate: 1.0e-2, save_steps: 2, threads: 1}
 """
+PLAIN = ("train.optim=sgd", "train.max_steps=3", "train.save_steps=3", "lora.lora_dropout=0.0", "model.dtype=float32")
+"""SGD shows errors of scale that Adam hides."""
+
 VISUAL, AUDIO = 20, 4  # 24 positions at the default ratio of 5
 
 
@@ -121,3 +125,21 @@ def tree(folder: Path) -> dict[str, bytes]:
 def lines(text: str) -> list[str]:
     """Lines a terminal would show: what a progress bar overwrote is gone."""
     return [line.split("\r")[-1].rstrip() for line in text.split("\n") if line.split("\r")[-1].strip()]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def configured(name: str, *args: str, script: Path = ROOT / "train.py"):
+    """Two processes by `accelerate launch` with one of the files in launch/."""
+    cpu = {"ACCELERATE_USE_CPU": "true"} if name == "multi_gpu" else {}
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", f"launch/{name}.yaml", "--num_processes", "2")
+    return start(*launcher, "--main_process_port", str(free_port()), script, *args, PYTHONPATH=str(ROOT), **cpu)
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)

@@ -51,7 +51,7 @@ def streamed(
     reader = open_media(path, fps=fps, chunk_seconds=chunk_seconds, **options)
     encoder = backbone.stream_encoder(
         picture=reader.info.has_video,
-        sound=reader.info.has_audio and options.get("audio", True) and backbone.hears,
+        sound=reader.info.has_audio and options.get("audio", True) and backbone.supports_audio,
         fps=fps,
         duration=min(reader.info.duration or 1e9, options.get("max_seconds", 1e9)),
         **(settings or {}),
@@ -65,7 +65,7 @@ def streamed(
     closing = encoder.closing()
     if len(closing):
         hidden.append(stream.forward(closing, text=True))
-    question = ChunkInputs.text(backbone.embed(backbone.question_ids(QUESTION)), closing.next_position)
+    question = ChunkInputs.text(backbone.embed(backbone.question_ids(QUESTION)), closing.next_position_id)
     hidden.append(stream.forward(question, text=True))
-    kept = cache.retained(0)
-    return backbone.lm_head(torch.cat(hidden, dim=1)), kept.position.permute(2, 0, 1), kept.modality
+    kept = cache.token_metadata(0)
+    return backbone.lm_head(torch.cat(hidden, dim=1)), kept.position_ids.permute(2, 0, 1), kept.modality

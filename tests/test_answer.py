@@ -14,8 +14,8 @@ from small_runs import FLOWER, HALF, MEDIA, NO_INDEX, RABBIT, SILENT, SPEECH, li
 from train.export import export_run
 
 FIELDS = {
-    "answer", "question", "media", "model", "chunk", "seconds", "duration", "new_positions", "retained", "bytes",
-    "state_bytes", "last", "positions", "mean_budget", "method", "watch_seconds", "first_token_seconds",
+    "answer", "question", "media", "model", "chunk", "seconds", "duration", "new_tokens", "retained", "bytes",
+    "kv_bytes", "last", "tokens", "mean_budget", "method", "watch_seconds", "first_token_seconds",
 }  # fmt: skip
 FEW = ("--max-new-tokens", "6")
 
@@ -50,17 +50,17 @@ def test_json_says_what_was_watched_and_what_was_kept(run, capsys):
     assert report["seconds"] == pytest.approx(7.8, abs=0.1) == pytest.approx(report["duration"], abs=0.1)
     assert report["chunk"] == 3 and report["last"] is True  # four chunks of 2 s
     assert report["retained"]["visual"] == 20 and report["retained"]["audio"] == 4
-    assert 0 < report["new_positions"] < report["positions"]
-    assert 0 < report["state_bytes"] <= report["bytes"]
+    assert 0 < report["new_tokens"] < report["tokens"]
+    assert 0 < report["kv_bytes"] <= report["bytes"]
     assert report["watch_seconds"] > 0
-    streamed = {record["positions"] for record in metrics(run)}
-    assert report["positions"] in streamed, "answering streams what training streamed"
+    streamed = {record["tokens"] for record in metrics(run)}
+    assert report["tokens"] in streamed, "answering streams what training streamed"
 
 
 def test_run_export_and_checkpoint_answer_alike(run, export, capsys):
     options = ("--dtype", "float32", "--device", "cpu")
     reports = [answered(capsys, model, FLOWER, *options) for model in (run, export, run / "checkpoints/step-00000002")]
-    for name in ("answer", "positions", "retained", "seconds", "mean_budget", "method", "state_bytes"):
+    for name in ("answer", "tokens", "retained", "seconds", "mean_budget", "method", "kv_bytes"):
         assert reports[0][name] == reports[1][name] == reports[2][name]
 
 
@@ -75,7 +75,7 @@ def test_a_process_answers_on_stdout_and_shows_its_progress_on_stderr(export):
 def test_the_offline_model_answers(capsys):
     report = answered(capsys, "tiny", FLOWER, "--chunk-seconds", "2")
     kept = report["retained"]
-    assert report["mean_budget"] == 8192 and report["positions"] == kept["visual"] + kept["audio"]
+    assert report["mean_budget"] == 8192 and report["tokens"] == kept["visual"] + kept["audio"]
 
 
 def test_asked_before_the_end(run, capsys):
@@ -95,7 +95,7 @@ def test_reading_options(run, capsys):
     assert answered(capsys, run, RABBIT, "--no-audio")["retained"]["audio"] == 0
     assert answered(capsys, run, RABBIT, "--max-seconds", "3")["seconds"] == pytest.approx(3, abs=0.1)
     assert answered(capsys, run, RABBIT, "--chunk-seconds", "4")["chunk"] == 1
-    once, twice = (answered(capsys, run, RABBIT, "--no-audio", "--fps", rate)["positions"] for rate in "12")
+    once, twice = (answered(capsys, run, RABBIT, "--no-audio", "--fps", rate)["tokens"] for rate in "12")
     assert twice == 2 * once
 
 
@@ -109,7 +109,7 @@ def test_memory_options(run, capsys, tmp_path):
         report = answered(capsys, run, RABBIT, *options)
         assert (report["retained"]["visual"], report["retained"]["audio"]) == (visual, audio)
     full = answered(capsys, run, RABBIT, "--method", "full")
-    assert full["retained"]["visual"] + full["retained"]["audio"] == full["positions"]
+    assert full["retained"]["visual"] + full["retained"]["audio"] == full["tokens"]
     BudgetProfile((LayerBudget(5, 1), LayerBudget(7, 3), LayerBudget(9, 2))).save(tmp_path / "profile.json")
     report = answered(capsys, run, RABBIT, "--profile", str(tmp_path / "profile.json"))
     assert report["retained"]["visual"] == 7 and report["retained"]["audio"] == 2 and report["mean_budget"] == 9
@@ -131,13 +131,13 @@ def test_a_run_answers_with_the_settings_it_was_trained_with(tmp_path):
     """Everything that shapes the positions: rate, chunks, resolution, sound."""
     settings = {"fps": 2.0, "chunk_seconds": 4.0, "short_side": 120, "audio": False, "max_pixels": 5 * 28 * 28}
     overrides = [f"data.{key}={str(value).lower()}" for key, value in settings.items()]
-    run = trained_run(tmp_path, "train.max_steps=2", *overrides, "selection.lam=0.5")
+    run = trained_run(tmp_path, "train.max_steps=2", *overrides, "selection.lambda=0.5")
     session = StreamingSession.from_pretrained(run)
     assert session.settings.fps == 2.0 and session.settings.chunk_seconds == 4.0
     assert session.settings.short_side == 120 and session.settings.audio is False
-    assert session.memory.method.settings()["lam"] == 0.5
-    streamed = {sum(event.new_positions for event in session.watch(MEDIA / clip)) for clip in (FLOWER, RABBIT)}
-    assert streamed == {record["positions"] for record in metrics(run)}
+    assert session.memory.method.settings()["lambda"] == 0.5
+    streamed = {sum(event.new_tokens for event in session.watch(MEDIA / clip)) for clip in (FLOWER, RABBIT)}
+    assert streamed == {record["tokens"] for record in metrics(run)}
 
 
 # ---- wrong input -----------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def text_file(folder: Path) -> str:
 
 def run_without_adapter(folder: Path) -> str:
     (folder / "unfinished").mkdir()
-    (folder / "unfinished" / "recipe.yaml").write_text("model: {path: tiny}\n")
+    (folder / "unfinished" / "recipe.yaml").write_text("model: {name_or_path: tiny}\n")
     return str(folder / "unfinished")
 
 

@@ -272,8 +272,8 @@ def test_train_says_one_line_and_exits_2():
     done = start("train.py", "recipe=nosuch")
     assert done.returncode == 2
     assert done.stderr.startswith("train: unknown recipe 'nosuch'; ") and done.stderr.count("\n") == 1
-    done = start("train.py", "recipe=quickstart", "train.lr=fast")
-    assert (done.returncode, done.stderr) == (2, "train: train.lr takes a number, got 'fast'\n")
+    done = start("train.py", "recipe=quickstart", "train.learning_rate=fast")
+    assert (done.returncode, done.stderr) == (2, "train: train.learning_rate takes a number, got 'fast'\n")
     assert "Traceback" in start("train.py", "--debug", "recipe=nosuch").stderr
     assert "Recipes: " in start("train.py", "--help").stdout
 

@@ -16,7 +16,7 @@ from train.config import Recipe, list_recipes, load_recipe
 
 
 def test_omnimem_train_is_train_py(tmp_path):
-    quick = ("train.max_steps=1", "train.save_every=1")
+    quick = ("train.max_steps=1", "train.save_steps=1")
     assert main(arguments(tmp_path, *quick, out="script")) == 0
     assert omnimem(["train", *arguments(tmp_path, *quick, out="command")]) == 0
     script, command = (adapter(tmp_path / out) for out in ("script", "command"))
@@ -50,7 +50,7 @@ def test_methods_lists_every_method_with_its_options(capsys):
     told = capsys.readouterr().out
     named = [line.split()[0] for line in told.splitlines() if line and not line.startswith((" ", "In a recipe"))]
     assert named == list(SELECTION_METHODS)
-    assert "lam=0.02" in told and "window=32" in told and "positions=reindexed" in told
+    assert "lambda=0.02" in told and "window_size=32" in told and "position_ids=compact" in told
 
 
 @pytest.mark.parametrize("name", SELECTION_METHODS)
@@ -103,7 +103,7 @@ def test_every_other_backbone_contradicts_a_checkpoint(folders):
 
 @pytest.mark.parametrize("dry_run", ["true", "false"])
 def test_a_contradiction_ends_a_run_and_a_dry_run(tmp_path, folders, capsys, dry_run):
-    args = [f"model.path={folders['qwen3_vl']}", "model.backbone=qwen2_5_omni", f"dry_run={dry_run}"]
+    args = [f"model.name_or_path={folders['qwen3_vl']}", "model.backbone=qwen2_5_omni", f"dry_run={dry_run}"]
     assert main(arguments(tmp_path, *args)) == 2
     assert "contradicts" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -117,7 +117,12 @@ def test_a_published_model_is_known_by_its_hub_id_without_a_network(monkeypatch)
 
 
 def test_a_run_takes_the_backbone_of_its_checkpoint(tmp_path, folders):
-    options = (f"model.path={folders['qwen3_vl']}", "train.max_steps=1", "train.save_every=1", "data.chunk_seconds=4")
+    options = (
+        f"model.name_or_path={folders['qwen3_vl']}",
+        "train.max_steps=1",
+        "train.save_steps=1",
+        "data.chunk_seconds=4",
+    )
     assert main(arguments(tmp_path, *options)) == 0
     assert load_recipe([f"recipe={tmp_path / 'run' / 'recipe.yaml'}"]).model.backbone == "qwen3_vl"
     assert metrics(tmp_path / "run")[0]["retained"]["audio"] == 0, "Qwen3-VL takes no audio"

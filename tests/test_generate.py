@@ -37,7 +37,9 @@ def watch(session: StreamingSession, clip=WEBB) -> StreamingSession:
 
 def state(session: StreamingSession) -> list[torch.Tensor]:
     layers = session.memory.layers
-    return [t.clone() for layer in layers for t in (layer.keys, layer.values, layer.table.index, layer.mass)]
+    return [
+        t.clone() for layer in layers for t in (layer.keys, layer.values, layer.metadata.index, layer.attention_scores)
+    ]
 
 
 def assert_untouched(session: StreamingSession, before: list[torch.Tensor], seen: int) -> None:
@@ -71,11 +73,11 @@ def greedy_by_hand(session: StreamingSession, question: str, count: int) -> tupl
     tokens, used = [], []
     with memory.scratch():
         stream.forward(session._encoder.closing(), text=True)
-        position = int(memory.next_position[0])
+        position = int(memory.next_position_id[0])
         ids = backbone.question_ids(question)
         while True:
             part = ChunkInputs.text(backbone.embed(ids), position)
-            used += part.positions[0, 0].tolist()
+            used += part.position_ids[0, 0].tolist()
             position += ids.shape[1]
             tokens.append(int(backbone.lm_head(stream.forward(part, text=True)[:, -1]).argmax()))
             if tokens[-1] in end or len(tokens) == count:
@@ -87,7 +89,7 @@ def greedy_by_hand(session: StreamingSession, question: str, count: int) -> tupl
 @pytest.mark.parametrize("clip", [WEBB, RABBIT], ids=["webb", "rabbit"])
 def test_generate_equals_a_greedy_loop_by_hand_at_the_same_positions(tiny64, clip, method):
     session = watch(new_session(tiny64, method=method), clip)
-    seen = int(session.memory.retained(0).index.max()) + 1
+    seen = int(session.memory.token_metadata(0).index.max()) + 1
     assert min(session.memory.lengths()) < seen, "this test is about a memory that has evicted"
     expected, positions = greedy_by_hand(session, QUESTION, TOKENS)
     assert len(expected) > 2, "the tiny model should say something"
@@ -109,7 +111,7 @@ def test_generate_equals_a_greedy_loop_by_hand_at_the_same_positions(tiny64, cli
 
 def test_the_answers_positions_follow_the_media_not_the_stored_length(tiny64):
     session = watch(new_session(tiny64))
-    after_media = int(session.memory.next_position[0])
+    after_media = int(session.memory.next_position_id[0])
     assert after_media > max(session.memory.lengths())
     with PositionRecorder(tiny64) as recorder:
         session.ask(QUESTION, max_new_tokens=2)
@@ -218,7 +220,7 @@ def test_what_a_question_needs_does_not_grow_with_the_stream(tiny64, monkeypatch
     largest, seen = {}, 0
     with Meter(session) as meter:
         for event in meter.watch(RABBIT, loop_seconds=120.0):
-            seen += event.new_positions
+            seen += event.new_tokens
             if event.chunk + 1 in (3, 60):
                 with Largest() as recorded:
                     session.ask(QUESTION, max_new_tokens=TOKENS, min_new_tokens=TOKENS)

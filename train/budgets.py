@@ -19,7 +19,8 @@ from train.config import Recipe
 def profile_at(recipe: Recipe, profile: BudgetProfile, step: int, steps: int) -> BudgetProfile:
     """Budgets of a step (0-based) out of so many, in the proportions of the run's profile.
 
-    ``start_budget`` falls geometrically and reaches the profile's own mean after `memory.curriculum` of the steps;
+    ``start_budget`` falls geometrically and reaches the profile's own mean after `memory.curriculum_ratio` of the
+    steps;
     a ``random_budget`` is drawn evenly on a logarithmic scale.
 
     Raises
@@ -34,7 +35,7 @@ def profile_at(recipe: Recipe, profile: BudgetProfile, step: int, steps: int) ->
         return with_mean(profile, round(math.exp(drawn)))
     if memory.start_budget is None:
         return profile
-    progress = step / max(1.0, memory.curriculum * steps)
+    progress = step / max(1.0, memory.curriculum_ratio * steps)
     if progress >= 1:
         return profile
     target = profile.mean_budget

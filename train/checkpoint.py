@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_directory, atomic_write_json, remove_directory, sweep
-from train.processes import Processes
+from train.processes import ParallelStrategy
 
 FOLDER = "checkpoints"
 ADAPTER = ".adapter"
@@ -52,7 +52,7 @@ def save_checkpoint(
     step: int,
     accelerator: Accelerator,
     model: PeftModel,
-    processes: Processes,
+    processes: ParallelStrategy,
     profile: BudgetProfile,
     keep: int,
 ) -> Path:
@@ -109,7 +109,7 @@ def load_weights(folder: Path, accelerator: Accelerator, model: PeftModel) -> in
         return state["step"]
 
 
-def load_progress(folder: Path, accelerator: Accelerator, processes: Processes) -> None:
+def load_progress(folder: Path, accelerator: Accelerator, processes: ParallelStrategy) -> None:
     """Bring the optimiser's and this rank's random state back.
 
     Raises

@@ -1,6 +1,6 @@
 """Recipes: the dataclasses below are the only source of defaults, YAML and `key=value` say what differs.
 
-    accelerate launch train.py recipe=quickstart train.max_steps=3 lora.targets=[q_proj,v_proj]
+    accelerate launch train.py recipe=quickstart train.max_steps=3 lora.target_modules=[q_proj,v_proj]
 
 OmegaConf checks keys and types; after `load_recipe` there are plain dataclasses only. Every mistake is one
 `OmniMemError` line that names the key and what it takes. Nothing here imports torch, so a typing mistake is
@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from operator import attrgetter
+from keyword import iskeyword
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
@@ -35,9 +35,9 @@ class ModelConfig:
     """Which model is fine-tuned."""
 
     backbone: str | None = None  # null: detected from the checkpoint's configuration (`tiny`: qwen2_5_omni)
-    path: str = "tiny"  # hub id, directory, or `tiny`: the offline stand-in of the backbone
+    name_or_path: str = "tiny"  # hub id, directory, or `tiny`: the offline stand-in of the backbone
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16"
-    quantize: Literal["none", "nf4"] = "none"  # of the decoder's projections (QLoRA)
+    load_in_4bit: bool = False  # NF4 weights in the decoder's projections (QLoRA)
     seed: int = 0  # weights of `tiny`
 
 
@@ -58,7 +58,7 @@ class DataConfig:
     timestamps: int | None = 256  # most times written between pictures (Qwen3-VL family); null: one a temporal patch
     on_bad_row: Literal["error", "skip"] = "error"
     shuffle: bool = True
-    decode_ahead: int = 2  # chunks of every clip that a thread decodes before they are needed
+    prefetch_chunks: int = 2  # chunks of every clip that a thread decodes before they are needed
 
 
 @dataclass
@@ -69,7 +69,7 @@ class MemoryConfig:
     ratio: float = 5.0  # visual positions for each audio position
     profile: str | None = None  # a BudgetProfile file; overrides the two above
     start_budget: int | None = None  # mean budget of the first step, falling to the one above; null: no curriculum
-    curriculum: float = 0.5  # of the steps, after which it has fallen
+    curriculum_ratio: float = 0.5  # of the steps, after which it has fallen
     random_budget: list[int] | None = None  # [least, most]: another mean budget every step
 
 
@@ -79,20 +79,20 @@ class SelectionConfig:
 
     method: str = "omnimem"
     variant: Literal["paper", "release"] = "paper"
-    lam: float | None = None
+    lambda_: float | None = None
     redundancy: Literal["hidden", "sketch", "value", "key"] | None = None
     neighbours: Literal["sequence", "modality"] | None = None
     accumulation: Literal["mean", "sum", "ema"] | None = None
     ema_decay: float | None = None
-    mass: Literal["heads", "concat"] | None = None
+    attention_scores: Literal["heads", "concat"] | None = None
     factor: Literal["linear", "sqrt"] | None = None
     sketch_dim: int | None = None
-    mass_stride: int | None = None
+    query_stride: int | None = None
     seed: int = 0
-    positions: Literal["original", "reindexed"] | None = None  # rotary ids of what stays; null: the method's own
-    sinks: int | None = None  # streaming_llm
-    window: int | None = None  # snapkv
-    kernel: int | None = None  # snapkv
+    position_ids: Literal["original", "compact"] | None = None  # rotary ids of what stays; null: the method's own
+    num_sink_tokens: int | None = None  # streaming_llm
+    window_size: int | None = None  # snapkv
+    kernel_size: int | None = None  # snapkv
     share: float | None = None  # infinipot_v
     recent: float | None = None  # infinipot_v
     gradient: Literal["none", "straight_through", "soft"] = "straight_through"  # into the selection scores (see `gate`)
@@ -106,9 +106,9 @@ class GateConfig:
     temperature_end: float | None = None  # null: as at the start
     schedule: Literal["linear", "cosine", "exponential"] = "exponential"  # from the one to the other
     margin: int | None = None  # evicted positions a layer that are looked at; null: as many as a chunk brings
-    gain: float = 16.0  # weight of the gradient through the selection; 1 is exact for soft
+    gradient_scale: float = 16.0  # weight of the gradient through the selection; 1 is exact for soft
     threshold: Literal["boundary", "bisection"] = "boundary"
-    attention: bool = False  # also through the attention mass (worth it with a large selection.lam)
+    through_attention: bool = False  # also through the attention mass (worth it with a large selection.lambda)
 
 
 @dataclass
@@ -117,8 +117,8 @@ class DistillConfig:
 
     weight: float = 0.0  # of the divergence beside the cross-entropy; 0: no teacher
     temperature: float = 1.0
-    adapter: bool = False  # whether the teacher has the adapter that is being trained
-    cache: str | None = None  # folder in which its answers are kept for later epochs and runs
+    teacher_adapter: bool = False  # whether the teacher has the adapter that is being trained
+    cache_dir: str | None = None  # folder in which its answers are kept for later epochs and runs
 
 
 @dataclass
@@ -126,9 +126,10 @@ class LoraConfig:
     """Adapters."""
 
     r: int = 128
-    alpha: int = 256
-    dropout: float = 0.05
-    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])
+    lora_alpha: int = 256
+    lora_dropout: float = 0.05
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])
+    modules_to_save: list[str] = field(default_factory=list)  # projectors trained in full: visual, audio
 
 
 @dataclass
@@ -136,31 +137,33 @@ class TrainConfig:
     """Optimisation, logging and checkpoints."""
 
     max_steps: int | None = None  # null: as many as `epochs` needs
-    epochs: float = 1.0
-    batch_size: int = 1  # streams per device
-    accumulation: int = 1  # batches per optimiser step
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 2e-5
-    projectors: list[str] = field(default_factory=list)  # also trained, whole: visual, audio
-    projector_lr: float = 1e-5
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 1  # streams per device
+    gradient_accumulation_steps: int = 1  # batches per optimiser step
+    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
+    learning_rate: float = 2e-5
+    modules_to_save_learning_rate: float = 1e-5
     weight_decay: float = 0.0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
     warmup_ratio: float = 0.03
-    min_lr_ratio: float = 0.0  # of lr, where the cosine ends
+    min_lr_rate: float = 0.0  # of lr, where the cosine ends
     max_grad_norm: float = 1.0
     offload: Literal["none", "host", "disk"] = "host"  # where evicted tokens are kept for the backward pass
-    window: int | None = None  # chunks that the gradient of each question reaches, whatever else is asked; null: all
-    from_layer: float = (
+    bptt_window: int | None = (
+        None  # chunks that the gradient of each question reaches, whatever else is asked; null: all
+    )
+    detach_below_layer: float = (
         0  # first layer that learns from chunks no question follows; below 1: a share (the paper's: 0.5)
     )
-    to_layer: int | None = None  # layer from which on such chunks teach nothing; null: all do
+    detach_from_layer: int | None = None  # layer from which on such chunks teach nothing; null: all do
     seed: int = 0
-    log_every: int = 1  # steps
-    trackers: list[str] = field(default_factory=list)  # beside TensorBoard: wandb, trackio
+    logging_steps: int = 1  # steps
+    report_to: list[str] = field(default_factory=list)  # beside TensorBoard: wandb, trackio
     project: str = "omnimem"  # of the trackers
     run_name: str | None = None  # in the trackers; null: the name of output_dir
-    save_every: int = 100  # steps
-    keep_checkpoints: int = 2
+    save_steps: int = 100  # steps
+    save_total_limit: int = 2
     threads: int | None = None  # torch CPU threads; null: torch decides
     ddp_timeout: int = 10800  # seconds a process waits for the others, whose streams may be longer, before the run ends
 
@@ -171,9 +174,11 @@ class EvalConfig:
 
     path: str | None = None  # manifest; null: none
     root: str | None = None  # its media, if not beside it
-    every: int = 100  # steps
-    patience: int | None = None  # evaluations without a better one before the run ends; null: it does not
-    keep: int = 1  # best adapters that stay: best/, and best-step-… for the others
+    eval_steps: int = 100  # steps
+    early_stopping_patience: int | None = (
+        None  # evaluations without a better one before the run ends; null: it does not
+    )
+    save_total_limit: int = 1  # best adapters that stay: best/, and best-step-… for the others
 
 
 @dataclass
@@ -203,6 +208,24 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     finish: FinishConfig = field(default_factory=FinishConfig)
+
+
+def key_of(field_name: str) -> str:
+    """Recipe key of a field: `lambda` for `lambda_`, which Python reserves."""
+    return field_name.rstrip("_")
+
+
+def value_of(recipe: Recipe, key: str) -> Any:
+    """Value of a dotted recipe key."""
+    value: Any = recipe
+    for name in key.split("."):
+        value = getattr(value, f"{name}_" if iskeyword(name) else name)
+    return value
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Nested dict of all keys and values."""
+    return asdict(recipe, dict_factory=lambda pairs: {key_of(name): value for name, value in pairs})
 
 
 def load_recipe(args: list[str]) -> Recipe:
@@ -267,7 +290,7 @@ def to_yaml(recipe: Recipe) -> str:
             return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
         return value
 
-    return OmegaConf.to_yaml(OmegaConf.create(literal(asdict(recipe))))
+    return OmegaConf.to_yaml(OmegaConf.create(literal(to_dict(recipe))))
 
 
 def validate(recipe: Recipe) -> None:
@@ -279,7 +302,7 @@ def validate(recipe: Recipe) -> None:
         The first key that is out of range, with its value and what it takes.
     """
     for key, hint in LEAVES.items():
-        value = attrgetter(key)(recipe)
+        value = value_of(recipe, key)
         for entry in value if isinstance(value, list) else [value]:
             if isinstance(entry, float):
                 _require(recipe, math.isfinite(entry), key, "finite")
@@ -293,7 +316,7 @@ def validate(recipe: Recipe) -> None:
     _require(recipe, longest <= LONGEST_NAME, "output_dir", f"of names within {LONGEST_NAME} bytes")
 
     def check(key: str, holds: Callable[[float], bool], rule: str) -> None:
-        value = attrgetter(key)(recipe)
+        value = value_of(recipe, key)
         _require(recipe, value is None or holds(value), key, rule)
 
     for least, keys in AT_LEAST.items():
@@ -308,7 +331,8 @@ def validate(recipe: Recipe) -> None:
     for key in FRACTIONS:
         check(key, lambda value: 0 <= value <= 1, "between 0 and 1")
     check("data.max_seconds", lambda value: value >= 1e-6, "above 0.000001")
-    check("lora.dropout", lambda value: 0 <= value < 1, "at least 0 and below 1")
+    for key in ("lora.lora_dropout", "train.adam_beta1", "train.adam_beta2"):
+        check(key, lambda value: 0 <= value < 1, "at least 0 and below 1")
 
     if recipe.model.dtype == "float16":
         raise OmniMemError(
@@ -320,30 +344,36 @@ def validate(recipe: Recipe) -> None:
     _require(recipe, ordered, "memory.random_budget", "two whole numbers, at least 2 and in order")
     if span is not None and recipe.memory.start_budget is not None:
         raise OmniMemError("memory.start_budget and memory.random_budget exclude each other; set one of them")
-    targets = recipe.lora.targets
-    _require(recipe, bool(targets) and all(targets), "lora.targets", "a list of at least one module name")
-    betas = [0 <= beta < 1 for beta in recipe.train.betas]
-    _require(recipe, betas == [True, True], "train.betas", "two numbers, each at least 0 and below 1")
+    targets = recipe.lora.target_modules
+    _require(recipe, bool(targets) and all(targets), "lora.target_modules", "a list of at least one module name")
     scale = recipe.data.time_scale
     positive = scale > 0 if isinstance(scale, float) else scale == "auto"
     _require(recipe, positive, "data.time_scale", "auto or a number above 0")
 
-    cut = recipe.train.from_layer
-    _require(recipe, cut < 1 or cut == int(cut), "train.from_layer", "a whole number, or a share of the layers below 1")
+    cut = recipe.train.detach_below_layer
+    _require(
+        recipe,
+        cut < 1 or cut == int(cut),
+        "train.detach_below_layer",
+        "a whole number, or a share of the layers below 1",
+    )
     frames = recipe.data.fps * recipe.data.chunk_seconds
     if math.isinf(frames) or round(frames) < 1 or not math.isclose(frames, round(frames), rel_tol=1e-9):
         raise OmniMemError(
             "data.chunk_seconds must hold a whole number of frames, got "
             f"{recipe.data.chunk_seconds:g} s at data.fps {recipe.data.fps:g} = {frames:g} frames"
         )
-    unknown = [name for name in recipe.train.trackers if name not in TRACKERS]
-    _require(recipe, not unknown, "train.trackers", f"some of {', '.join(TRACKERS)}")
-    if recipe.distill.weight > 0 and not recipe.distill.adapter and recipe.train.projectors:
+    unknown = [name for name in recipe.train.report_to if name not in TRACKERS]
+    _require(recipe, not unknown, "train.report_to", f"some of {', '.join(TRACKERS)}")
+    if recipe.distill.weight > 0 and not recipe.distill.teacher_adapter and recipe.lora.modules_to_save:
         raise OmniMemError(
-            "the base model cannot teach while projectors change; leave train.projectors out, or distill.adapter=true"
+            "the base model cannot teach while projectors change; leave lora.modules_to_save out, or "
+            "distill.teacher_adapter=true"
         )
-    if recipe.distill.cache is not None and recipe.distill.adapter:
-        raise OmniMemError("distill.cache keeps the base model's answers; with distill.adapter=true they change")
+    if recipe.distill.cache_dir is not None and recipe.distill.teacher_adapter:
+        raise OmniMemError(
+            "distill.cache_dir keeps the base model's answers; with distill.teacher_adapter=true they change"
+        )
     if recipe.finish.media is not None and recipe.finish.question is None:
         raise OmniMemError("finish.media without finish.question: set what is asked about the clip, or leave both out")
 
@@ -354,11 +384,19 @@ def without_effect(recipe: Recipe) -> list[str]:
     found = []
     for switch, off, keys in (
         ("selection.gradient=none", recipe.selection.gradient == "none", [k for k in LEAVES if k.startswith("gate.")]),
-        ("distill.weight=0", recipe.distill.weight == 0, ["distill.temperature", "distill.adapter", "distill.cache"]),
-        ("train.projectors=[]", not recipe.train.projectors, ["train.projector_lr"]),
-        ("eval.path=null", recipe.eval.path is None, ["eval.every", "eval.patience", "eval.keep", "eval.root"]),
+        (
+            "distill.weight=0",
+            recipe.distill.weight == 0,
+            ["distill.temperature", "distill.teacher_adapter", "distill.cache_dir"],
+        ),
+        ("lora.modules_to_save=[]", not recipe.lora.modules_to_save, ["train.modules_to_save_learning_rate"]),
+        (
+            "eval.path=null",
+            recipe.eval.path is None,
+            ["eval.eval_steps", "eval.early_stopping_patience", "eval.save_total_limit", "eval.root"],
+        ),
     ):
-        given = [key for key in keys if attrgetter(key)(recipe) != attrgetter(key)(default)]
+        given = [key for key in keys if value_of(recipe, key) != value_of(default, key)]
         if off and given:
             found.append(f"{', '.join(given)}: without effect, because {switch}")
     return found
@@ -375,17 +413,36 @@ TRACKERS = ("wandb", "trackio")
 
 AT_LEAST: dict[int, tuple[str, ...]] = {
     0: (
-        "data.decode_ahead",
-        *("model.seed", "train.seed", "selection.seed", "selection.sinks", "selection.lam"),
-        *("distill.weight", "train.lr", "train.weight_decay", "train.from_layer", "train.projector_lr"),
+        "data.prefetch_chunks",
+        *("model.seed", "train.seed", "selection.seed", "selection.num_sink_tokens", "selection.lambda"),
+        *(
+            "distill.weight",
+            "train.learning_rate",
+            "train.weight_decay",
+            "train.detach_below_layer",
+            "train.modules_to_save_learning_rate",
+        ),
     ),
     1: (
         *("data.short_side", "data.max_pixels", "data.timestamps", "memory.mean_budget"),
-        *("selection.sketch_dim", "selection.mass_stride"),
-        *("lora.r", "lora.alpha"),
-        *("train.max_steps", "train.batch_size", "train.accumulation", "train.log_every", "train.save_every"),
-        *("train.keep_checkpoints", "train.threads", "selection.window", "selection.kernel", "gate.margin"),
-        *("memory.start_budget", "eval.every", "eval.patience", "eval.keep", "train.window", "train.to_layer"),
+        *("selection.sketch_dim", "selection.query_stride"),
+        *("lora.r", "lora.lora_alpha"),
+        *(
+            "train.max_steps",
+            "train.per_device_train_batch_size",
+            "train.gradient_accumulation_steps",
+            "train.logging_steps",
+            "train.save_steps",
+        ),
+        *("train.save_total_limit", "train.threads", "selection.window_size", "selection.kernel_size", "gate.margin"),
+        *(
+            "memory.start_budget",
+            "eval.eval_steps",
+            "eval.early_stopping_patience",
+            "eval.save_total_limit",
+            "train.bptt_window",
+            "train.detach_from_layer",
+        ),
         "train.ddp_timeout",
     ),
 }
@@ -394,22 +451,28 @@ AT_MOST: dict[int, tuple[str, ...]] = {1024: ("data.fps", "train.threads"), 2**1
 
 ABOVE_ZERO = (
     *("data.fps", "data.chunk_seconds", "data.max_seconds", "memory.ratio"),
-    *("train.epochs", "train.max_grad_norm", "gate.temperature", "gate.temperature_end", "gate.gain"),
+    *(
+        "train.num_train_epochs",
+        "train.max_grad_norm",
+        "gate.temperature",
+        "gate.temperature_end",
+        "gate.gradient_scale",
+    ),
     "distill.temperature",
 )
 FRACTIONS = (
-    "memory.curriculum",
+    "memory.curriculum_ratio",
     "selection.ema_decay",
     "selection.share",
     "selection.recent",
     "train.warmup_ratio",
-    "train.min_lr_ratio",
+    "train.min_lr_rate",
 )
 
 
 def _require(recipe: Recipe, holds: bool, key: str, rule: str) -> None:
     if not holds:
-        raise OmniMemError(f"{key} must be {rule}, got {_show(attrgetter(key)(recipe))}")
+        raise OmniMemError(f"{key} must be {rule}, got {_show(value_of(recipe, key))}")
 
 
 def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -420,7 +483,7 @@ def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if is_dataclass(hint):
             yield from _leaves(cast(type, hint), f"{prefix}{entry.name}.")
         else:
-            yield prefix + entry.name, hint
+            yield prefix + key_of(entry.name), hint
 
 
 LEAVES: dict[str, Any] = dict(_leaves(Recipe))
@@ -504,7 +567,7 @@ def _assign(config: DictConfig, key: str, value: Any, where: str = "") -> None:
     try:
         if isinstance(value, int) and not isinstance(value, bool) and set(get_args(hint)) == {str, float}:
             value = float(value)  # OmegaConf does not widen a number inside a union
-        OmegaConf.update(config, key, value)
+        OmegaConf.update(config, key.replace("selection.lambda", "selection.lambda_"), value)
     except (ValidationError, OverflowError) as error:
         raise OmniMemError(f"{where}{key} takes {_describe(hint)}, got {_show(value)}") from error
     except OmegaConfBaseException as error:

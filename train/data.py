@@ -29,7 +29,7 @@ log = logging.getLogger("omnimem.train")
 
 
 @dataclass(frozen=True)
-class Asked:
+class TokenizedQuestion:
     """A tokenised question: ids ``[Q]``, answer ids ``[A]``, second at which it is asked (None: the end)."""
 
     question: Tensor
@@ -42,7 +42,7 @@ class Sample:
     """A row with its questions tokenised."""
 
     row: Row
-    asked: tuple[Asked, ...]
+    asked: tuple[TokenizedQuestion, ...]
 
     @property
     def targets(self) -> int:
@@ -50,12 +50,12 @@ class Sample:
         return sum(len(asked.answer) for asked in self.asked)
 
 
-def load_rows(config: DataConfig, hears: bool = True) -> Manifest:
+def load_rows(config: DataConfig, supports_audio: bool = True) -> Manifest:
     """Read the manifest and open every clip once, so that an unusable one is found before training begins.
 
     Clips are opened side by side, and only those that changed since an earlier start (`data_prep.opened`). Of a
     prepared folder no clip is opened: `omnimem data prepare` has read them to their end. For a model that does not
-    hear (`hears` false) a clip needs a picture.
+    hear (`supports_audio` false) a clip needs a picture.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def load_rows(config: DataConfig, hears: bool = True) -> Manifest:
     if is_prepared(config.path):
         settings, _ = read_settings(config.path)
         wanted = {key: getattr(config, key) for key in ("fps", "short_side", "max_seconds")}
-        frame_step(settings, f"data.path={config.path}", audio=config.audio and hears, **wanted)
+        frame_step(settings, f"data.path={config.path}", audio=config.audio and supports_audio, **wanted)
         manifest = read_prepared(config.path, config.on_bad_row)
         opened = manifest.rows
     else:
@@ -79,8 +79,12 @@ def load_rows(config: DataConfig, hears: bool = True) -> Manifest:
             if isinstance(outcome, OmniMemError):
                 raise outcome
             info = info_of(outcome)
-            if not info.has_video and not (info.has_audio and row.audio and config.audio and hears):
-                missing = "neither picture nor (wanted) sound" if hears else "no picture, and the model does not hear"
+            if not info.has_video and not (info.has_audio and row.audio and config.audio and supports_audio):
+                missing = (
+                    "neither picture nor (wanted) sound"
+                    if supports_audio
+                    else "no picture, and the model does not hear"
+                )
                 raise OmniMemError(f"{row.name}: {missing}")
             rows.append(outcome)
             for question in row.questions:
@@ -122,7 +126,7 @@ def open_row(row: Row, settings: StreamSettings, backbone: Backbone) -> tuple[It
         name=row.name,
         fps=settings.fps,
         chunk_seconds=settings.chunk_seconds,
-        audio=settings.audio and backbone.hears,
+        audio=settings.audio and backbone.supports_audio,
         short_side=settings.short_side,
         max_seconds=settings.max_seconds,
     )
@@ -134,7 +138,10 @@ def tokenise(row: Row, backbone: Backbone) -> Sample:
     questions = sorted(row.questions, key=lambda q: math.inf if q.time is None else q.time)
     return Sample(
         row,
-        tuple(Asked(backbone.question_ids(q.question)[0], backbone.answer_ids(q.answer)[0], q.time) for q in questions),
+        tuple(
+            TokenizedQuestion(backbone.question_ids(q.question)[0], backbone.answer_ids(q.answer)[0], q.time)
+            for q in questions
+        ),
     )
 
 
@@ -179,10 +186,14 @@ class Schedule:
 
     def __init__(self, samples: list[Sample] | Samples, train: TrainConfig, shuffle: bool, processes: int) -> None:
         self.samples = samples
-        self.batch, self.accumulation, self.processes = train.batch_size, train.accumulation, processes
+        self.batch, self.accumulation, self.processes = (
+            train.per_device_train_batch_size,
+            train.gradient_accumulation_steps,
+            processes,
+        )
         self.seed, self.shuffle = train.seed, shuffle
         self.samples_per_step = self.batch * self.accumulation * processes
-        steps = math.ceil(train.epochs * len(samples) / self.samples_per_step)
+        steps = math.ceil(train.num_train_epochs * len(samples) / self.samples_per_step)
         self.steps = max(1, steps) if train.max_steps is None else train.max_steps
         # A step that ends one epoch and begins the next needs both permutations.
         self._order = lru_cache(maxsize=2)(self._permutation)

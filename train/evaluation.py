@@ -1,9 +1,10 @@
 """Held-out questions every so many steps, answered from the hard memory of inference; the best adapter stays.
 
-    train.py recipe=… eval.path=held_out.jsonl eval.every=50 eval.patience=4
+    train.py recipe=… eval.path=held_out.jsonl eval.eval_steps=50 eval.early_stopping_patience=4
 
 Measured is the cross-entropy of the reference answers in nats a token. The adapter of the best evaluation is kept in
-``best/`` with its numbers, so a run that is resumed knows it; after `eval.patience` evaluations without a better one
+``best/`` with its numbers, so a run that is resumed knows it; after `eval.early_stopping_patience` evaluations
+without a better one
 the run ends.
 """
 
@@ -61,7 +62,7 @@ class Evaluation:
 
     def due(self, step: int, steps: int) -> bool:
         """Whether to evaluate after `step` of so many steps."""
-        return bool(self.samples) and (step % self.config.every == 0 or step == steps)
+        return bool(self.samples) and (step % self.config.eval_steps == 0 or step == steps)
 
     def measure(self, objective: StreamObjective, accelerator: Accelerator) -> float:
         """Nats an answer token of the held-out questions; every process takes its share and gets the same number.
@@ -90,7 +91,11 @@ class Evaluation:
             return
         kept = self._kept()
         again = [folder for folder, numbers in kept.items() if numbers["step"] == step]
-        if not again and len(kept) >= self.config.keep and all(one["loss"] <= loss for one in kept.values()):
+        if (
+            not again
+            and len(kept) >= self.config.save_total_limit
+            and all(one["loss"] <= loss for one in kept.values())
+        ):
             return
         with atomic_directory(again[0] if again else self._other(step), overwrite=True) as folder:
             save_adapter(folder, model, profile, weights)
@@ -101,7 +106,7 @@ class Evaluation:
             if self.folder.is_dir():
                 self.folder.rename(self._other(_numbers(self.folder)["step"]))
             best.rename(self.folder)
-        for folder in list(self._kept())[self.config.keep :]:
+        for folder in list(self._kept())[self.config.save_total_limit :]:
             remove_directory(folder)
 
     def _kept(self) -> dict[Path, dict[str, Any]]:
@@ -119,9 +124,9 @@ class Evaluation:
         return next(iter(self._kept().values()), None)
 
     def exhausted(self, step: int) -> str | None:
-        """Why the run ends after `step`: the best evaluation is `eval.patience` evaluations old."""
+        """Why the run ends after `step`: the best evaluation is `eval.early_stopping_patience` evaluations old."""
         best = self.best()
-        patience = self.config.patience
-        if best is None or patience is None or step - best["step"] < patience * self.config.every:
+        patience = self.config.early_stopping_patience
+        if best is None or patience is None or step - best["step"] < patience * self.config.eval_steps:
             return None
         return f"none of {patience} evaluations was better than {best['loss']:.4f} after step {best['step']}"

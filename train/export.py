@@ -95,7 +95,7 @@ def export_run(
         written = load_backbone(folder, backbone=name, dtype=wanted, device=device)
         checked = verify(merged, written)
         # What an adapter is merged into is never quantised.
-        quantized = recipe is not None and recipe.model.quantize != "none"
+        quantized = recipe is not None and recipe.model.load_in_4bit
         card = model_card(run, base, written, profile, checked, quantized)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return checked
@@ -117,7 +117,7 @@ def _profile_of(adapter: Path, backbone: Backbone) -> BudgetProfile:
     if file.is_file() or (adapter / RECIPE_FILE).is_file():
         return BudgetProfile.load(file)
     log.warning("%s has no %s: the export gets 8192 positions a layer", adapter, PROFILE_FILE)
-    return BudgetProfile.uniform(backbone.config, ratio=5.0 if backbone.hears else math.inf)
+    return BudgetProfile.uniform(backbone.config, ratio=5.0 if backbone.supports_audio else math.inf)
 
 
 def _recipe_of(run: Path) -> Recipe | None:

@@ -21,10 +21,10 @@ from omnimem.forward import Stream
 from omnimem.media import Chunk
 from omnimem.memory.table import count
 from omnimem.modality import KINDS
-from omnimem.tape import Tape
+from omnimem.tape import ChunkwiseBPTT
 from train.config import DistillConfig
-from train.data import Asked, Sample
-from train.processes import Processes
+from train.data import Sample, TokenizedQuestion
+from train.processes import ParallelStrategy
 from train.teacher import TeacherAnswers
 
 Chunks = Sequence[Chunk | None]
@@ -71,7 +71,7 @@ class BatchEncoder:
 
     @property
     def _carries(self) -> bool:
-        return any(encoder.carries for encoder in self._encoders)
+        return any(encoder.has_pending_input for encoder in self._encoders)
 
 
 class Teacher:
@@ -98,12 +98,12 @@ class Teacher:
     def __init__(
         self,
         distill: DistillConfig,
-        processes: Processes,
+        processes: ParallelStrategy,
         samples: list[Sample],
         stream: Stream | None = None,
         teaching: Callable[[], AbstractContextManager[Any]] = nullcontext,
         answers: TeacherAnswers | None = None,
-        known: dict[Asked, Tensor] | None = None,
+        known: dict[TokenizedQuestion, Tensor] | None = None,
     ) -> None:
         self.weight, self._temperature = distill.weight, distill.temperature
         self._processes, self._samples, self._stream = processes, samples, stream
@@ -116,7 +116,7 @@ class Teacher:
                 return self._processes.call(lambda: step(stream))
 
     def answer(
-        self, due: list[Asked | None], closing: ChunkInputs, question: list[Tensor], answer: list[Tensor]
+        self, due: list[TokenizedQuestion | None], closing: ChunkInputs, question: list[Tensor], answer: list[Tensor]
     ) -> Tensor:
         """Logits ``[M, vocabulary]`` of the answers to the questions that are due, one after the other."""
         if self._known is not None:
@@ -133,7 +133,7 @@ class Teacher:
         return F.kl_div((logits / t).log_softmax(-1), wanted, reduction="sum", log_target=True) * t**2
 
 
-class Lesson:
+class Rollout:
     """Streams of a batch, questions on the way, and what the answers cost.
 
     Parameters
@@ -160,7 +160,12 @@ class Lesson:
     """
 
     def __init__(
-        self, tape: Tape, encoders: BatchEncoder, teacher: Teacher | None, processes: Processes, dtype: torch.dtype
+        self,
+        tape: ChunkwiseBPTT,
+        encoders: BatchEncoder,
+        teacher: Teacher | None,
+        processes: ParallelStrategy,
+        dtype: torch.dtype,
     ) -> None:
         self._tape, self._encoders, self._teacher, self._processes = tape, encoders, teacher, processes
         self._entropy = torch.zeros((), dtype=dtype, device=tape.stream.backbone.device)
@@ -171,7 +176,7 @@ class Lesson:
         tape.forward(self._prefix)
         self._show(lambda stream: stream.forward(self._prefix, text=True))
 
-    def take(self, chunks: Chunks) -> None:
+    def step(self, chunks: Chunks) -> None:
         """Take in the next chunk of every stream."""
         inputs, again = self._encoders.encode(chunks)
         real = torch.ones_like(inputs.modality, dtype=torch.bool) if inputs.valid is None else inputs.valid
@@ -182,14 +187,14 @@ class Lesson:
             self._show(lambda stream: stream.step(inputs))
         elif self._processes.lockstep:
             # In the order of those that take something in, as below in that of those that are asked.
-            self._tape.idle(self._prefix, probes=True)
+            self._tape.empty_pass(self._prefix, probes=True)
             self._show(lambda stream: _forgotten(stream, self._prefix))
 
-    def ask(self, due: list[Asked | None]) -> None:
+    def answer(self, due: list[TokenizedQuestion | None]) -> None:
         """Ask some of the streams something; None, where nothing is due."""
         if not any(due):
             self._show(lambda stream: _forgotten(stream, self._prefix))
-            self._tape.idle(self._prefix, probes=False)
+            self._tape.empty_pass(self._prefix, probes=False)
             return
         closing, again = self._encoders.closing()
         nothing = torch.zeros(0, dtype=torch.int64)
@@ -225,7 +230,7 @@ class Lesson:
 def _encoded(encoders: Sequence[StreamEncoder], chunks: Chunks) -> ChunkInputs:
     """The next chunk of every stream."""
     return ChunkInputs.batch(
-        [e.idle() if chunk is None else e.encode(chunk) for e, chunk in zip(encoders, chunks, strict=True)]
+        [e.empty_step() if chunk is None else e.encode(chunk) for e, chunk in zip(encoders, chunks, strict=True)]
     )
 
 

@@ -36,7 +36,7 @@ from train.finish import finish
 from train.lock import hold_lock
 from train.metrics import BarHandler, Metrics, Once, peak_gib
 from train.plan import print_plan
-from train.processes import from_main_process, new_accelerator, new_processes, zero_stage
+from train.processes import from_main_process, new_accelerator, new_strategy, zero_stage
 from train.rundir import prepare_run_directory
 from train.setup import (
     add_lora,
@@ -72,7 +72,7 @@ def run(recipe: Recipe) -> None:
         log.warning(line)
     # Recorded by name, so that the run's own recipe does not depend on another look at the checkpoint.
     recipe.model.backbone = backbone = backbone_of(recipe)
-    supports_audio = backbone_class(backbone).hears
+    supports_audio = backbone_class(backbone).supports_audio
     skeleton, profile = check_recipe(recipe)
     if recipe.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:
@@ -93,7 +93,8 @@ def run(recipe: Recipe) -> None:
         except torch.OutOfMemoryError as error:
             raise OmniMemError(
                 f"out of memory on the accelerator ({peak_gib():.1f} GiB were in use): lower data.chunk_seconds, "
-                "memory.mean_budget or train.batch_size and begin in another output_dir; dry_run=true shows what takes "
+                "memory.mean_budget or train.per_device_train_batch_size and begin in another output_dir; dry_run=true "
+                "shows what takes "
                 "how much"
             ) from error
 
@@ -140,7 +141,7 @@ def train(
     # One process looks: on a shared file system others may see another moment.
     saved = _agreed(checkpoints(output_dir))
     done = load_weights(saved[-1], accelerator, peft_model) if saved else 0
-    processes = new_processes(accelerator, recipe, backbone, peft_model)
+    processes = new_strategy(accelerator, recipe, backbone, peft_model)
     if saved:
         load_progress(saved[-1], accelerator, processes)
         log.info("resuming after step %d from %s", done, saved[-1])
@@ -153,7 +154,7 @@ def train(
     skipped = 0
     steps = schedule.steps
     for step in range(done, steps):
-        if recipe.eval.patience is not None and (reason := _agreed(evaluation.exhausted(step))):
+        if recipe.eval.early_stopping_patience is not None and (reason := _agreed(evaluation.exhausted(step))):
             log.info("ended after step %d: %s", step, reason)
             break
         started = time.perf_counter()
@@ -170,10 +171,10 @@ def train(
                 outcome = objective(batch, gradient, budgets)
                 outcome.backward(weight * processes.weight)
                 loss, distilled = outcome.loss.item() * weight, outcome.distilled.item() * weight
-                totals[:3] += torch.tensor([loss, outcome.positions, distilled])
+                totals[:3] += torch.tensor([loss, outcome.tokens, distilled])
         totals[3] = stop.requested
         summed: Any = accelerator.reduce(totals.to(accelerator.device), "sum")
-        loss_value, positions, distilled, stopping = summed.tolist()
+        loss_value, tokens, distilled, stopping = summed.tolist()
         norm = processes.step(wanted=math.isfinite(loss_value))
         finite = math.isfinite(loss_value) and math.isfinite(norm)
         skipped = 0 if finite else skipped + 1
@@ -182,7 +183,8 @@ def train(
         if skipped == MAX_SKIPPED:
             raise OmniMemError(
                 f"{MAX_SKIPPED} steps in a row without a finite loss or gradient, the last over "
-                f"{[s.row.name for s in batch]}; lower train.lr, use model.dtype=float32 or look at these clips"
+                f"{[s.row.name for s in batch]}; lower train.learning_rate, use "
+                "model.dtype=float32 or look at these clips"
             )
         elapsed = time.perf_counter() - started
         record = {
@@ -190,13 +192,13 @@ def train(
             "epoch": round(schedule.epoch(step + 1), 4),
             "loss": loss_value if math.isfinite(loss_value) else None,
             "distilled": distilled if recipe.distill.weight > 0 else None,
-            "lr": rate * recipe.train.lr,
+            "lr": rate * recipe.train.learning_rate,
             "temperature": None if gradient is None else gradient.temperature,
             "grad_norm": norm if math.isfinite(norm) else None,
             "skipped": not finite,
             "targets": targets,
-            "positions": int(positions),
-            "positions_per_second": positions / elapsed,
+            "tokens": int(tokens),
+            "tokens_per_second": tokens / elapsed,
             "seconds": elapsed,
             "mean_budget": budgets.mean_budget,
             "retained": outcome.retained,
@@ -212,15 +214,15 @@ def train(
             if accelerator.is_main_process:
                 evaluation.keep_best(step + 1, held_out_loss, peft_model, profile, weights)
             accelerator.wait_for_everyone()
-            weights_used = "" if recipe.model.quantize == "none" else f" (base in {recipe.model.quantize})"
+            weights_used = " (base in NF4)" if recipe.model.load_in_4bit else ""
             log.info("step %d: held-out answers %.4f nats a token%s", step + 1, held_out_loss, weights_used)
-        if (step + 1) % recipe.train.log_every == 0 or "eval_loss" in record or step + 1 == steps:
+        if (step + 1) % recipe.train.logging_steps == 0 or "eval_loss" in record or step + 1 == steps:
             metrics.log(record)
         metrics.progress(record)
         # ---- save ---------------------------------------------------------------------------------------
-        if (step + 1) % recipe.train.save_every == 0 or step + 1 == steps or stopping:
+        if (step + 1) % recipe.train.save_steps == 0 or step + 1 == steps or stopping:
             save_checkpoint(
-                output_dir, step + 1, accelerator, peft_model, processes, profile, recipe.train.keep_checkpoints
+                output_dir, step + 1, accelerator, peft_model, processes, profile, recipe.train.save_total_limit
             )
         if stopping and step + 1 < steps:
             metrics.close()
@@ -248,4 +250,4 @@ def rate_at(step: int, steps: int, train: TrainConfig) -> float:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return train.min_lr_ratio + (1 - train.min_lr_ratio) * cosine
+    return train.min_lr_rate + (1 - train.min_lr_rate) * cosine

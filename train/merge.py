@@ -29,7 +29,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from omnimem.backbones import Backbone
-from omnimem.backbones.adapter import PREFIX, load_adapter, trained_whole
+from omnimem.backbones.adapter import PREFIX, load_adapter, modules_to_save
 from omnimem.errors import OmniMemError
 from train.host_memory import peak_bytes
 
@@ -109,7 +109,7 @@ def merge_adapter(backbone: Backbone, adapter: str | Path) -> Merged:
     """
     digests = _digests(backbone.model.state_dict())
     peft_model = load_adapter(backbone, adapter)
-    whole = {name.removeprefix(PREFIX): module for name, module in trained_whole(peft_model).items()}
+    whole = {name.removeprefix(PREFIX): module for name, module in modules_to_save(peft_model).items()}
     _check_mergeable(peft_model, tuple(whole), adapter)
     adapted = _probe_logits(backbone)
     for name, module in whole.items():

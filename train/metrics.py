@@ -28,7 +28,7 @@ log = logging.getLogger("omnimem.train")
 class Metrics:
     """Log of a run on its main process; other ranks make one with `active=False`, which stays silent.
 
-    On a terminal the progress is a bar; in a log file or a pipe it is a line every ``train.log_every`` steps.
+    On a terminal the progress is a bar; in a log file or a pipe it is a line every ``train.logging_steps`` steps.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class Metrics:
 
     def __init__(self, output_dir: Path, done: int, total: int, active: bool, recipe: Recipe) -> None:
         self._file = self._board = self._trackers = None
-        self._active, self._done, self._total, self._every = active, done, total, recipe.train.log_every
+        self._active, self._done, self._total, self._every = active, done, total, recipe.train.logging_steps
         self._started = time.monotonic()
         self._bar = tqdm(
             total=total,
@@ -85,7 +85,7 @@ class Metrics:
         step, kept = record["step"], record["retained"]
         shown = (
             f"loss {'not finite' if record['loss'] is None else format(record['loss'], '.3f')} lr {record['lr']:.1e} "
-            f"kept {kept['visual']:.0f}v+{kept['audio']:.0f}a {record['positions_per_second']:.0f} tokens/s "
+            f"kept {kept['visual']:.0f}v+{kept['audio']:.0f}a {record['tokens_per_second']:.0f} tokens/s "
             f"{record['peak_gib']:.2f} GiB"
         )
         if not self._bar.disable:

@@ -28,11 +28,11 @@ from omnimem.modality import EVICTABLE
 from omnimem.selection import SelectionMethod
 from omnimem.selection.full import Full
 from omnimem.stream import StreamSettings
-from omnimem.tape import Tape, Truncation
+from omnimem.tape import ChunkwiseBPTT, Truncation
 from train.config import DistillConfig
-from train.data import Asked, Sample, open_row
-from train.lesson import BatchEncoder, Lesson, Teacher
-from train.processes import Processes
+from train.data import Sample, TokenizedQuestion, open_row
+from train.lesson import BatchEncoder, Rollout, Teacher
+from train.processes import ParallelStrategy
 from train.teacher import TeacherAnswers
 
 log = logging.getLogger("omnimem.train")
@@ -67,7 +67,7 @@ class Outcome:
     loss: Tensor
     distilled: Tensor
     targets: int
-    positions: int
+    tokens: int
     retained: dict[str, float]
     retention: dict[str, float]
     gates: dict[str, float] | None
@@ -119,7 +119,7 @@ class StreamObjective:
         skip_damaged: bool = False,
         store: Store | None = None,
         truncation: Truncation | None = None,
-        processes: Processes | None = None,
+        processes: ParallelStrategy | None = None,
         encoders_learn: bool = False,
         decode_ahead: int = 0,
         answers: TeacherAnswers | None = None,
@@ -129,7 +129,7 @@ class StreamObjective:
         self._skip_damaged, self._store, self._truncation = skip_damaged, store, truncation
         self._decode_ahead, self._answers = decode_ahead, answers
         self._distill = distill if distill is not None and distill.weight > 0 else None
-        self._processes, self._encoders_learn = processes or Processes(), encoders_learn
+        self._processes, self._encoders_learn = processes or ParallelStrategy(), encoders_learn
         self._loss_dtype = torch.promote_types(backbone.model.dtype, torch.float32)
 
     @torch.no_grad()
@@ -153,7 +153,7 @@ class StreamObjective:
         training: bool = self.model.training
         cache = CompressedCache(profile or self._profile, self._method, gradient)
         processes = self._processes
-        tape = Tape(
+        tape = ChunkwiseBPTT(
             Stream(self._backbone, cache),
             self._store,
             self._truncation,
@@ -169,14 +169,14 @@ class StreamObjective:
         readers = [self._chunks(reader, queue) for (reader, _), queue in zip(opened, waiting, strict=True)]
         # What is measured in evaluation are the answers alone.
         teacher = self._teacher(samples) if training else None
-        lesson = Lesson(tape, encoders, teacher, processes, self._loss_dtype)
+        lesson = Rollout(tape, encoders, teacher, processes, self._loss_dtype)
         for chunks in self._side_by_side(readers):
-            lesson.take(chunks)
+            lesson.step(chunks)
             for due in self._rounds(waiting, chunks):
-                lesson.ask(due)
+                lesson.answer(due)
         for due in self._rounds(waiting, None):
-            lesson.ask(due)
-        retained = cache.mean_counts()
+            lesson.answer(due)
+        retained = cache.mean_token_counts()
         return Outcome(
             lesson.loss,
             lesson.distilled,
@@ -186,7 +186,7 @@ class StreamObjective:
             # As a part of all there was, so that clips of different length can be compared.
             {name: len(samples) * retained[name] / max(1, lesson.streamed[name]) for name in EVICTABLE},
             cache.gate_statistics(),
-            cache.state_nbytes,
+            cache.kv_nbytes,
             backward=tape.backward,
         )
 
@@ -202,7 +202,7 @@ class StreamObjective:
             self._processes,
             samples,
             Stream(self._backbone, CompressedCache(self._profile, Full())),
-            nullcontext if self._distill.adapter else self.model.disable_adapter,
+            nullcontext if self._distill.teacher_adapter else self.model.disable_adapter,
             self._answers,
         )
 
@@ -215,7 +215,7 @@ class StreamObjective:
                 return
             yield (None,) * len(readers) if chunks is None else chunks
 
-    def _chunks(self, reader: Iterable[Chunk], queue: list[Asked]) -> Iterator[Chunk]:
+    def _chunks(self, reader: Iterable[Chunk], queue: list[TokenizedQuestion]) -> Iterator[Chunk]:
         """Chunks of a clip; if it breaks off and may be skipped, nothing more is asked about it."""
         try:
             yield from prefetch(reader, self._decode_ahead)
@@ -226,14 +226,14 @@ class StreamObjective:
             queue.clear()
 
     def _rounds(
-        self, waiting: list[list[Asked]], chunks: tuple[Chunk | None, ...] | None
-    ) -> Iterator[list[Asked | None]]:
+        self, waiting: list[list[TokenizedQuestion]], chunks: tuple[Chunk | None, ...] | None
+    ) -> Iterator[list[TokenizedQuestion | None]]:
         """Take due questions off `waiting`, one a sample at a time, until no process in lockstep has any.
 
         With the chunks just read, those whose time has come are due; without (the end of the stream), all are.
         """
         while True:
-            due: list[Asked | None] = []
+            due: list[TokenizedQuestion | None] = []
             for i, queue in enumerate(waiting):
                 chunk = None if chunks is None else chunks[i]
                 ready = bool(queue) and (

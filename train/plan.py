@@ -52,7 +52,7 @@ class StreamPlan:
     text: int = 0
 
     @property
-    def positions(self) -> int:
+    def tokens(self) -> int:
         """Visual and audio positions of the whole stream."""
         return self.visual + self.audio
 
@@ -65,7 +65,7 @@ def plan_stream(row: Row, backbone: Backbone, settings: StreamSettings) -> Strea
     if info.has_video:
         scale = min(1.0, (settings.short_side or math.inf) / min(info.height, info.width))
         frame = (round(info.height * scale), round(info.width * scale))
-    chunks = backbone.positions_per_chunk(
+    chunks = backbone.tokens_per_chunk(
         frame=frame,
         sound=info.has_audio and row.audio and settings.audio,
         fps=settings.fps,
@@ -82,7 +82,7 @@ def plan_stream(row: Row, backbone: Backbone, settings: StreamSettings) -> Strea
         largest_chunk=max((visual + audio for visual, audio in chunks), default=0),
         questions=len(row.questions),
         answer=max(len(backbone.answer_ids(question.answer)[0]) for question in row.questions),
-        text=backbone.text_positions(settings.fps, seconds, settings.timestamps) if info.has_video else 0,
+        text=backbone.text_tokens(settings.fps, seconds, settings.timestamps) if info.has_video else 0,
     )
 
 
@@ -94,7 +94,7 @@ def memory_plan(
     itemsize = backbone.model.dtype.itemsize
     projections = [m.weight for m in backbone.language_model.layers.modules() if isinstance(m, nn.Linear)]
     weights = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
-    if recipe.model.quantize == "nf4":
+    if recipe.model.load_in_4bit:
         weights += round(sum(p.numel() * (NF4_BYTES - p.element_size()) for p in projections))
     peft_model = add_lora(recipe, backbone)
     trained = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
@@ -102,13 +102,13 @@ def memory_plan(
     kv = 2 * shape.kv_heads * shape.head_dim * itemsize
     features = text.hidden_size * itemsize if method.stores_features else 0
     retained = sum(layer.total for layer in profile.layers)
-    longest = max(streams, key=lambda stream: stream.positions)
-    layers, batch, chunk = text.num_hidden_layers, recipe.train.batch_size, longest.largest_chunk
+    longest = max(streams, key=lambda stream: stream.tokens)
+    layers, batch, chunk = text.num_hidden_layers, recipe.train.per_device_train_batch_size, longest.largest_chunk
     learning = recipe.selection.gradient != "none"
     margin = min(recipe.gate.margin or chunk, chunk) if learning else 0
     retained += layers * longest.text
     chunk += math.ceil(longest.text / max(1, longest.chunks))
-    whole = longest.positions + longest.text
+    whole = longest.tokens + longest.text
     queries = text.num_attention_heads * shape.head_dim
     # Kept for the backward of one position and layer: two normalised inputs, residuals, q, k, v, attention output,
     # and the three wide tensors of the feed-forward block.
@@ -120,10 +120,10 @@ def memory_plan(
     # Every position of the stream, in the margin or not, less what is still in the memory when the backward begins.
     left = max(0, whole * layers - retained)
     # Gradients of the memory are summed in float32; with a window, those of as many questions are kept apart.
-    sums = min(recipe.train.window or 1, longest.questions) * max(itemsize, 4) / itemsize
+    sums = min(recipe.train.bptt_window or 1, longest.questions) * max(itemsize, 4) / itemsize
     # And what went into the decoder, unless it is encoded again.
     maps = 1 + len(getattr(backbone.config.vision_config, "deepstack_visual_indexes", ()))
-    inputs = 0 if recipe.train.projectors else whole * maps * text.hidden_size * itemsize
+    inputs = 0 if recipe.lora.modules_to_save else whole * maps * text.hidden_size * itemsize
     waiting = batch * (left * (kv + features) + inputs)
     place = "on the device" if recipe.train.offload == "none" else f"in {recipe.train.offload} memory"
     return {
@@ -149,13 +149,13 @@ def print_plan(recipe: Recipe, rows: list[Row], backbone: Backbone, profile: Bud
     table = Table(title=f"{len(streams)} streams ({recipe.data.path})", title_justify="left")
     for column in ("stream", "seconds", "chunks", "visual", "audio", "largest chunk", "questions"):
         table.add_column(column, justify="left" if column == "stream" else "right")
-    shown = streams if len(streams) <= 20 else sorted(streams, key=lambda s: -s.positions)[:20]
+    shown = streams if len(streams) <= 20 else sorted(streams, key=lambda s: -s.tokens)[:20]
     for s in shown:
         cells = (s.chunks, s.visual, s.audio, s.largest_chunk, s.questions)
         table.add_row(s.name, f"{s.seconds:.1f}", *(str(cell) for cell in cells))
     console.print(table)
 
-    per_epoch = sum(stream.positions for stream in streams)
+    per_epoch = sum(stream.tokens for stream in streams)
     console.print(
         f"{schedule.steps} optimiser steps of {schedule.samples_per_step} stream(s), "
         f"{schedule.epoch(schedule.steps):.2f} epochs, about "

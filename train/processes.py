@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from omnimem.backbones import Backbone
-from omnimem.backbones.adapter import trained_whole
+from omnimem.backbones.adapter import modules_to_save
 from omnimem.errors import OmniMemError
 from train.config import Recipe, TrainConfig
 
@@ -101,13 +101,13 @@ def from_main_process(function: Callable[[], Result]) -> Result:
     return result
 
 
-def new_processes(accelerator: Accelerator, recipe: Recipe, backbone: Backbone, model: nn.Module) -> Processes:
+def new_strategy(accelerator: Accelerator, recipe: Recipe, backbone: Backbone, model: nn.Module) -> ParallelStrategy:
     """Those of the launcher, ready to train a model whose adapter has the weights it is to begin with."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = new_optimizer(recipe.train, parameters)
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return Processes(parameters, optimizer, recipe.train.max_grad_norm)
-    processes = DeepSpeed(accelerator, recipe.train.max_grad_norm, backbone, parameters, optimizer)
+        return ParallelStrategy(parameters, optimizer, recipe.train.max_grad_norm)
+    processes = DeepSpeedStrategy(accelerator, recipe.train.max_grad_norm, backbone, parameters, optimizer)
     _set_timeouts(recipe.train.ddp_timeout)
     return processes
 
@@ -123,13 +123,13 @@ def new_optimizer(train: TrainConfig, parameters: dict[str, nn.Parameter]) -> Op
     """The optimiser of a recipe; each group keeps its own peak of the learning rate."""
     whole = [parameter for name, parameter in parameters.items() if "modules_to_save" in name]
     adapters = [parameter for name, parameter in parameters.items() if "modules_to_save" not in name]
-    groups: list[dict[str, Any]] = [{"params": adapters, "peak": train.lr}]
+    groups: list[dict[str, Any]] = [{"params": adapters, "peak": train.learning_rate}]
     if whole:
-        groups.append({"params": whole, "peak": train.projector_lr})
-    if train.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=train.lr, weight_decay=train.weight_decay)
-    betas = (train.betas[0], train.betas[1])
-    return torch.optim.AdamW(groups, lr=train.lr, betas=betas, weight_decay=train.weight_decay)
+        groups.append({"params": whole, "peak": train.modules_to_save_learning_rate})
+    if train.optim == "sgd":
+        return torch.optim.SGD(groups, lr=train.learning_rate, weight_decay=train.weight_decay)
+    betas = (train.adam_beta1, train.adam_beta2)
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, weight_decay=train.weight_decay)
 
 
 def zero_stage(accelerator: Accelerator) -> int:
@@ -144,7 +144,7 @@ def _deepspeed_config(accelerator: Accelerator) -> dict[str, Any]:
     return plugin.deepspeed_config
 
 
-class Processes:
+class ParallelStrategy:
     """Each process has a copy of the weights; alone, it is just that.
 
     Parameters
@@ -243,13 +243,13 @@ class _Shared(nn.Module):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.layers, self.norm = backbone.language_model.layers, backbone.language_model.norm
-        self.projectors = nn.ModuleList(trained_whole(backbone.model).values())
+        self.projectors = nn.ModuleList(modules_to_save(backbone.model).values())
 
     def forward(self, function: Callable[[], Any]) -> Any:
         return function()
 
 
-class DeepSpeed(Processes):
+class DeepSpeedStrategy(ParallelStrategy):
     """ZeRO: optimiser, gradients and (stage 3) weights of the decoder's layers in shards.
 
     Gradients of a step are held whole and reduced once, so that processes may have different numbers of passes (2), or
@@ -282,7 +282,7 @@ class DeepSpeed(Processes):
         )
         if zero_stage(accelerator) == 3 and any("modules_to_save" in name for name in parameters):
             # Processes would wait for pictures that others do not have.
-            raise OmniMemError("train.projectors: projectors are trained with ZeRO-2 (launch/deepspeed_zero2.yaml)")
+            raise OmniMemError("lora.modules_to_save: projectors are trained with ZeRO-2 (launch/deepspeed_zero2.yaml)")
         shared = _Shared(backbone)
         self._engine = initialize(
             model=shared, optimizer=optimizer, model_parameters=list(parameters.values()), config=config

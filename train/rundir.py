@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,15 @@ from omnimem.backbones.adapter import ADAPTER_CONFIG, RECIPE_FILE
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, remove_directory
 from train.checkpoint import checkpoints
-from train.config import Recipe, load_recipe
+from train.config import Recipe, load_recipe, to_dict
 
 DATA_FILE = "data.json"
 
 MAY_CHANGE = (
-    "recipe", "resume", "dry_run", "output_dir", "finish", "train.max_steps", "train.epochs", "train.log_every",
-    "eval", "train.save_every", "train.keep_checkpoints", "data.path", "data.root", "data.decode_ahead",
-    "train.offload", "train.trackers", "distill.cache",
+    "recipe", "resume", "dry_run", "output_dir", "finish", "train.max_steps", "train.num_train_epochs",
+    "train.logging_steps",
+    "eval", "train.save_steps", "train.save_total_limit", "data.path", "data.root", "data.prefetch_chunks",
+    "train.offload", "train.report_to", "distill.cache_dir",
 )  # fmt: skip
 """Keys that do not change what an earlier step did; the data itself is compared by its fingerprint."""
 
@@ -37,8 +37,8 @@ def prepare_run_directory(output_dir: Path, recipe: Recipe, rows: list[Row]) -> 
     if saved_recipe.is_file() and (checkpoints(output_dir) or (output_dir / ADAPTER_CONFIG).is_file()):
         if not recipe.resume:
             raise OmniMemError(f"{output_dir} already holds a run; give another output_dir, or resume=true to go on")
-        before = _flat(asdict(load_recipe([f"recipe={saved_recipe}"])))
-        for key, value in _flat(asdict(recipe)).items():
+        before = _flat(to_dict(load_recipe([f"recipe={saved_recipe}"])))
+        for key, value in _flat(to_dict(recipe)).items():
             if not key.startswith(MAY_CHANGE) and before[key] != value:
                 raise OmniMemError(
                     f"{output_dir} holds a run with {key}={before[key]!r}, not {value!r}; "

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel
 
 from data_prep.manifest import media_root
 from omnimem.backbones import TINY, Backbone, backbone_class, detect_backbone, load_backbone
-from omnimem.backbones.adapter import BASE_FOLDER, trained_whole
+from omnimem.backbones.adapter import BASE_FOLDER, modules_to_save
 from omnimem.backbones.checkpoint import quiet_stock
 from omnimem.budget import BudgetProfile, ModelFingerprint
 from omnimem.budget.allocation import with_mean
@@ -28,14 +28,14 @@ from omnimem.tape import Truncation
 from train.checkpoint import RECORDS
 from train.config import Recipe
 from train.objective import StreamObjective
-from train.processes import Processes
+from train.processes import ParallelStrategy
 from train.teacher import TeacherAnswers
 
 
 def build_base(recipe: Recipe, output_dir: Path) -> None:
     """Build the offline stand-in inside the run's folder when the recipe asks for ``tiny``."""
     base = output_dir / BASE_FOLDER
-    if recipe.model.path == TINY and not base.is_dir():
+    if recipe.model.name_or_path == TINY and not base.is_dir():
         backbone_class(backbone_of(recipe)).build_tiny(base, seed=recipe.model.seed)
 
 
@@ -47,7 +47,7 @@ def backbone_of(recipe: Recipe) -> str:
     OmniMemError
         The checkpoint cannot be reached, has no backbone here, or contradicts ``model.backbone``.
     """
-    return detect_backbone(recipe.model.path, recipe.model.backbone, known_shapes=recipe.dry_run)
+    return detect_backbone(recipe.model.name_or_path, recipe.model.backbone, known_shapes=recipe.dry_run)
 
 
 def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
@@ -66,7 +66,7 @@ def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
     """
     method, settings = selection_of(recipe), settings_of(recipe)
     skeleton = load_backbone(
-        recipe.model.path,
+        recipe.model.name_or_path,
         backbone=recipe.model.backbone,
         dtype=recipe.model.dtype,
         device="meta",
@@ -74,14 +74,14 @@ def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
     )
     settings.check(skeleton)
     check_lora_targets(recipe, skeleton)
-    for name in recipe.train.projectors:
+    for name in recipe.lora.modules_to_save:
         if name not in skeleton.projectors:
-            raise OmniMemError(f"train.projectors: {name!r} is none of {', '.join(skeleton.projectors)}")
-    for name in recipe.train.trackers:
+            raise OmniMemError(f"lora.modules_to_save: {name!r} is none of {', '.join(skeleton.projectors)}")
+    for name in recipe.train.report_to:
         if not find_spec(name):
-            raise OmniMemError(f"train.trackers: {name} is not installed: pip install {name}")
-    if recipe.model.quantize == "nf4" and not find_spec("bitsandbytes"):
-        raise OmniMemError("model.quantize=nf4 needs bitsandbytes: pip install 'omnimem[bitsandbytes]'")
+            raise OmniMemError(f"train.report_to: {name} is not installed: pip install {name}")
+    if recipe.model.load_in_4bit and not find_spec("bitsandbytes"):
+        raise OmniMemError("model.load_in_4bit=true needs bitsandbytes: pip install 'omnimem[bitsandbytes]'")
     if recipe.finish.media:
         try:
             probe(media_root(recipe.data.path, recipe.data.root) / recipe.finish.media)
@@ -90,9 +90,10 @@ def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
     profile = profile_of(recipe, skeleton, method, settings)
     count = len(profile.layers)
     cut = truncation_of(recipe, count)
-    if not cut.from_layer < (count if cut.to_layer is None else min(cut.to_layer, count)):
+    if not cut.detach_below_layer < (count if cut.detach_from_layer is None else min(cut.detach_from_layer, count)):
         raise OmniMemError(
-            f"train.from_layer={recipe.train.from_layer:g} and train.to_layer={cut.to_layer} leave none of the {count} "
+            f"train.detach_below_layer={recipe.train.detach_below_layer:g} and "
+            f"train.detach_from_layer={cut.detach_from_layer} leave none of the {count} "
             "layers"
         )
     CompressedCache(profile, method, gradient_of(recipe, 0.0))  # refuses a selection that no gradient can reach
@@ -104,14 +105,14 @@ def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
 
 def load_base(recipe: Recipe, output_dir: Path, device: torch.device) -> Backbone:
     """Load the base model, frozen."""
-    tiny = recipe.model.path == TINY
-    path = (output_dir / BASE_FOLDER).resolve() if tiny else recipe.model.path
+    tiny = recipe.model.name_or_path == TINY
+    path = (output_dir / BASE_FOLDER).resolve() if tiny else recipe.model.name_or_path
     backbone = load_backbone(
         path,
         backbone=recipe.model.backbone,
         dtype=recipe.model.dtype,
         device=device,
-        quantize=recipe.model.quantize == "nf4",
+        load_in_4bit=recipe.model.load_in_4bit,
     )
     backbone.model.requires_grad_(False)
     return backbone
@@ -120,12 +121,12 @@ def load_base(recipe: Recipe, output_dir: Path, device: torch.device) -> Backbon
 def add_lora(recipe: Recipe, backbone: Backbone) -> PeftModel:
     """Put fresh adapters on the language model; of the encoders only the projectors a recipe names are trained."""
     torch.manual_seed(recipe.train.seed)
-    projectors = [backbone.projectors[name] for name in recipe.train.projectors]
-    targets = backbone.lora_targets(recipe.lora.targets)
+    projectors = [backbone.projectors[name] for name in recipe.lora.modules_to_save]
+    targets = backbone.lora_targets(recipe.lora.target_modules)
     config = LoraConfig(
         r=recipe.lora.r,
-        lora_alpha=recipe.lora.alpha,
-        lora_dropout=recipe.lora.dropout,
+        lora_alpha=recipe.lora.lora_alpha,
+        lora_dropout=recipe.lora.lora_dropout,
         target_modules=targets,
         # For mixtures of experts PEFT shortens the expression to bare names, which the encoders have too.
         exclude_modules=rf"(?!{targets}$).*",
@@ -134,7 +135,7 @@ def add_lora(recipe: Recipe, backbone: Backbone) -> PeftModel:
     )
     with quiet_stock():
         model = PeftModel(backbone.model, config)
-    for module in trained_whole(model).values():
+    for module in modules_to_save(model).values():
         _train_in_float32(module)
     return model
 
@@ -152,11 +153,12 @@ def _train_in_float32(module: torch.nn.Module) -> None:
 def check_lora_targets(recipe: Recipe, backbone: Backbone) -> None:
     """Refuse a target that names no projection of the language model."""
     modules = [name for name, _ in backbone.model.named_modules()]
-    for target in recipe.lora.targets:
+    for target in recipe.lora.target_modules:
         pattern = re.compile(backbone.lora_targets([re.escape(target)]))
         if not any(pattern.fullmatch(name) for name in modules):
             raise OmniMemError(
-                f"lora.targets: {target!r} is no projection of {backbone.name}'s language model; use some of q_proj, "
+                f"lora.target_modules: {target!r} is no projection of {backbone.name}'s language model; use some of "
+                "q_proj, "
                 "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
             )
 
@@ -191,7 +193,7 @@ def gradient_of(recipe: Recipe, progress: float) -> SelectionGradient | None:
         "exponential": start * (end / start) ** progress,
     }[gate.schedule]
     return SelectionGradient(
-        recipe.selection.gradient, temperature, gate.margin, gate.gain, gate.threshold, gate.attention
+        recipe.selection.gradient, temperature, gate.margin, gate.gradient_scale, gate.threshold, gate.through_attention
     )
 
 
@@ -208,8 +210,8 @@ def store_of(recipe: Recipe, output_dir: Path, accelerator: Accelerator) -> Stor
 
 def truncation_of(recipe: Recipe, layers: int) -> Truncation:
     """Where gradients end, in a model of so many layers."""
-    cut = recipe.train.from_layer
-    return Truncation(recipe.train.window, int(cut * layers if cut < 1 else cut), recipe.train.to_layer)
+    cut = recipe.train.detach_below_layer
+    return Truncation(recipe.train.bptt_window, int(cut * layers if cut < 1 else cut), recipe.train.detach_from_layer)
 
 
 def objective_of(
@@ -219,7 +221,7 @@ def objective_of(
     backbone: Backbone,
     model: PeftModel,
     profile: BudgetProfile,
-    processes: Processes,
+    processes: ParallelStrategy,
 ) -> StreamObjective:
     """What the recipe's steps minimise."""
     return StreamObjective(
@@ -233,9 +235,9 @@ def objective_of(
         store=store_of(recipe, output_dir, accelerator),
         truncation=truncation_of(recipe, len(profile.layers)),
         processes=processes,
-        encoders_learn=bool(recipe.train.projectors),
-        decode_ahead=recipe.data.decode_ahead,
-        answers=TeacherAnswers.of(recipe, output_dir) if recipe.distill.cache else None,
+        encoders_learn=bool(recipe.lora.modules_to_save),
+        decode_ahead=recipe.data.prefetch_chunks,
+        answers=TeacherAnswers.of(recipe, output_dir) if recipe.distill.cache_dir else None,
     )
 
 
@@ -256,7 +258,7 @@ def profile_of(recipe: Recipe, backbone: Backbone, method: SelectionMethod, sett
     """
     memory = recipe.memory
     if memory.profile is None:
-        ratio = memory.ratio if backbone.hears else math.inf
+        ratio = memory.ratio if backbone.supports_audio else math.inf
         profile = BudgetProfile.uniform(backbone.config, memory.mean_budget, ratio)
     else:
         profile = BudgetProfile.load(memory.profile)
@@ -264,7 +266,7 @@ def profile_of(recipe: Recipe, backbone: Backbone, method: SelectionMethod, sett
     return replace(
         profile,
         model=ModelFingerprint.of(backbone.config),
-        model_id=recipe.model.path,
+        model_id=recipe.model.name_or_path,
         selection={"method": recipe.selection.method, **method.recorded()},
         stream=settings.recorded(),
     )

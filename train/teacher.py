@@ -1,6 +1,6 @@
 """Answers of the teacher kept on disk: the base model's never change, so they are given once.
 
-    train.py recipe=… distill.weight=1 distill.cache=teacher/
+    train.py recipe=… distill.weight=1 distill.cache_dir=teacher/
 
 One file a question holds the logits of its answer. Its name is a hash of all they depend on: weights, clip, how it is
 read, question, answer and time.
@@ -21,7 +21,7 @@ from omnimem.backbones import TINY
 from omnimem.backbones.adapter import BASE_FOLDER
 from omnimem.files import atomic_file, file_digest
 from train.config import Recipe
-from train.data import Asked, Sample
+from train.data import Sample, TokenizedQuestion
 
 LOGITS = "logits"
 
@@ -44,9 +44,9 @@ class TeacherAnswers:
     @classmethod
     def of(cls, recipe: Recipe, output_dir: Path) -> TeacherAnswers:
         """Those of a recipe's base model, whose weights are known by their size and time of change."""
-        path = output_dir / BASE_FOLDER if recipe.model.path == TINY else Path(recipe.model.path)
+        path = output_dir / BASE_FOLDER if recipe.model.name_or_path == TINY else Path(recipe.model.name_or_path)
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-        if recipe.model.path == TINY:
+        if recipe.model.name_or_path == TINY:
             weights = [file_digest(file) for file in files]
         else:
             weights = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
@@ -56,10 +56,10 @@ class TeacherAnswers:
             for key, value in asdict(recipe.data).items()
             if key not in ("path", "root", "shuffle", "decode_ahead", "on_bad_row")
         }
-        assert recipe.distill.cache is not None
-        return cls(Path(recipe.distill.cache), {"model": model, "data": data})
+        assert recipe.distill.cache_dir is not None
+        return cls(Path(recipe.distill.cache_dir), {"model": model, "data": data})
 
-    def load(self, samples: list[Sample]) -> dict[Asked, Tensor] | None:
+    def load(self, samples: list[Sample]) -> dict[TokenizedQuestion, Tensor] | None:
         """Logits ``[A, vocabulary]`` of every question of a batch; None if one of them is not known."""
         found = {}
         for sample in samples:
@@ -71,7 +71,7 @@ class TeacherAnswers:
                     return None
         return found
 
-    def save(self, samples: list[Sample], due: list[Asked | None], logits: Tensor) -> None:
+    def save(self, samples: list[Sample], due: list[TokenizedQuestion | None], logits: Tensor) -> None:
         """Keep the answers just given, one after the other in `logits` ``[M, vocabulary]``."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lengths = [len(asked.answer) for asked in due if asked is not None]
@@ -81,7 +81,7 @@ class TeacherAnswers:
                 with atomic_file(self._file(sample, asked)) as temporary:
                     save_file({LOGITS: next(parts).contiguous()}, temporary)
 
-    def _file(self, sample: Sample, asked: Asked) -> Path:
+    def _file(self, sample: Sample, asked: TokenizedQuestion) -> Path:
         row = sample.row
         known = {
             **self.settings,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from omnimem.files import atomic_write_json
-from train.config import Recipe
+from train.config import Recipe, to_dict
 
 TRACKERS_FILE = "trackers.json"
 """In the run's folder: project, name and id of the run in each tracker."""
@@ -21,7 +20,7 @@ class Trackers:
     Parameters
     ----------
     recipe : Recipe
-        ``train.trackers``, ``train.project`` and ``train.run_name``; all of it is recorded as the run's settings.
+        ``train.report_to``, ``train.project`` and ``train.run_name``; all of it is recorded as the run's settings.
     output_dir : Path
         Folder of the run; without ``train.run_name`` its name is that of the tracked run.
     """
@@ -30,7 +29,7 @@ class Trackers:
         path = output_dir / TRACKERS_FILE
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         self._modules: list[Any] = []
-        for library in recipe.train.trackers:
+        for library in recipe.train.report_to:
             module, before = import_module(library), known.get(library)
             run = before or {"project": recipe.train.project, "name": recipe.train.run_name or output_dir.name}
             settings = {key: run[key] for key in ("project", "name")}
@@ -38,7 +37,7 @@ class Trackers:
                 settings |= {"id": run.get("id"), "resume": "allow"}
             else:  # trackio finds a run by its name
                 settings |= {"resume": "allow" if before else "never"}
-            started = module.init(**settings, config=asdict(recipe))
+            started = module.init(**settings, config=to_dict(recipe))
             known[library] = {**run, "id": started.id}
             self._modules.append(module)
         if self._modules:

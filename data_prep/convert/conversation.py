@@ -3,7 +3,7 @@
 Why: formats differ in how they name roles and media, not in what a turn is. Every pair of turns becomes a
 question of its own, asked about the whole stream: the memory holds the stream, not the talk about it.
 
-    python -m pytest tests/test_convert.py -k conversation
+    python -m pytest tests/data_prep/test_convert.py -k conversation
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from data_prep.manifest import BadRow, short
 
-from .sample import HISTORY, SYSTEM, TRUTH, TURNS, Asked
+from .sample import HISTORY, SYSTEM, TRUTH, TURNS, ConvertedQuestion
 
 ROLES = {
     "human": "user",
@@ -127,7 +127,7 @@ def check_placeholders(turns: list[Turn], video: int, audio: int, implied: bool 
             raise BadRow(f"media without placeholder: {given} {kind} files, {count} <{kind}> in the text")
 
 
-def read_pairs(turns: list[Turn]) -> tuple[tuple[Asked, ...], tuple[str, ...]]:
+def read_pairs(turns: list[Turn]) -> tuple[tuple[ConvertedQuestion, ...], tuple[str, ...]]:
     """Return the questions of a conversation, without placeholders, and notes for the summary.
 
     The answer is `chosen` where there is one: then `assistant` is the ground truth of the same question.
@@ -165,7 +165,7 @@ def read_pairs(turns: list[Turn]) -> tuple[tuple[Asked, ...], tuple[str, ...]]:
     return tuple(questions), tuple(notes)
 
 
-def asked(question: Any, answer: Any, rejected: Any = None, time: float | None = None) -> Asked:
+def asked(question: Any, answer: Any, rejected: Any = None, time: float | None = None) -> ConvertedQuestion:
     """Check the texts of a question.
 
     Raises
@@ -190,10 +190,10 @@ def asked(question: Any, answer: Any, rejected: Any = None, time: float | None =
     for text in (answer, rejected):
         if text is not None and (found := PLACEHOLDER.search(text)):  # the model would learn to write it
             raise BadRow(f"placeholder {found.group()} in an answer")
-    return Asked(question.strip(), answer.strip(), rejected, time)
+    return ConvertedQuestion(question.strip(), answer.strip(), rejected, time)
 
 
-def reject(questions: tuple[Asked, ...], rejected: Any) -> tuple[Asked, ...]:
+def reject(questions: tuple[ConvertedQuestion, ...], rejected: Any) -> tuple[ConvertedQuestion, ...]:
     """Set the worse answer of the last question, where a format names it beside the conversation."""
     if rejected is None:
         return questions

@@ -1,6 +1,6 @@
 """Multiple choice: options in the ways tables write them, the question with its options, the letter of the answer.
 
-python -m pytest tests/test_convert.py -k options
+python -m pytest tests/data_prep/test_convert.py -k options
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What every format is read into: one stream as its source names it, and the questions about it.
 
-python -m pytest tests/test_convert.py
+python -m pytest tests/data_prep/test_convert.py
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MUTE = "videos whose sound the source does not ask for (--audio on lets it be he
 
 
 @dataclass(frozen=True)
-class Asked:
+class ConvertedQuestion:
     """A question, its answer, the rejected answer of a preference pair, and the second at which it is asked."""
 
     question: str
@@ -54,7 +54,7 @@ class Sample:
     video: str | None
     sound: str | None
     audio: bool
-    questions: tuple[Asked, ...]
+    questions: tuple[ConvertedQuestion, ...]
     notes: tuple[str, ...] = ()
 
 

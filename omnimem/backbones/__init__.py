@@ -51,7 +51,7 @@ def load_backbone(
     backbone: str | None = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
-    quantize: bool = False,
+    load_in_4bit: bool = False,
     known_shapes: bool = False,
 ) -> Backbone:
     """Load a model with the compressed cache attached.
@@ -66,7 +66,7 @@ def load_backbone(
         Of the weights; ``auto``: bfloat16 on an accelerator, float32 on the CPU.
     device : torch.device or str
         ``auto``: CUDA when there is one.
-    quantize : bool
+    load_in_4bit : bool
         Whether the decoder's projections are loaded as NF4, for QLoRA.
     known_shapes : bool
         On the ``meta`` device, for a published model that cannot be reached: take its shapes from our own table.
@@ -85,7 +85,7 @@ def load_backbone(
     cls = backbone_class(name)
     if str(path) == TINY:
         with tempfile.TemporaryDirectory() as folder:
-            loaded = cls.load(cls.build_tiny(Path(folder) / TINY), dtype, device, quantize)
+            loaded = cls.load(cls.build_tiny(Path(folder) / TINY), dtype, device, load_in_4bit)
             loaded.model_id = TINY
             return loaded
     if not reached:
@@ -93,7 +93,7 @@ def load_backbone(
 
         logger.info("%s cannot be reached: its shapes are from our own table", path)
         return shapes(str(path), cls, dtype)
-    return cls.load(path, dtype, device, quantize)
+    return cls.load(path, dtype, device, load_in_4bit)
 
 
 def detect_backbone(path: str | Path, backbone: str | None = None, known_shapes: bool = False) -> str:

@@ -28,7 +28,7 @@ PREFIX = "base_model.model."
 
 RECIPE_FILE = "recipe.yaml"
 BASE_FOLDER = "base"
-"""Where a run keeps its own base model when that was built on the spot (``model.path=tiny``)."""
+"""Where a run keeps its own base model when that was built on the spot (``model.name_or_path=tiny``)."""
 
 
 def resolve_checkpoint(path: str | Path, adapter: str | Path | None) -> tuple[str | Path, str | Path | None]:
@@ -65,7 +65,7 @@ def _base_of(adapter: Path) -> str:
     return str(carried) if carried.is_dir() else base
 
 
-def trained_whole(model: nn.Module) -> dict[str, nn.Module]:
+def modules_to_save(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that an adapter replaces instead of adding to them, by the name they have in `model`."""
     return {
         name: module.modules_to_save["default"]

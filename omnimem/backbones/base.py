@@ -34,7 +34,7 @@ class ChunkInputs:
         int8 ``[B, T]``, see `omnimem.modality`.
     time : Tensor
         float32 ``[B, T]`` seconds into the media; NaN for text.
-    next_position : Tensor
+    next_position_id : Tensor
         ``[B]``, dtype of `positions`: rotary position of the text that follows.
     valid : Tensor or None
         bool ``[B, T]``, False for padding; None when there is none.
@@ -44,10 +44,10 @@ class ChunkInputs:
     """
 
     embeds: Tensor
-    positions: Tensor
+    position_ids: Tensor
     modality: Tensor
     time: Tensor
-    next_position: Tensor
+    next_position_id: Tensor
     valid: Tensor | None = None
     deepstack: Tensor | None = None
 
@@ -62,10 +62,10 @@ class ChunkInputs:
         ids = first[:, None] + torch.arange(length, device=embeds.device)
         return cls(
             embeds=embeds,
-            positions=ids.expand(3, -1, -1),
+            position_ids=ids.expand(3, -1, -1),
             modality=torch.full((batch, length), TEXT, dtype=torch.int8, device=embeds.device),
             time=torch.full((batch, length), torch.nan, device=embeds.device),
-            next_position=first + length,
+            next_position_id=first + length,
         )
 
     @classmethod
@@ -80,17 +80,17 @@ class ChunkInputs:
         lengths = torch.tensor([len(sample) for sample in samples])
         width = int(lengths.max())
         device = samples[0].embeds.device
-        positions = pad([sample.positions[:, 0].T for sample in samples])
+        positions = pad([sample.position_ids[:, 0].T for sample in samples])
         deepstack = None
         if (layers := _deepstack_layers(samples)) > 0:
             rows = pad([sample._deepstack(layers)[:, 0].transpose(0, 1) for sample in samples])
             deepstack = rows.permute(2, 0, 1, 3)
         return cls(
             embeds=pad([sample.embeds[0] for sample in samples]),
-            positions=positions.permute(2, 0, 1),
+            position_ids=positions.permute(2, 0, 1),
             modality=pad([sample.modality[0] for sample in samples]),
             time=pad([sample.time[0] for sample in samples], torch.nan),
-            next_position=torch.cat([sample.next_position for sample in samples]),
+            next_position_id=torch.cat([sample.next_position_id for sample in samples]),
             valid=(torch.arange(width) < lengths[:, None]).to(device),
             deepstack=deepstack,
         )
@@ -100,10 +100,10 @@ class ChunkInputs:
         real = slice(None) if self.valid is None else self.valid[sample]
         return ChunkInputs(
             embeds=self.embeds[sample, real][None],
-            positions=self.positions[:, sample, real][:, None],
+            position_ids=self.position_ids[:, sample, real][:, None],
             modality=self.modality[sample, real][None],
             time=self.time[sample, real][None],
-            next_position=self.next_position[sample : sample + 1],
+            next_position_id=self.next_position_id[sample : sample + 1],
             deepstack=None if self.deepstack is None else self.deepstack[:, sample, real][:, None],
         )
 
@@ -112,10 +112,10 @@ class ChunkInputs:
         layers = _deepstack_layers((self, later))
         return ChunkInputs(
             embeds=torch.cat((self.embeds, later.embeds), 1),
-            positions=torch.cat((self.positions, later.positions), 2),
+            position_ids=torch.cat((self.position_ids, later.position_ids), 2),
             modality=torch.cat((self.modality, later.modality), 1),
             time=torch.cat((self.time, later.time), 1),
-            next_position=later.next_position,
+            next_position_id=later.next_position_id,
             deepstack=torch.cat((self._deepstack(layers), later._deepstack(layers)), 2) if layers > 0 else None,
         )
 
@@ -144,12 +144,12 @@ class StreamEncoder(ABC):
         return copy(self)
 
     @property
-    def carries(self) -> bool:
+    def has_pending_input(self) -> bool:
         """Whether something that was read waits for a later chunk or for the end."""
         return False
 
     @abstractmethod
-    def idle(self) -> ChunkInputs:
+    def empty_step(self) -> ChunkInputs:
         """A step of no positions, for a sample of a batch whose media has ended."""
 
     @abstractmethod
@@ -186,8 +186,8 @@ class Backbone(ABC):
     processor: Any
     tokenizer: Any
     projectors: ClassVar[dict[str, str]]
-    whole: ClassVar[tuple[str, ...]]
-    hears: ClassVar[bool] = True
+    skip_quantization_modules: ClassVar[tuple[str, ...]]
+    supports_audio: ClassVar[bool] = True
     frame_anchored: ClassVar[bool] = False
 
     model_types: ClassVar[tuple[str, ...]]
@@ -245,7 +245,7 @@ class Backbone(ABC):
         """Seconds that every chunk length must be a multiple of, so that encoders stay exact at its edges."""
 
     @abstractmethod
-    def positions_per_chunk(
+    def tokens_per_chunk(
         self,
         *,
         frame: tuple[int, int] | None,
@@ -257,7 +257,7 @@ class Backbone(ABC):
     ) -> list[tuple[int, int]]:
         """Visual and audio positions of each chunk of a file with frames of `frame` (height, width)."""
 
-    def text_positions(self, fps: float, seconds: float, timestamps: int | None) -> int:
+    def text_tokens(self, fps: float, seconds: float, timestamps: int | None) -> int:
         """Positions of text between the pictures of a stream (see `stream_encoder`), which stay in memory."""
         return 0
 

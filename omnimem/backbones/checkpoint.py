@@ -150,7 +150,7 @@ def unreachable(path: str | Path) -> str:
     return (
         f"cannot load {path}: no such folder, and not a hub id (owner/name) that can be reached; where there is a "
         "network, fetch config.json, *.safetensors, preprocessor_config.json and the tokenizer's files"
-        f"{command}, and give model.path=DIR"
+        f"{command}, and give model.name_or_path=DIR"
     )
 
 

@@ -89,38 +89,38 @@ class LayoutEncoder(StreamEncoder):
     ) -> None:
         if not picture and not sound:
             raise OmniMemError("nothing to stream: the media has neither picture nor sound (or both are switched off)")
-        if not picture and not backbone.hears:
+        if not picture and not backbone.supports_audio:
             raise OmniMemError(f"nothing to stream: {backbone.name} takes no sound, and the media has no picture")
-        sound = sound and backbone.hears
+        sound = sound and backbone.supports_audio
         self.backbone = backbone
         self.picture, self.sound, self.fps, self.duration = picture, sound, fps, duration
         self.asked_time_scale, self.max_pixels = time_scale, max_pixels
         self.position_layout, self.timestamps = position_layout, timestamps
         self.alignment = backbone.chunk_alignment(fps, sound)
         self.position_limit: int = backbone.config.get_text_config().max_position_embeddings
-        self.next_position: float = 0
+        self.next_position_id: float = 0
         self._warned = False
 
-    def idle(self) -> ChunkInputs:
+    def empty_step(self) -> ChunkInputs:
         """No positions."""
         return self.join([])
 
     def text(self, ids: Tensor, positions: Sequence[float] | None = None) -> Piece:
         """A text ``[1, T]`` at `positions`; by default it goes on where the stream is, and moves it on."""
         if positions is None:
-            positions = [self.next_position + i for i in range(ids.shape[1])]
-            self.next_position += ids.shape[1]
+            positions = [self.next_position_id + i for i in range(ids.shape[1])]
+            self.next_position_id += ids.shape[1]
         embeds = self.backbone.embed(ids)[0]
         rows = torch.tensor(positions, dtype=self.id_dtype).expand(3, -1)
         return Piece(embeds, rows, TEXT, torch.full((len(embeds),), torch.nan))
 
-    def join(self, pieces: Sequence[Piece], next_position: float | None = None) -> ChunkInputs:
-        """One row of inputs; text that follows stands at `next_position`, by default the stream's."""
+    def join(self, pieces: Sequence[Piece], next_position_id: float | None = None) -> ChunkInputs:
+        """One row of inputs; text that follows stands at `next_position_id`, by default the stream's."""
         device, dtype = self.backbone.device, self.backbone.language_model.dtype
         if not pieces:
             pieces = [self.text(torch.zeros(1, 0, dtype=torch.int64), [])]
         layers = max(0 if piece.deepstack is None else len(piece.deepstack) for piece in pieces)
-        following = self.next_position if next_position is None else next_position
+        following = self.next_position_id if next_position_id is None else next_position_id
         self._check_range(following)
 
         def deepstack(piece: Piece) -> Tensor:
@@ -130,10 +130,10 @@ class LayoutEncoder(StreamEncoder):
 
         return ChunkInputs(
             embeds=torch.cat([piece.embeds for piece in pieces])[None].to(dtype),
-            positions=torch.cat([piece.positions for piece in pieces], dim=1)[:, None].to(device),
+            position_ids=torch.cat([piece.positions for piece in pieces], dim=1)[:, None].to(device),
             modality=torch.cat([torch.full((len(p),), p.kind, dtype=torch.int8) for p in pieces])[None].to(device),
             time=torch.cat([piece.time for piece in pieces])[None].to(device),
-            next_position=torch.tensor([following], dtype=self.id_dtype, device=device),
+            next_position_id=torch.tensor([following], dtype=self.id_dtype, device=device),
             deepstack=torch.cat([deepstack(p) for p in pieces], dim=1)[:, None].to(dtype) if layers > 0 else None,
         )
 
@@ -177,7 +177,7 @@ class LayoutEncoder(StreamEncoder):
             self._warned = True
             logger.warning(
                 "positions passed the trained range of %d ids; answers may degrade (time_scale below 1 or "
-                "selection.positions=reindexed keep them inside)",
+                "selection.position_ids=compact keep them inside)",
                 self.position_limit,
             )
 

@@ -61,16 +61,16 @@ class FrameEncoder(LayoutEncoder):
         """
         self.check_start(chunk)
         if len(chunk.frames) == 0:
-            return self.idle()
+            return self.empty_step()
         # The stock processor resizes, and the tower sees, every frame by itself.
         video = torch.from_numpy(chunk.frames).permute(0, 3, 1, 2)
         processor = self.backbone.processor.video_processor
         pixels = processor(videos=[video], do_sample_frames=False, return_tensors="pt")["pixel_values_videos"]
         embeds, side = self.frame_embeds(pixels.to(self.backbone.device)), self.backbone.frame_side
         ids = patch_ids(torch.arange(len(video)), side, side)
-        ids[0] = torch.arange(ids.shape[1]) + int(self.next_position)
+        ids[0] = torch.arange(ids.shape[1]) + int(self.next_position_id)
         seconds = torch.from_numpy(chunk.frame_times).float().repeat_interleave(side**2)
-        self.next_position += ids.shape[1]
+        self.next_position_id += ids.shape[1]
         return self.join([Piece(embeds, ids, VISUAL, seconds)])
 
     def frame_embeds(self, pixels: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class LlavaBackbone(OneAxisBackbone):
     """Sees a stream frame by frame, all of them at the size of its tower; see `OneAxisBackbone` for the parameters.
 
     The ids of frames soon use up the range a decoder was trained on; beyond it a stream warns.
-    ``selection.positions=reindexed`` keeps a stream of any length inside: positions that were evicted give their ids
+    ``selection.position_ids=compact`` keeps a stream of any length inside: positions that were evicted give their ids
     back.
 
     Attributes
@@ -92,7 +92,11 @@ class LlavaBackbone(OneAxisBackbone):
     """
 
     projectors: ClassVar[dict[str, str]] = {"visual": "multi_modal_projector"}
-    whole: ClassVar[tuple[str, ...]] = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+    skip_quantization_modules: ClassVar[tuple[str, ...]] = (
+        "model.vision_tower",
+        "model.multi_modal_projector",
+        "lm_head",
+    )
     encoder_class: ClassVar[type[FrameEncoder]] = FrameEncoder
 
     @property
@@ -100,7 +104,7 @@ class LlavaBackbone(OneAxisBackbone):
     def frame_side(self) -> int:
         """Positions by side of a frame."""
 
-    def positions_per_chunk(
+    def tokens_per_chunk(
         self,
         *,
         frame: tuple[int, int] | None,

@@ -26,7 +26,7 @@ class OneAxisBackbone(QwenBackbone):
         The checkpoint's chat template is missing, or does not put the video before the question.
     """
 
-    hears = False
+    supports_audio = False
 
     def __init__(self, model: Any, processor: Any, model_id: str = "") -> None:
         super().__init__(model, processor, model_id)

@@ -56,10 +56,10 @@ class QwenBackbone(Backbone):
 
     @classmethod
     def load(
-        cls, path: str | Path, dtype: torch.dtype, device: torch.device | str, quantize: bool = False
+        cls, path: str | Path, dtype: torch.dtype, device: torch.device | str, load_in_4bit: bool = False
     ) -> QwenBackbone:
         """Load a checkpoint folder or hub id; every weight must be there (see `load_stock`)."""
-        quantized = cls.whole if quantize else None
+        quantized = cls.skip_quantization_modules if load_in_4bit else None
         model = load_stock(cls.model_class, path, dtype, device, quantized)
         return cls(model, load_processor(cls.processor_class, path), str(path))
 
@@ -117,7 +117,7 @@ class QwenBackbone(Backbone):
         """Frames of a temporal patch."""
         return self.config.vision_config.temporal_patch_size
 
-    def positions_per_chunk(
+    def tokens_per_chunk(
         self,
         *,
         frame: tuple[int, int] | None,
@@ -133,10 +133,10 @@ class QwenBackbone(Backbone):
         for number in range(math.ceil(seconds / chunk_seconds)):
             length = min(chunk_seconds, seconds - number * chunk_seconds)
             patches = math.ceil(math.ceil(length * fps) / self.temporal_patch)
-            chunks.append((patches * per_patch, self.audio_positions(length) if sound and self.hears else 0))
+            chunks.append((patches * per_patch, self.audio_positions(length) if sound and self.supports_audio else 0))
         return chunks
 
-    def text_positions(self, fps: float, seconds: float, timestamps: int | None) -> int:
+    def text_tokens(self, fps: float, seconds: float, timestamps: int | None) -> int:
         """The times between the pictures of models that write them, and the tokens around each group of pictures."""
         if not self.frame_anchored:
             return 0

@@ -153,7 +153,7 @@ def _stream(session: StreamingSession, media: str, seconds: float, rounds: int) 
         "peak_bytes": meter.kv_peak,
         "memory_peak_bytes": meter.memory_peak,
         "device_peak_bytes": meter.device_peak,
-        "answer_bytes": end.state_bytes,
+        "answer_bytes": end.kv_bytes,
         "first_token_ms": 1000 * statistics.median(first_token),
         "compute_ratio": statistics.median(steps) / session.settings.chunk_seconds if steps else None,
     }

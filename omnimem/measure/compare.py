@@ -2,7 +2,7 @@
 
     omnimem compare runs/quickstart questions.jsonl --out compare --mean-budgets 24,48,96
 
-Every method is given every mean budget (with ``--lam`` and ``--temperature`` also every λ, and every T of the budget
+Every method is given every mean budget (with ``--lambda`` and ``--temperature`` also every λ, and every T of the budget
 allocation); a cell streams all clips with a fresh memory and asks every question when its time has come. Out come a
 table, a JSON and a CSV file, and pictures of accuracy against budget (the paper's figure 6), λ and T (figure 5). Cells
 that are finished are not computed again (`omnimem.measure.cells`); what the numbers are says
@@ -31,7 +31,7 @@ from omnimem.measure.questions import Row, answer_questions
 from omnimem.selection import SelectionMethod, build_selection, options_of
 from omnimem.stream import StreamingSession
 
-SWEEPS = {"lam": "λ", "temperature": "T"}
+SWEEPS = {"lambda": "λ", "temperature": "T"}
 """What may be swept beside the budget, and its letter in the paper."""
 
 Place = tuple[int, float | None]
@@ -55,7 +55,7 @@ def compare_command(args: argparse.Namespace, rows: Sequence[Row], digest: str, 
     """
     require_matplotlib()
     methods = choose_methods(args.methods, args.option)
-    lambdas = _lambdas(methods, args.lam)
+    lambdas = _lambdas(methods, args.lambda_)
     profile = None if args.profile is None else BudgetProfile.load(args.profile)
     budgets = _budgets(profile, args)
     settings = {"fps": args.fps, "chunk_seconds": args.chunk_seconds, "max_seconds": args.max_seconds}
@@ -87,9 +87,9 @@ def compare_command(args: argparse.Namespace, rows: Sequence[Row], digest: str, 
         options = {**_recorded(session.profile, name, options), **options}
         places = list(budgets)[:1] if method.keeps_everything else budgets
         for place, lam in product(places, lambdas[name]):
-            chosen = options if lam is None else {**options, "lam": lam}
+            chosen = options if lam is None else {**options, "lambda": lam}
             mean, temperature = (None, None) if method.keeps_everything else place
-            labels = {"method": name, "mean_budget": mean, "temperature": temperature, "lam": lam}
+            labels = {"method": name, "mean_budget": mean, "temperature": temperature, "lambda": lam}
             cells.append(_cell(labels, budgets[place], chosen, session, rows, common, warned))
     about = {"model": str(args.model), **common, "clips": len(rows), "unusable_rows": list(problems)}
 
@@ -141,11 +141,11 @@ def _lambdas(
 ) -> dict[str, list[float | None]]:
     """Of each method the λ it is run with; None: its own."""
     found: dict[str, list[float | None]] = {
-        name: [*given] if given and "lam" in options_of(name) else [None] for name in methods
+        name: [*given] if given and "lambda" in options_of(name) else [None] for name in methods
     }
     if given and all(values == [None] for values in found.values()):
         raise OmniMemError(
-            f"--lam: none of the chosen methods ({', '.join(methods)}) has a λ; add omnimem to --methods"
+            f"--lambda: none of the chosen methods ({', '.join(methods)}) has a λ; add omnimem to --methods"
         )
     return found
 
@@ -216,10 +216,10 @@ def _lines(rows: Sequence[dict[str, Any]], axis: str, value: str) -> list[Line]:
     """A line for what the settings other than `axis` have in common; level for a method that ignores budgets."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        level = row["mean_budget"] is None and row["lam"] is None
+        level = row["mean_budget"] is None and row["lambda"] is None
         if row[axis] is None and not level:
             continue  # a method without λ, in the picture of λ
-        others = {"mean_budget": "budget", "lam": "λ", "temperature": "T"}
+        others = {"mean_budget": "budget", "lambda": "λ", "temperature": "T"}
         said = [f"{others[key]} {row[key]:g}" for key in others if key != axis and row[key] is not None]
         lines.setdefault(" ".join([row["method"], *said]), []).append(row)
     drawn = []

@@ -99,7 +99,7 @@ class Meter:
 
     def _after_forward(self, *_: object) -> None:
         memory = self.session.memory
-        self.kv_peak = max(self.kv_peak, memory.state_nbytes)
+        self.kv_peak = max(self.kv_peak, memory.kv_nbytes)
         self.memory_peak = max(self.memory_peak, memory.nbytes)
 
     def _now(self) -> float:

@@ -155,7 +155,7 @@ def _ask(meter: Meter, question: Question, event: StreamEvent, max_new_tokens: i
         "correct": normalised(answer) == normalised(question.answer),
         "nll": meter.session.score_answer(question.question, question.answer),
         "retained": event.retained["visual"] + event.retained["audio"],
-        "answer_bytes": event.state_bytes,
+        "answer_bytes": event.kv_bytes,
         "first_token_ms": 1000 * first_token,
     }
 

@@ -5,7 +5,7 @@ it is. The frame of an instant is the last one whose time is not after it, so an
 packet to come can be shown at or before it: when a decoding time (which only grows, and which no display time
 precedes) has passed it.
 
-    python -m pytest tests/test_media.py -k plan
+    python -m pytest tests/media/test_media.py -k plan
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Why: a chunk says whether it is the last and carries the sound next to it, without holding more than that.
 
-    python -m pytest tests/test_media.py -k context
+    python -m pytest tests/media/test_media.py -k context
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
 """The memory: a compressed key-value cache, its attention function and attention mass."""
 
 from omnimem.memory.attach import attach
-from omnimem.memory.attention import attention_mass, attention_with_mass, lower_right_attention
+from omnimem.memory.attention import attention_scores, attention_with_scores, lower_right_attention
 from omnimem.memory.cache import CompressedCache, MemoryState
-from omnimem.memory.layer import Kept
+from omnimem.memory.layer import Eviction
 from omnimem.memory.margin import SelectionGradient
-from omnimem.memory.table import PositionTable
+from omnimem.memory.table import TokenMetadata
 
 __all__ = [
     "CompressedCache",
-    "Kept",
+    "Eviction",
     "MemoryState",
-    "PositionTable",
     "SelectionGradient",
+    "TokenMetadata",
     "attach",
-    "attention_mass",
-    "attention_with_mass",
+    "attention_scores",
+    "attention_with_scores",
     "lower_right_attention",
 ]

@@ -28,7 +28,7 @@ def attach(language_model: PreTrainedModel) -> None:
     """Make a decoder accept a `CompressedCache` as `past_key_values`; calling it again changes nothing.
 
     With such a cache the decoder's forward takes three more arguments: `modality` ``[B, T]``, `time` ``[B, T]`` and
-    `next_position` ``[B]`` (see `CompressedCache.begin`); its 2-D `attention_mask` says which of the last T columns
+    `next_position_id` ``[B]`` (see `CompressedCache.begin`); its 2-D `attention_mask` says which of the last T columns
     are real. Left-out `position_ids` continue the stream as text.
 
     Parameters
@@ -72,7 +72,7 @@ def _announce_step(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
     kwargs = dict(kwargs)
     positions = kwargs.get("position_ids")
     if positions is None:
-        start = torch.zeros(batch, dtype=torch.int64) if cache.next_position is None else cache.next_position
+        start = torch.zeros(batch, dtype=torch.int64) if cache.next_position_id is None else cache.next_position_id
         positions = (start[:, None] + torch.arange(length, device=start.device)).to(inputs.device).expand(3, -1, -1)
     elif positions.ndim == 2:
         positions = positions.expand(3, *positions.shape)
@@ -86,7 +86,7 @@ def _announce_step(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
         kwargs.pop("modality", None),
         kwargs.pop("time", None),
         None if mask is None else mask[:, -length:],
-        kwargs.pop("next_position", None),
+        kwargs.pop("next_position_id", None),
     )
     kwargs["position_ids"] = rotary.ids(positions)
     # A 4-D mask is passed through unread, so no [T, K] mask is built: the layers own theirs.

@@ -4,8 +4,8 @@ Pure functions on post-RoPE states, used by every backbone through `compressed_a
 
 * `lower_right_attention`: the queries are the *last* positions of the keys. Fused kernels call this "lower-right"
   causal; `is_causal=True` alone means upper-left as soon as there is a past.
-* `attention_mass`: the column sums of the attention matrix, tile by tile, so that it never exists (method.md §5).
-* `attention_with_mass`: both in one pass over q·kᵀ, with its own backward: what a chunk costs on the CPU with exact
+* `attention_scores`: the column sums of the attention matrix, tile by tile, so that it never exists (method.md §5).
+* `attention_with_scores`: both in one pass over q·kᵀ, with its own backward: what a chunk costs on the CPU with exact
   mass is what fused attention costs without. On CUDA fused attention gives the output and the row log-sum-exp, and
   a kernel of ours sums the columns (`omnimem.memory.kernels`).
 """
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from omnimem.selection.base import MassKind, ProbeReach
+from omnimem.selection.base import AttentionScoreKind, ProbeScope
 
 if TYPE_CHECKING:
     from omnimem.memory.layer import CompressedLayer
@@ -89,12 +89,12 @@ def lower_right_attention(
 
 
 @torch.no_grad()
-def attention_mass(
+def attention_scores(
     query: Tensor,
     key: Tensor,
     valid: Tensor | None = None,
     scaling: float | None = None,
-    kind: MassKind = "heads",
+    kind: AttentionScoreKind = "heads",
     stride: int = 1,
     window: int | None = None,
     tile: int = WEIGHT_TILE,
@@ -105,7 +105,7 @@ def attention_mass(
     ----------
     query, key, valid, scaling
         As in `lower_right_attention`.
-    kind : {"heads", "groups", "concat"}
+    kind : {"heads", "kv_heads", "concat"}
         ``heads``: mean over the query heads of their softmax weights (the paper). ``groups``: the same for the query
         heads of each key-value head by itself. ``concat``: one softmax over head-concatenated q·k / (√D · H) (the
         release).
@@ -138,10 +138,10 @@ def attention_mass(
     for group, start, stop, weights in _weight_tiles(asked, key, rows, queries, valid, scale, tile):
         mass[:, group, : weights.shape[-1]] += _weighted_columns(weights, weight[:, start:stop])
     mass *= key.shape[1] / query.shape[1]
-    return mass if kind == "groups" else mass.mean(1)
+    return mass if kind == "kv_heads" else mass.mean(1)
 
 
-def attention_with_mass(
+def attention_with_scores(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -152,7 +152,7 @@ def attention_with_mass(
     tile: int = WEIGHT_TILE,
     fused: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`lower_right_attention` and the `attention_mass` of kind ``groups`` from one pass over q·kᵀ, differentiable.
+    """`lower_right_attention` and the `attention_scores` of kind ``groups`` from one pass over q·kᵀ, differentiable.
 
     Only the inputs are kept for the backward, which computes the weights once more, tile by tile.
 
@@ -182,7 +182,7 @@ def _fused_with_mass(
     query: Tensor, key: Tensor, value: Tensor, scale: float, stride: int, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """On CUDA: flash attention, whose log-sum-exp a second kernel turns into column sums."""
-    from omnimem.memory.kernels import column_mass
+    from omnimem.memory.kernels import column_sums
 
     # This operator's is_causal is lower-right, unlike that of scaled_dot_product_attention.
     output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
@@ -192,13 +192,13 @@ def _fused_with_mass(
     rows = _asked(queries, stride, window, None)
     with torch.no_grad():
         picked = slice(rows.start, rows.stop, rows.step)
-        mass = column_mass(query[:, :, picked], key, lse[:, :, picked], past + rows.start, rows.step, scale)
+        mass = column_sums(query[:, :, picked], key, lse[:, :, picked], past + rows.start, rows.step, scale)
     return output, mass if window else mass * (queries / len(rows))
 
 
 @torch.no_grad()
 def probe_attention(
-    query: Tensor, key: Tensor, valid: Tensor | None, scaling: float | None, attends: ProbeReach
+    query: Tensor, key: Tensor, valid: Tensor | None, scaling: float | None, attends: ProbeScope
 ) -> Tensor:
     """Mean attention, over heads and queries, of a probe to what is stored before it.
 
@@ -221,7 +221,7 @@ def probe_attention(
     batch, heads, queries, dim = query.shape
     groups, stored = key.shape[1], key.shape[2] - queries
     if attends == "causal":
-        return attention_mass(query, key, valid, scaling)[:, :stored] / queries
+        return attention_scores(query, key, valid, scaling)[:, :stored] / queries
     reach = stored if attends == "memory" else key.shape[2]
     scale = dim**-0.5 if scaling is None else scaling
     dtype = _compute_dtype(query)
@@ -410,15 +410,17 @@ def compressed_attention(
         memory.observe_probe(probe_attention(query, key, memory.valid, scale, memory.probe.attends))
     wanted = memory.wants_mass
     if wanted is not None and wanted.kind != "concat" and dropout == 0:
-        output, mass = attention_with_mass(
+        output, mass = attention_with_scores(
             query, key, value, memory.valid, scale, wanted.stride, wanted.window, fused=not memory.learns_attention
         )
-        memory.observe_mass(mass if wanted.kind == "groups" else mass.mean(1))
+        memory.observe_mass(mass if wanted.kind == "kv_heads" else mass.mean(1))
     else:
         output = lower_right_attention(query, key, value, memory.valid, scale, dropout)
         if wanted is not None:
             memory.observe_mass(
-                attention_mass(query, key, memory.valid, scale, wanted.kind, stride=wanted.stride, window=wanted.window)
+                attention_scores(
+                    query, key, memory.valid, scale, wanted.kind, stride=wanted.stride, window=wanted.window
+                )
             )
     if memory.margin is not None and torch.is_grad_enabled():
         output = memory.margin.reach(output, query, key, memory.valid, scale)

@@ -23,11 +23,11 @@ from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.memory import undo
 from omnimem.memory.columns import COLUMNS
-from omnimem.memory.layer import CompressedLayer, Kept
+from omnimem.memory.layer import CompressedLayer, Eviction
 from omnimem.memory.margin import SelectionGradient
-from omnimem.memory.numbering import Reindexing
+from omnimem.memory.numbering import CompactPositionIds
 from omnimem.memory.rotary import Rotary
-from omnimem.memory.table import PositionTable, count
+from omnimem.memory.table import TokenMetadata, count
 from omnimem.modality import KINDS, TEXT
 from omnimem.selection.base import Probe, SelectionMethod
 
@@ -62,7 +62,7 @@ class CompressedCache(Cache):
 
     Attributes
     ----------
-    next_position : Tensor or None
+    next_position_id : Tensor or None
         int64 ``[B]``: the rotary position the next text token takes.
     cut : int
         Layer whose input carries no gradient to the layers below; 0: all do.
@@ -75,16 +75,21 @@ class CompressedCache(Cache):
     def __init__(
         self, profile: BudgetProfile, method: SelectionMethod, gradient: SelectionGradient | None = None
     ) -> None:
-        if gradient is not None and not (method.differentiable and method.positions == "original"):
+        if gradient is not None and not (method.differentiable and method.position_ids == "original"):
             raise OmniMemError(
                 f"no gradient can reach the selection of {type(method).__name__} as it is set: it takes "
-                "selection.method=omnimem or similarity_only with redundancy=hidden and positions=original, or "
+                "selection.method=omnimem or similarity_only with redundancy=hidden and position_ids=original, or "
                 "selection.gradient=none"
             )
-        if gradient is not None and gradient.attention and (method.mass is None or method.mass.kind == "concat"):
+        if (
+            gradient is not None
+            and gradient.through_attention
+            and (method.attention_scores is None or method.attention_scores.kind == "concat")
+        ):
             raise OmniMemError(
-                "gate.attention: the gradient goes through the attention mass, which takes selection.lam above 0 and "
-                "selection.mass=heads"
+                "gate.through_attention: the gradient goes through the attention scores, which takes selection.lambda "
+                "above 0 and "
+                "selection.attention_scores=heads"
             )
         count = len(profile.layers)
         super().__init__(
@@ -97,12 +102,12 @@ class CompressedCache(Cache):
         self._start()
 
     def _start(self) -> None:
-        self.next_position: Tensor | None = None
+        self.next_position_id: Tensor | None = None
         self._next_index: Tensor | None = None
         self._ragged = False
         self._in_scratch = False
         self.cut, self.lockstep = 0, False
-        self._numbering = Reindexing() if self.method.positions == "reindexed" else None
+        self._numbering = CompactPositionIds() if self.method.position_ids == "compact" else None
 
     def reset(self) -> None:
         """Forget the stream."""
@@ -117,17 +122,17 @@ class CompressedCache(Cache):
         for layer in self.layers:
             layer.rotary = rotary
 
-    def place(
-        self, positions: Tensor, modality: Tensor, valid: Tensor | None, next_position: Tensor, text: bool = False
+    def assign_position_ids(
+        self, positions: Tensor, modality: Tensor, valid: Tensor | None, next_position_id: Tensor, text: bool = False
     ) -> tuple[Tensor, Tensor]:
         """From the rotary ids of an encoder, which count on for ever, to those of this memory.
 
-        The same under the position policy `original`; see `Reindexing.place` for the parameters.
+        The same under the position policy `original`; see `CompactPositionIds.assign` for the parameters.
         """
         if self._numbering is None:
-            return positions, next_position
+            return positions, next_position_id
         self._numbering.anchored = self.frame_anchored
-        return self._numbering.place(positions, modality, valid, next_position, text)
+        return self._numbering.assign(positions, modality, valid, next_position_id, text)
 
     def begin(
         self,
@@ -135,7 +140,7 @@ class CompressedCache(Cache):
         modality: Tensor | None = None,
         time: Tensor | None = None,
         valid: Tensor | None = None,
-        next_position: Tensor | None = None,
+        next_position_id: Tensor | None = None,
     ) -> None:
         """Announce the T positions of the coming forward pass (called by the hooks of `attach`).
 
@@ -149,7 +154,7 @@ class CompressedCache(Cache):
             ``[B, T]`` seconds into the media; NaN when left out.
         valid : Tensor, optional
             bool ``[B, T]``, False for padding.
-        next_position : Tensor, optional
+        next_position_id : Tensor, optional
             ``[B]`` rotary position of the text that follows; one past the largest id when left out.
         """
         _, batch, length = position_ids.shape
@@ -157,17 +162,17 @@ class CompressedCache(Cache):
         real = torch.ones(batch, length, dtype=torch.bool, device=device) if valid is None else valid.bool()
         if self._next_index is None:
             self._next_index = torch.zeros(batch, dtype=torch.int64, device=device)
-        if self.next_position is None:
-            self.next_position = torch.zeros(batch, dtype=torch.int64, device=device)
+        if self.next_position_id is None:
+            self.next_position_id = torch.zeros(batch, dtype=torch.int64, device=device)
         observe = modality is not None
         if modality is None:
             modality = torch.full((batch, length), TEXT, dtype=torch.int8, device=device)
         counts = count(modality, real)
         if time is None:
             time = torch.full((batch, length), torch.nan, device=device)
-        table = PositionTable(
+        table = TokenMetadata(
             index=self._next_index[:, None] + real.cumsum(1) - 1,
-            position=position_ids.permute(1, 2, 0).contiguous(),
+            position_ids=position_ids.permute(1, 2, 0).contiguous(),
             time=time.float(),
             modality=modality.to(torch.int8),
             valid=real,
@@ -176,13 +181,13 @@ class CompressedCache(Cache):
         self._ragged = self._ragged or batch > 1 or sum(counts[0].values()) < length
         for layer in self.layers:
             layer.begin(table, counts, self._ragged, observe)
-        if next_position is None:
+        if next_position_id is None:
             last = position_ids.amax(0).masked_fill(~real, -1).amax(1)
-            next_position = torch.maximum(self.next_position, last.ceil().long() + 1)
-        self.next_position = next_position.to(device)
+            next_position_id = torch.maximum(self.next_position_id, last.ceil().long() + 1)
+        self.next_position_id = next_position_id.to(device)
         self._next_index = self._next_index + real.sum(1)
 
-    def compress(self, replay: list[Kept | None] | None = None, rewindable: bool = False) -> list[Kept | None]:
+    def compress(self, replay: list[Eviction | None] | None = None, rewindable: bool = False) -> list[Eviction | None]:
         """Bring every layer back to its budget.
 
         Parameters
@@ -209,16 +214,16 @@ class CompressedCache(Cache):
             for layer, one, (_, score) in zip(self.layers, kept, scored, strict=True)
         ]
         if self._numbering is not None and self._next_index is not None:
-            tables = self._numbering.renumber([layer.table for layer in self.layers], len(self._next_index))
+            tables = self._numbering.renumber([layer.metadata for layer in self.layers], len(self._next_index))
             for layer, table in zip(self.layers, tables, strict=True):
-                layer.table = table
+                layer.metadata = table
             if self._numbering.next is not None:
-                self.next_position = self._numbering.next
+                self.next_position_id = self._numbering.next
         return kept
 
     def _scored(self) -> list[Any]:
         """Candidates and score of each layer; nothing where no layer has to evict."""
-        if not any(layer.crowded for layer in self.layers):
+        if not any(layer.over_budget for layer in self.layers):
             return [(None, None)] * len(self.layers)
         with torch.no_grad() if self.gradient is None else nullcontext():
             return list(self.method.scores(layer.candidates() for layer in self.layers))
@@ -226,18 +231,18 @@ class CompressedCache(Cache):
     def state(self) -> MemoryState:
         """Snapshot for `restore`; under in-place compaction valid until the next one."""
         numbers = None if self._numbering is None else self._numbering.state()
-        counters = (self.next_position, self._next_index, self._ragged, self._in_scratch, numbers)
+        counters = (self.next_position_id, self._next_index, self._ragged, self._in_scratch, numbers)
         return MemoryState([layer.state() for layer in self.layers], counters)
 
     def restore(self, state: MemoryState) -> None:
         """Return to a snapshot."""
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
             layer.restore(layer_state)
-        self.next_position, self._next_index, self._ragged, self._in_scratch, numbers = state.counters
+        self.next_position_id, self._next_index, self._ragged, self._in_scratch, numbers = state.counters
         if self._numbering is not None:
             self._numbering.restore(numbers)
 
-    def rewind(self, before: MemoryState, decided: list[Kept | None]) -> None:
+    def rewind(self, before: MemoryState, decided: list[Eviction | None]) -> None:
         """Undo the last step.
 
         Parameters
@@ -254,19 +259,21 @@ class CompressedCache(Cache):
         self.restore(MemoryState(states, before.counters))
 
     @property
-    def flowing(self) -> dict[tuple[int, str], Tensor]:
+    def differentiable_state(self) -> dict[tuple[int, str], Tensor]:
         """What gradients flow through from step to step, by layer and name: keys and values, and of the selection what
         it learns from.
         """
-        return {(i, name): one for i, layer in enumerate(self.layers) for name, one in layer.flowing.items()}
+        return {
+            (i, name): one for i, layer in enumerate(self.layers) for name, one in layer.differentiable_state.items()
+        }
 
-    @flowing.setter
-    def flowing(self, tensors: dict[tuple[int, str], Tensor]) -> None:
+    @differentiable_state.setter
+    def differentiable_state(self, tensors: dict[tuple[int, str], Tensor]) -> None:
         for i, layer in enumerate(self.layers):
-            layer.flowing = {name: tensor for (index, name), tensor in tensors.items() if index == i}
+            layer.differentiable_state = {name: tensor for (index, name), tensor in tensors.items() if index == i}
 
     def brought(
-        self, gradients: Gradients, decided: list[Kept | None], before: MemoryState
+        self, gradients: Gradients, decided: list[Eviction | None], before: MemoryState
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """What a step that was just run made or changed: each tensor and its gradient, in the tensor's dtype.
 
@@ -283,7 +290,7 @@ class CompressedCache(Cache):
             own = {name: gradient for (index, name), gradient in gradients.items() if index == i}
             yield from undo.brought(layer, own, kept, _length(facts))
 
-    def unchanged(self, gradients: Gradients, decided: list[Kept | None], before: MemoryState) -> Gradients:
+    def unchanged(self, gradients: Gradients, decided: list[Eviction | None], before: MemoryState) -> Gradients:
         """Gradients, before a step, of what the step did not change.
 
         Parameters as for `brought`; `gradients` is used up.
@@ -324,30 +331,30 @@ class CompressedCache(Cache):
     @property
     def rope_deltas(self) -> Tensor:
         """``[B, 1]``: what generate() adds to its count of tokens, from `get_seq_length` on, to get position ids."""
-        if self.next_position is None:
+        if self.next_position_id is None:
             raise RuntimeError("the memory is empty: nothing has been streamed yet")
-        following = self.next_position
+        following = self.next_position_id
         if following.is_floating_point():
             following = following.double()  # beside the larger count float32 would round a fraction away
         return (following - self.get_seq_length())[:, None]
 
-    def retained(self, layer: int) -> PositionTable:
+    def token_metadata(self, layer: int) -> TokenMetadata:
         """Facts of the positions stored in a layer: stream index, rotary ids, seconds, modality, validity.
 
         One row a sample; one a sample and key-value head where the method keeps positions per head.
         """
-        table = self.layers[layer].table
+        table = self.layers[layer].metadata
         if table is None:
             raise RuntimeError("the memory is empty: nothing has been streamed yet")
         return table
 
-    def counts(self) -> list[dict[str, list[int]]]:
+    def token_counts(self) -> list[dict[str, list[int]]]:
         """Stored text, visual and audio positions of each layer, one number a sample of the batch."""
         return [{name: [sample[name] for sample in layer.counts] or [0] for name in KINDS} for layer in self.layers]
 
-    def mean_counts(self) -> dict[str, float]:
+    def mean_token_counts(self) -> dict[str, float]:
         """Mean over layers and samples of the stored text, visual and audio positions."""
-        counts = self.counts()
+        counts = self.token_counts()
         return {name: sum(sum(layer[name]) / len(layer[name]) for layer in counts) / len(counts) for name in counts[0]}
 
     def gate_statistics(self) -> dict[str, float] | None:
@@ -366,7 +373,7 @@ class CompressedCache(Cache):
 
     def lengths(self) -> list[int]:
         """Stored columns of each layer (the longest sample's, in a batch)."""
-        return [0 if layer.table is None else len(layer.table) for layer in self.layers]
+        return [0 if layer.metadata is None else len(layer.metadata) for layer in self.layers]
 
     @property
     def nbytes(self) -> int:
@@ -374,11 +381,11 @@ class CompressedCache(Cache):
         return sum(layer.nbytes for layer in self.layers)
 
     @property
-    def state_nbytes(self) -> int:
+    def kv_nbytes(self) -> int:
         """Bytes of the stored keys and values alone."""
-        return sum(layer.state_nbytes for layer in self.layers)
+        return sum(layer.kv_nbytes for layer in self.layers)
 
 
 def _length(facts: dict[str, Any]) -> int:
     """Columns of a layer in this state."""
-    return 0 if facts["table"] is None else len(facts["table"])
+    return 0 if facts["metadata"] is None else len(facts["metadata"])

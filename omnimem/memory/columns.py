@@ -20,7 +20,7 @@ TILE = 1024
 """Columns moved at once when keeping in place; bounds the scratch memory."""
 
 
-class Columns:
+class TokenBuffer:
     """Columns of positions along one dimension, batch first.
 
     Parameters
@@ -75,7 +75,7 @@ class Columns:
             self.buffer = self._grown(self.buffer, stop)
             self.tensor = self.buffer.narrow(self.dim, 0, stop - columns)
 
-    def take(self, columns: Tensor) -> Tensor:
+    def compact(self, columns: Tensor) -> Tensor:
         """Keep the columns ``[B, M]``, ascending in each row, and return them."""
         if self.buffer is None:
             self.tensor = self._gather(self.tensor, columns)

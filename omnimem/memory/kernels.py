@@ -3,14 +3,14 @@
 Fused attention never writes its weights down, and the mass of a key is a sum over them. It does know the log-sum-exp
 of every row, and with that any weight is one exponential away: a_k = Σ_q exp(q·k/√d − lse_q) (method.md §5).
 
-* `column_mass` sums the columns, given the log-sum-exp of the rows.
+* `column_sums` sums the columns, given the log-sum-exp of the rows.
 * `row_lse` computes the log-sum-exp, for attention that did not keep it.
 
 Both take memory and chunk as one run of keys, read each key once for all query heads that share it, and never hold more
 than a tile of weights. One program writes each number, without atomics: the same inputs give the same bits.
 
 Importing this module needs Triton (ImportError without it), so the package does so on CUDA only. The tests
-need no GPU, only Triton's interpreter: `pytest tests/test_kernels.py`.
+need no GPU, only Triton's interpreter: `pytest tests/memory/test_kernels.py`.
 """
 
 # No `from __future__ import annotations`: Triton finds `tl.constexpr` parameters by their annotations.
@@ -31,7 +31,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Triton's interpreter multiplies the bit patterns of bfloat16 (its documentation: not supported); see `_dot`."""
 
 
-def column_mass(
+def column_sums(
     query: Tensor, key: Tensor, lse: Tensor, first: int, stride: int = 1, scaling: float | None = None
 ) -> Tensor:
     """Attention mass each key receives from the rows that see it, averaged over the heads of its group.
@@ -92,7 +92,7 @@ def row_lse(query: Tensor, key: Tensor, first: int, stride: int = 1, scaling: fl
     Parameters
     ----------
     query, key, first, stride, scaling
-        As in `column_mass`.
+        As in `column_sums`.
 
     Returns
     -------

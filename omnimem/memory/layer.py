@@ -17,23 +17,23 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from omnimem.budget import LayerBudget
-from omnimem.memory.columns import COLUMNS, Columns
+from omnimem.memory.columns import COLUMNS, TokenBuffer
 from omnimem.memory.margin import Margin, SelectionGradient
 from omnimem.memory.rotary import Rotary
-from omnimem.memory.table import PositionTable, count
+from omnimem.memory.table import TokenMetadata, count
 from omnimem.memory.undo import evicted
 from omnimem.modality import EVICTABLE, KINDS, TEXT
-from omnimem.selection.base import Candidates, MassSpec, Merged, Probe, SelectionMethod
+from omnimem.selection.base import AttentionScoreSpec, Candidates, MergedTokens, Probe, SelectionMethod
 from omnimem.selection.gates import gates
 
 STATE = (
-    "table", "valid", "ragged", "mass", "counts", "is_initialized", "margin", "_settled", "_before",
+    "metadata", "valid", "ragged", "attention_scores", "counts", "is_initialized", "margin", "_settled", "_before",
     "_new_mass", "_active", "bias",
 )  # fmt: skip
 """Attributes that, beside the stored columns, make up the state of a layer between two steps."""
 
 
-class Kept(NamedTuple):
+class Eviction(NamedTuple):
     """What a compression kept.
 
     Attributes
@@ -53,7 +53,7 @@ class Kept(NamedTuple):
 
     columns: Tensor
     valid: Tensor
-    merged: Merged | None = None
+    merged: MergedTokens | None = None
     margin: Tensor | None = None
     evicted: tuple[Tensor | None, ...] | None = None
 
@@ -63,7 +63,7 @@ class Kept(NamedTuple):
         return self.columns.masked_fill(~self.valid, -1)
 
     @classmethod
-    def of(cls, keep: Tensor, merged: Merged | None = None) -> Kept:
+    def of(cls, keep: Tensor, merged: MergedTokens | None = None) -> Eviction:
         """From a bool mask ``[R, N]``."""
         lengths = keep.sum(1)
         width = int(lengths.max())
@@ -73,17 +73,17 @@ class Kept(NamedTuple):
         return cls(columns.masked_fill(~valid, 0), valid, None if merged is None else _filled(merged))
 
 
-def _filled(merged: Merged) -> Merged | None:
+def _filled(merged: MergedTokens) -> MergedTokens | None:
     """Without the new positions that no row has: a single stream is never masked, so it must hold no padding."""
-    filled = merged.table.valid.any(0)
+    filled = merged.metadata.valid.any(0)
     if bool(filled.all()):
         return merged
     slots = filled.nonzero()[:, 0]
     if len(slots) == 0:
         return None
     into = torch.where(merged.into < 0, -1, (filled.cumsum(0) - 1)[merged.into.clamp_min(0)])
-    table = merged.table.gather(slots.expand(len(into), -1), merged.table.valid[:, slots])
-    return Merged(into, merged.weight, table)
+    table = merged.metadata.gather(slots.expand(len(into), -1), merged.metadata.valid[:, slots])
+    return MergedTokens(into, merged.weight, table)
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -122,10 +122,10 @@ class CompressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, buffers included."""
-        self._keys, self._values, self._features = Columns(2), Columns(2), Columns(1)
-        # None until the first step, a PositionTable from then on.
-        self.table: Any = None
-        self.mass: Tensor | None = None
+        self._keys, self._values, self._features = TokenBuffer(2), TokenBuffer(2), TokenBuffer(1)
+        # None until the first step, a TokenMetadata from then on.
+        self.metadata: Any = None
+        self.attention_scores: Tensor | None = None
         self.counts: list[dict[str, int]] = []
         self.is_initialized = False
         self.keys: Any = None
@@ -142,19 +142,19 @@ class CompressedLayer(CacheLayerMixin):
         self.shown: Tensor | None = None
         self._probed: list[Tensor] = []
         self._observing = False
-        self._announced: PositionTable | None = None
+        self._announced: TokenMetadata | None = None
         self._new_features: Tensor | None = None
         self._new_mass: Tensor | None = None
         self._active: Tensor | None = None
 
     # ---- one forward step -------------------------------------------------------------------------------
 
-    def begin(self, new: PositionTable, counts: list[dict[str, int]], ragged: bool, observe: bool) -> None:
+    def begin(self, new: TokenMetadata, counts: list[dict[str, int]], ragged: bool, observe: bool) -> None:
         """Announce the positions of the coming step.
 
         Parameters
         ----------
-        new : PositionTable
+        new : TokenMetadata
             The T new positions, one row a sample.
         counts : list of dict
             How many of them are text, visual and audio, for each sample.
@@ -165,7 +165,7 @@ class CompressedLayer(CacheLayerMixin):
         """
         self.accumulate()
         self._observing, self._new_features, self.ragged = observe, None, ragged
-        self._before = 0 if self.table is None else len(self.table)
+        self._before = 0 if self.metadata is None else len(self.metadata)
         before = self.counts or [dict.fromkeys(KINDS, 0)] * len(counts)
         self.counts = [{name: a[name] + b[name] for name in KINDS} for a, b in zip(before, counts, strict=True)]
         self._announced = new
@@ -173,9 +173,9 @@ class CompressedLayer(CacheLayerMixin):
         if ragged:
             self._active = new.valid.any(1, keepdim=True)
             self.valid = new.valid
-            if self.table is not None:
+            if self.metadata is not None:
                 # The heads of a sample hold equally many positions, so its padding is that of any of them.
-                self.valid = torch.cat((self.table.valid[:: self._rows(new)], new.valid), dim=1)
+                self.valid = torch.cat((self.metadata.valid[:: self._rows(new)], new.valid), dim=1)
 
     def observe_hidden(self, hidden: Tensor) -> None:
         """Take the layer's input hidden states ``[B, T, C]`` of the new positions."""
@@ -183,9 +183,9 @@ class CompressedLayer(CacheLayerMixin):
             self._new_features = self.method.features(hidden if self.learning else hidden.detach(), self.index)
 
     @property
-    def wants_mass(self) -> MassSpec | None:
+    def wants_mass(self) -> AttentionScoreSpec | None:
         """Attention mass this step should report, None for none."""
-        return self.method.mass if self._observing else None
+        return self.method.attention_scores if self._observing else None
 
     def observe_mass(self, mass: Tensor) -> None:
         """Take the attention mass ``[B, N + T]`` (``[B, G, N + T]``) the step gave to retained and new positions."""
@@ -220,7 +220,7 @@ class CompressedLayer(CacheLayerMixin):
             new = new.repeat(heads)
             key_states, value_states = key_states.flatten(0, 1)[:, None], value_states.flatten(0, 1)[:, None]
         if self._unrotated:
-            key_states = self._rotation.unrotate(key_states, new.position)
+            key_states = self._rotation.unrotate(key_states, new.position_ids)
 
         def bound() -> int | None:
             """Columns there can ever be after a step of this length; None without a budget."""
@@ -232,7 +232,7 @@ class CompressedLayer(CacheLayerMixin):
         self._values.append(value_states, bound)
         if self._new_features is not None:
             self._features.append(self._new_features, bound)
-        self.table = new if self.table is None else self.table.append(new)
+        self.metadata = new if self.metadata is None else self.metadata.append(new)
         self._show()
         keys, values = self.rotated_keys(), self.values
         if self.method.per_head:
@@ -249,7 +249,7 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def learns_attention(self) -> bool:
         """Whether it is to go through the attention mass as well."""
-        return self.gradient is not None and self.gradient.attention
+        return self.gradient is not None and self.gradient.through_attention
 
     def accumulate(self) -> None:
         """Fold the mass observed in the last step into the mass of every position."""
@@ -257,24 +257,24 @@ class CompressedLayer(CacheLayerMixin):
             self._accumulate()
 
     def _accumulate(self) -> None:
-        if self.mass is None:
-            self.mass, self._new_mass = self._new_mass, None
+        if self.attention_scores is None:
+            self.attention_scores, self._new_mass = self._new_mass, None
             return
         # Positions that came in a step that was not observed (text) start without mass.
-        missing = len(self.table) - self.mass.shape[1]
-        before = torch.nn.functional.pad(self.mass, (0, missing))
+        missing = len(self.metadata) - self.attention_scores.shape[1]
+        before = torch.nn.functional.pad(self.attention_scores, (0, missing))
         if self._new_mass is None:
-            self.mass = before
+            self.attention_scores = before
             return
-        self.mass = self.method.accumulate(self.mass, self._new_mass)
+        self.attention_scores = self.method.accumulate(self.attention_scores, self._new_mass)
         if self._active is not None:
             # A sample that had no query in this step has not had a step.
             active = self._active.repeat_interleave(len(before) // len(self._active), dim=0)
-            self.mass = torch.where(active, self.mass, before)
+            self.attention_scores = torch.where(active, self.attention_scores, before)
         self._new_mass = None
 
     @property
-    def crowded(self) -> bool:
+    def over_budget(self) -> bool:
         """Whether some sample holds more of a modality than its budget."""
         return not self.method.keeps_everything and any(
             sample[name] > getattr(self.budget, name) for sample in self.counts for name in EVICTABLE
@@ -294,21 +294,21 @@ class CompressedLayer(CacheLayerMixin):
             old=self._settled,
             values=self.values.detach(),
             keys=self.rotated_keys().detach() if self.method.reads_keys else None,
-            table=self.table,
-            mass=self.mass,
+            metadata=self.metadata,
+            attention_scores=self.attention_scores,
             probes=tuple(self._probed),
             features=self.features,
         )
 
     @torch.no_grad()
-    def decide(self, candidates: Candidates | None = None, score: Tensor | None = None) -> Kept | None:
+    def decide(self, candidates: Candidates | None = None, score: Tensor | None = None) -> Eviction | None:
         """What stays, given scores; without them all that is real. None where nothing moves."""
-        if candidates is not None and score is not None and self.crowded:
-            return Kept.of(*self.method.choose(candidates, score))
+        if candidates is not None and score is not None and self.over_budget:
+            return Eviction.of(*self.method.choose(candidates, score))
         # Nothing to evict; only the padding between a shorter sample and the step is squeezed out.
-        return Kept.of(self.table.valid) if self.ragged and not bool(self.table.valid.all()) else None
+        return Eviction.of(self.metadata.valid) if self.ragged and not bool(self.metadata.valid.all()) else None
 
-    def take(self, kept: Kept | None, score: Tensor | None = None, rewindable: bool = False) -> Kept | None:
+    def take(self, kept: Eviction | None, score: Tensor | None = None, rewindable: bool = False) -> Eviction | None:
         """Reduce every stored tensor to what is kept; given scores, hold back some of what goes (`margin`).
 
         Returns `kept` with the columns that were held back (given them, the same ones are), and with what went, if
@@ -325,26 +325,28 @@ class CompressedLayer(CacheLayerMixin):
             self.bias = None if self.bias is None else self._padded_bias.gather(1, kept.columns)
             for stored in (self._keys, self._values, self._features):
                 if stored.tensor is not None:
-                    stored.take(kept.columns)
-            self.table = self.table.gather(kept.columns, kept.valid)
-            self.mass = None if self.mass is None else self.mass.gather(1, kept.columns)
+                    stored.compact(kept.columns)
+            self.metadata = self.metadata.gather(kept.columns, kept.valid)
+            self.attention_scores = (
+                None if self.attention_scores is None else self.attention_scores.gather(1, kept.columns)
+            )
             if kept.merged is not None and merged is not None:
                 self._keys.append(merged[0], lambda: None)
                 self._values.append(merged[1], lambda: None)
-                self.table = self.table.append(kept.merged.table)
+                self.metadata = self.metadata.append(kept.merged.metadata)
             if self.bias is not None:
-                self.counts = count(self.table.modality, self.table.valid)
+                self.counts = count(self.metadata.modality, self.metadata.valid)
             elif not self.method.keeps_everything:
                 limits = {name: getattr(self.budget, name) for name in EVICTABLE}
                 self.counts = [{k: min(n, limits.get(k, n)) for k, n in sample.items()} for sample in self.counts]
-        self._settled = len(self.table)
+        self._settled = len(self.metadata)
         self._show()
         return kept
 
-    def _hold_back(self, kept: Kept, score: Tensor) -> Kept:
+    def _hold_back(self, kept: Eviction, score: Tensor) -> Eviction:
         """Let gates learn from what goes: as the margin of the next step, or in the soft form by keeping it."""
         assert self.gradient is not None
-        table, gradient = self.table, self.gradient
+        table, gradient = self.metadata, self.gradient
         soft = gradient.form == "soft"
         gone = (table.modality != TEXT) & table.valid & ~self._stays(kept)
         gate = torch.zeros_like(score)
@@ -360,7 +362,7 @@ class CompressedLayer(CacheLayerMixin):
             columns = nearest.topk(min(places, gradient.margin or places), dim=1).indices.sort(1).values
             if soft:
                 near = torch.zeros_like(gone).scatter(1, columns, True) & gone
-                kept = Kept.of(self._stays(kept) | near, kept.merged)
+                kept = Eviction.of(self._stays(kept) | near, kept.merged)
             kept = kept._replace(margin=columns)
         if soft:
             self._soften(gate)
@@ -375,14 +377,14 @@ class CompressedLayer(CacheLayerMixin):
             states.detach().gather(2, columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
             for states in (self.rotated_keys(), self.values)
         )
-        self.margin = Margin(keys, values, gate.gather(1, columns), self.gradient.gain)
+        self.margin = Margin(keys, values, gate.gather(1, columns), self.gradient.gradient_scale)
 
     def _soften(self, gate: Tensor) -> None:
         """Add the logarithms of the gates to the biases so far; text has none."""
         assert self.gradient is not None
-        softened = (self.table.modality != TEXT) & self.table.valid
+        softened = (self.metadata.modality != TEXT) & self.metadata.valid
         log_gate = torch.where(softened, gate, 1.0).clamp_min(torch.finfo(gate.dtype).tiny).log()
-        log_gate = log_gate.detach() + self.gradient.gain * (log_gate - log_gate.detach())
+        log_gate = log_gate.detach() + self.gradient.gradient_scale * (log_gate - log_gate.detach())
         self.bias = log_gate if self.bias is None else self._padded_bias + log_gate
 
     def _note(self, gate: Tensor, stays: Tensor, gone: Tensor) -> None:
@@ -395,7 +397,7 @@ class CompressedLayer(CacheLayerMixin):
     def _padded_bias(self) -> Tensor:
         """The bias of every column; those of the step have none yet."""
         assert self.bias is not None
-        return torch.nn.functional.pad(self.bias, (0, len(self.table) - self.bias.shape[1]))
+        return torch.nn.functional.pad(self.bias, (0, len(self.metadata) - self.bias.shape[1]))
 
     def biased(self, query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Queries and keys whose product has the bias of the soft form in it, in more channels (eight, for kernels)."""
@@ -405,27 +407,27 @@ class CompressedLayer(CacheLayerMixin):
         pad = torch.nn.functional.pad
         return pad(pad(query, (0, 1), value=1.0), (0, 7)), pad(torch.cat((key, bias), -1), (0, 7))
 
-    def _stays(self, kept: Kept) -> Tensor:
+    def _stays(self, kept: Eviction) -> Tensor:
         """Bool ``[R, N]``: which columns stay."""
-        stays = torch.zeros_like(self.table.valid, dtype=torch.int8)
+        stays = torch.zeros_like(self.metadata.valid, dtype=torch.int8)
         # A maximum, because padding points at column 0.
         return stays.scatter_reduce_(1, kept.columns, kept.valid.to(torch.int8), "amax").bool()
 
-    def _merge(self, merged: Merged) -> tuple[Tensor, Tensor]:
+    def _merge(self, merged: MergedTokens) -> tuple[Tensor, Tensor]:
         """Keys and values ``[R, G, S, D]`` of positions made of others: weighted means, keys without rotation."""
         keys = self._keys.tensor
         if not self._unrotated:
-            keys = self._rotation.unrotate(keys, self.table.position)
+            keys = self._rotation.unrotate(keys, self.metadata.position_ids)
         # Column -1 (flows nowhere) is counted as one position more, which is then left out.
-        into = torch.nn.functional.one_hot(merged.into + 1, merged.table.index.shape[1] + 1)[..., 1:]
+        into = torch.nn.functional.one_hot(merged.into + 1, merged.metadata.index.shape[1] + 1)[..., 1:]
         share = (into * merged.weight[..., None])[:, None].to(torch.promote_types(keys.dtype, torch.float32))
         keys, values = ((share.transpose(-1, -2) @ x.to(share.dtype)).to(x.dtype) for x in (keys, self._values.tensor))
         if not self._unrotated:
-            keys = self._rotation.rotate(keys, merged.table.position)
+            keys = self._rotation.rotate(keys, merged.metadata.position_ids)
         return keys, values
 
     @property
-    def flowing(self) -> dict[str, Tensor]:
+    def differentiable_state(self) -> dict[str, Tensor]:
         """What gradients flow through from step to step."""
         found = {"keys": self._keys.tensor, "values": self._values.tensor}
         if self.learning:
@@ -433,16 +435,16 @@ class CompressedLayer(CacheLayerMixin):
             found["gates"] = None if self.margin is None else self.margin.gates
             found["bias"] = self.bias
         if self.learns_attention:
-            found["mass"] = self.mass
+            found["attention_scores"] = self.attention_scores
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    @flowing.setter
-    def flowing(self, tensors: dict[str, Tensor]) -> None:
+    @differentiable_state.setter
+    def differentiable_state(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             if name == "gates":
                 assert self.margin is not None
                 self.margin = self.margin._replace(gates=tensor)
-            elif name in ("mass", "bias"):
+            elif name in ("attention_scores", "bias"):
                 setattr(self, name, tensor)
             else:
                 getattr(self, f"_{name}").restore((tensor, None))
@@ -453,7 +455,7 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def _unrotated(self) -> bool:
         """Whether keys are stored without their rotation, because their ids change."""
-        return self.method.positions == "reindexed"
+        return self.method.position_ids == "compact"
 
     @property
     def _rotation(self) -> Rotary:
@@ -463,27 +465,27 @@ class CompressedLayer(CacheLayerMixin):
 
     def rotated_keys(self) -> Tensor:
         """The stored keys, post-RoPE."""
-        return self._rotation.rotate(self.keys, self.table.position) if self._unrotated else self.keys
+        return self._rotation.rotate(self.keys, self.metadata.position_ids) if self._unrotated else self.keys
 
     def _show(self) -> None:
         """Publish the columns, as they are stored, under the names transformers knows."""
         self.keys, self.values = self._keys.tensor, self._values.tensor
 
-    def _rows(self, new: PositionTable) -> int:
+    def _rows(self, new: TokenMetadata) -> int:
         """Rows a sample of `new` has in what is stored."""
-        return len(self.table.index) // len(new.index)
+        return len(self.metadata.index) // len(new.index)
 
     # ---- reading ----------------------------------------------------------------------------------------
 
     @property
     def nbytes(self) -> int:
         """Bytes held: keys, values, features (whole buffers at inference), facts and attention mass."""
-        facts = 0 if self.table is None else self.table.nbytes
-        mass = 0 if self.mass is None else self.mass.nbytes
+        facts = 0 if self.metadata is None else self.metadata.nbytes
+        mass = 0 if self.attention_scores is None else self.attention_scores.nbytes
         return self._keys.nbytes + self._values.nbytes + self._features.nbytes + facts + mass
 
     @property
-    def state_nbytes(self) -> int:
+    def kv_nbytes(self) -> int:
         """Bytes of the keys and values of stored positions alone."""
         return sum(stored.tensor.nbytes for stored in (self._keys, self._values) if stored.tensor is not None)
 
@@ -506,7 +508,7 @@ class CompressedLayer(CacheLayerMixin):
 
         Position ids do not follow from it: see `CompressedCache.rope_deltas`.
         """
-        return 0 if self.table is None else len(self.table)
+        return 0 if self.metadata is None else len(self.metadata)
 
     def get_max_length(self) -> int:
         """No limit on what may be seen."""

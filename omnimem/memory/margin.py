@@ -55,16 +55,16 @@ class SelectionGradient:
     form: Literal["straight_through", "soft"] = "straight_through"
     temperature: float = 0.3
     margin: int | None = None
-    gain: float = 16.0
+    gradient_scale: float = 16.0
     threshold: Literal["boundary", "bisection"] = "boundary"
-    attention: bool = False
+    through_attention: bool = False
 
     def __post_init__(self) -> None:
         for name, holds, rule in (
             ("form", self.form in ("straight_through", "soft"), "straight_through or soft"),
             ("temperature", self.temperature > 0, "above 0"),
             ("margin", self.margin is None or self.margin >= 1, "at least 1"),
-            ("gain", self.gain >= 0, "at least 0"),
+            ("gain", self.gradient_scale >= 0, "at least 0"),
             ("threshold", self.threshold in ("boundary", "bisection"), "boundary or bisection"),
         ):
             if not holds:

@@ -1,4 +1,4 @@
-"""The position policy `reindexed`: retained positions are numbered densely anew after every compression.
+"""The position policy `compact`: retained positions are numbered densely anew after every compression.
 
 A stream then never leaves the rotary range a model was trained on, however long it is, and what is retained stands
 close together, as in StreamingLLM. In every layer the time ids that no retained position of the media stands on are
@@ -16,15 +16,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from omnimem.memory.table import PositionTable
+from omnimem.memory.table import TokenMetadata
 from omnimem.modality import VISUAL
 
 BEYOND = 2**40
 """An id that no position has."""
 
 
-class Reindexing:
-    """Ids of one stream (or batch of streams) under `reindexed`.
+class CompactPositionIds:
+    """Ids of one stream (or batch of streams) under `compact`.
 
     Attributes
     ----------
@@ -38,8 +38,8 @@ class Reindexing:
         self.next: Tensor | None = None
         self.shift: Tensor | None = None
 
-    def place(
-        self, positions: Tensor, modality: Tensor, valid: Tensor | None, next_position: Tensor, text: bool
+    def assign(
+        self, positions: Tensor, modality: Tensor, valid: Tensor | None, next_position_id: Tensor, text: bool
     ) -> tuple[Tensor, Tensor]:
         """Move an encoder's ids to where the memory ends.
 
@@ -49,7 +49,7 @@ class Reindexing:
             ``[3, B, T]`` ids that count on from the start of the stream.
         modality, valid : Tensor
             ``[B, T]``.
-        next_position : Tensor
+        next_position_id : Tensor
             ``[B]`` id of the text that follows.
         text : bool
             Whether this is text around the media.
@@ -62,19 +62,19 @@ class Reindexing:
         time = positions[0]
         if valid is not None:
             time = time.masked_fill(~valid, BEYOND)
-        first = torch.cat((time, next_position[:, None].to(time.dtype)), dim=1).amin(1)
+        first = torch.cat((time, next_position_id[:, None].to(time.dtype)), dim=1).amin(1)
         if self.start is None and not text:
             self.start = first
         if self.next is None:
-            return positions, next_position
+            return positions, next_position_id
         if self.shift is None:
             self.shift = self.next - first
         moved = positions + self.shift[None, :, None]
         if not self.anchored:
             moved[1:] = torch.where(modality == VISUAL, positions[1:], moved[1:])
-        return moved, next_position + self.shift
+        return moved, next_position_id + self.shift
 
-    def renumber(self, tables: Sequence[PositionTable], batch: int) -> list[PositionTable]:
+    def renumber(self, tables: Sequence[TokenMetadata], batch: int) -> list[TokenMetadata]:
         """Close the gaps between what every layer retains, so that all end at the same id, `next`."""
         if self.start is None:
             return list(tables)
@@ -82,7 +82,7 @@ class Reindexing:
         following = self.start
         for table in tables:
             start = self.start.repeat_interleave(len(table.index) // batch)
-            time, sides = table.position[..., 0], table.position[..., 1:].amax(-1)
+            time, sides = table.position_ids[..., 0], table.position_ids[..., 1:].amax(-1)
             media = table.valid & (time >= start[:, None])
             picture = media & (table.modality == VISUAL)
             # Sides that move with the time ids take up ids of their own, which nothing else may stand on.
@@ -97,14 +97,14 @@ class Reindexing:
             for table, (media, ids, end) in zip(tables, closed, strict=True)
         ]
 
-    def _moved(self, table: PositionTable, media: Tensor, time: Tensor) -> PositionTable:
-        position = time[..., None].expand_as(table.position).clone()
-        sides = table.position[..., 1:]
+    def _moved(self, table: TokenMetadata, media: Tensor, time: Tensor) -> TokenMetadata:
+        position = time[..., None].expand_as(table.position_ids).clone()
+        sides = table.position_ids[..., 1:]
         if self.anchored:
-            sides = sides + (time - table.position[..., 0])[..., None]
+            sides = sides + (time - table.position_ids[..., 0])[..., None]
         position[..., 1:] = torch.where((table.modality == VISUAL)[..., None], sides, position[..., 1:])
-        position = torch.where(media[..., None], position, table.position)
-        return PositionTable(table.index, position, table.time, table.modality, table.valid)
+        position = torch.where(media[..., None], position, table.position_ids)
+        return TokenMetadata(table.index, position, table.time, table.modality, table.valid)
 
     def state(self) -> tuple[Tensor | None, ...]:
         """Snapshot for `restore`."""

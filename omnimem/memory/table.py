@@ -11,7 +11,7 @@ from omnimem.modality import KINDS
 
 
 @dataclass(frozen=True)
-class PositionTable:
+class TokenMetadata:
     """Facts of each stored position.
 
     R is the number of rows: one a sample; where every key-value head keeps its own positions, one a sample and head.
@@ -32,7 +32,7 @@ class PositionTable:
     """
 
     index: Tensor
-    position: Tensor
+    position_ids: Tensor
     time: Tensor
     modality: Tensor
     valid: Tensor
@@ -40,21 +40,21 @@ class PositionTable:
     def __len__(self) -> int:
         return self.index.shape[1]
 
-    def append(self, new: PositionTable) -> PositionTable:
+    def append(self, new: TokenMetadata) -> TokenMetadata:
         """Table of the positions of `self` followed by those of `new`."""
-        return PositionTable(*(torch.cat((a, b), dim=1) for a, b in zip(self._columns, new._columns, strict=True)))
+        return TokenMetadata(*(torch.cat((a, b), dim=1) for a, b in zip(self._columns, new._columns, strict=True)))
 
-    def repeat(self, rows: int) -> PositionTable:
+    def repeat(self, rows: int) -> TokenMetadata:
         """Each sample's row so many times over: one for every key-value head."""
         if rows == 1:
             return self
-        return PositionTable(*(column.repeat_interleave(rows, dim=0) for column in self._columns))
+        return TokenMetadata(*(column.repeat_interleave(rows, dim=0) for column in self._columns))
 
-    def gather(self, keep: Tensor, valid: Tensor) -> PositionTable:
+    def gather(self, keep: Tensor, valid: Tensor) -> TokenMetadata:
         """Table of the columns `keep` (int64 ``[R, M]``), real where `valid` (bool ``[R, M]``)."""
         rows = torch.arange(keep.shape[0], device=keep.device)[:, None]
         index, position, time, modality, _ = (column[rows, keep] for column in self._columns)
-        return PositionTable(index, position, time, modality, valid)
+        return TokenMetadata(index, position, time, modality, valid)
 
     @property
     def nbytes(self) -> int:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from omnimem.memory.columns import COLUMNS, Columns
+from omnimem.memory.columns import COLUMNS, TokenBuffer
 
 if TYPE_CHECKING:
-    from omnimem.memory.layer import CompressedLayer, Kept
+    from omnimem.memory.layer import CompressedLayer, Eviction
 
 
-def evicted(layer: CompressedLayer, kept: Kept, before: int) -> tuple[Tensor | None, ...]:
+def evicted(layer: CompressedLayer, kept: Eviction, before: int) -> tuple[Tensor | None, ...]:
     """Copy the columns that are found nowhere else once a layer is reduced to `kept`: see `Kept.evicted`.
 
     Parameters
@@ -41,10 +41,10 @@ def evicted(layer: CompressedLayer, kept: Kept, before: int) -> tuple[Tensor | N
     )
 
 
-def rewind(layer: CompressedLayer, kept: Kept | None, before: int) -> None:
+def rewind(layer: CompressedLayer, kept: Eviction | None, before: int) -> None:
     """Return the stored columns of a layer to the `before` columns from which the step began that kept these."""
     for i, name in enumerate(COLUMNS):
-        stored: Columns = getattr(layer, name)
+        stored: TokenBuffer = getattr(layer, name)
         if stored.tensor is None:
             continue
         if kept is None:
@@ -61,7 +61,7 @@ def rewind(layer: CompressedLayer, kept: Kept | None, before: int) -> None:
 
 
 def brought(
-    layer: CompressedLayer, gradients: dict[str, Tensor], kept: Kept | None, before: int
+    layer: CompressedLayer, gradients: dict[str, Tensor], kept: Eviction | None, before: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What a step that was just run made or changed: each tensor and its gradient, in the tensor's dtype.
 
@@ -76,10 +76,10 @@ def brought(
     before : int
         Number of columns before the step.
     """
-    flowing = layer.flowing
+    flowing = layer.differentiable_state
     for name, gradient in gradients.items():
         if f"_{name}" in COLUMNS:
-            stored: Columns = getattr(layer, f"_{name}")
+            stored: TokenBuffer = getattr(layer, f"_{name}")
             source = _sources(gradient, stored, kept)
             yield stored.brought(gradient, (source >= 0) & (source < before))
         else:
@@ -87,7 +87,7 @@ def brought(
 
 
 def unchanged(
-    layer: CompressedLayer, gradients: dict[str, Tensor], kept: Kept | None, before: int
+    layer: CompressedLayer, gradients: dict[str, Tensor], kept: Eviction | None, before: int
 ) -> dict[str, Tensor]:
     """Gradients of the columns that a step retained, where they stood before it; 0 for those it evicted.
 
@@ -96,19 +96,19 @@ def unchanged(
     found: dict[str, Tensor] = {}
     for name in COLUMNS if before > 0 else ():
         if (gradient := gradients.pop(name[1:], None)) is not None:
-            stored: Columns = getattr(layer, name)
+            stored: TokenBuffer = getattr(layer, name)
             found[name[1:]] = stored.moved_back(gradient, _places(_sources(gradient, stored, kept), before))
     return found
 
 
-def _present(layer: CompressedLayer, kept: Kept, name: str) -> Tensor:
+def _present(layer: CompressedLayer, kept: Eviction, name: str) -> Tensor:
     """Columns ``[R, A]`` before the compression that are still held after it: in the memory, then in the margin."""
     if layer.margin is None or kept.margin is None or name == "_features":
         return kept.retained
     return torch.cat((kept.retained, kept.margin), dim=1)
 
 
-def _sources(gradient: Tensor, stored: Columns, kept: Kept | None) -> Tensor:
+def _sources(gradient: Tensor, stored: TokenBuffer, kept: Eviction | None) -> Tensor:
     """Column before the compression ``[R, M]`` of each column after it; -1 for padding and merged ones."""
     count = gradient.shape[stored.dim]
     if kept is None:

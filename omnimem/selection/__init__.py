@@ -6,11 +6,12 @@ import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from difflib import get_close_matches
+from keyword import iskeyword
 from typing import Any, get_args
 
 from omnimem.errors import OmniMemError
 from omnimem.selection.attention_only import AttentionOnly
-from omnimem.selection.base import Candidates, MassSpec, Positions, Probe, SelectionMethod
+from omnimem.selection.base import AttentionScoreSpec, Candidates, PositionIdPolicy, Probe, SelectionMethod
 from omnimem.selection.full import Full
 from omnimem.selection.h2o import H2O
 from omnimem.selection.hermes import Hermes, HermesReleased
@@ -42,17 +43,17 @@ SELECTION_METHODS: dict[str, Callable[..., SelectionMethod]] = {
 """Selection methods by the name used in recipes, profiles and on the command line."""
 
 
-def build_selection(name: str, positions: Positions | None = None, **options: Any) -> SelectionMethod:
+def build_selection(name: str, position_ids: PositionIdPolicy | None = None, **options: Any) -> SelectionMethod:
     """Make a selection method.
 
     Parameters
     ----------
     name : str
         Key of `SELECTION_METHODS`.
-    positions : {"original", "reindexed"}, optional
-        Rotary ids of what stays; the method's own choice when left out.
+    position_ids : {"original", "compact"}, optional
+        Position ids of retained tokens; the method's own choice when left out.
     **options
-        Hyper-parameters of the method.
+        Hyper-parameters of the method. λ is `lambda` in recipes and profiles and `lambda_` in Python.
 
     Raises
     ------
@@ -60,16 +61,18 @@ def build_selection(name: str, positions: Positions | None = None, **options: An
         Unknown method, option or variant.
     """
     known = options_of(name)
+    options = {_option_name(key): value for key, value in options.items()}
     for key in options:
         if key not in known:
             raise OmniMemError(f"selection method {name!r} has no option {key!r}{_nearest(key, known)}")
     if "variant" in known and options.get("variant", "paper") not in VARIANTS:
         raise OmniMemError(f"unknown variant {options['variant']!r}{_nearest(options['variant'], VARIANTS)}")
-    method = SELECTION_METHODS[name](**options)
-    if positions is not None:
-        if positions not in get_args(Positions):
-            raise OmniMemError(f"unknown position policy {positions!r}{_nearest(positions, get_args(Positions))}")
-        method.positions = positions
+    method = SELECTION_METHODS[name](**{_parameter_name(key): value for key, value in options.items()})
+    if position_ids is not None:
+        if position_ids not in get_args(PositionIdPolicy):
+            hint = _nearest(position_ids, get_args(PositionIdPolicy))
+            raise OmniMemError(f"unknown position_ids policy {position_ids!r}{hint}")
+        method.position_ids = position_ids
     return method
 
 
@@ -86,7 +89,16 @@ def options_of(name: str) -> set[str]:
     known = set(inspect.signature(SELECTION_METHODS[name]).parameters)
     if "overrides" in known:
         known = (known - {"overrides"}) | {option.name for option in fields(OmniMemSettings)}
-    return known | {"positions"}
+    return {_option_name(parameter) for parameter in known} | {"position_ids"}
+
+
+def _option_name(parameter: str) -> str:
+    """Name of an option in recipes and profiles: `lambda` for the parameter `lambda_`."""
+    return parameter.rstrip("_")
+
+
+def _parameter_name(option: str) -> str:
+    return f"{option}_" if iskeyword(option) else option
 
 
 def _nearest(word: str, known: Any) -> str:
@@ -98,8 +110,8 @@ def _nearest(word: str, known: Any) -> str:
 
 __all__ = [
     "SELECTION_METHODS",
+    "AttentionScoreSpec",
     "Candidates",
-    "MassSpec",
     "OmniMem",
     "Probe",
     "SelectionMethod",

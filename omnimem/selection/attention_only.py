@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from omnimem.errors import OmniMemError
-from omnimem.selection.base import Candidates, MassSpec, SelectionMethod
+from omnimem.selection.base import AttentionScoreSpec, Candidates, SelectionMethod
 
 
 class AttentionOnly(SelectionMethod):
@@ -15,21 +15,21 @@ class AttentionOnly(SelectionMethod):
 
     Parameters
     ----------
-    mass_stride : int
+    query_stride : int
         1: exact attention mass; above: only every so many-th query of a chunk is asked.
     """
 
-    def __init__(self, mass_stride: int = 1) -> None:
-        if mass_stride < 1:
-            raise OmniMemError(f"selection attention_only: mass_stride must be at least 1, got {mass_stride}")
-        self.mass = MassSpec("heads", mass_stride)
-        self.stride = mass_stride
+    def __init__(self, query_stride: int = 1) -> None:
+        if query_stride < 1:
+            raise OmniMemError(f"selection attention_only: query_stride must be at least 1, got {query_stride}")
+        self.attention_scores = AttentionScoreSpec("heads", query_stride)
+        self.stride = query_stride
 
     def score(self, candidates: Candidates) -> Tensor:
         """Accumulated mass."""
-        assert candidates.mass is not None
-        return candidates.mass
+        assert candidates.attention_scores is not None
+        return candidates.attention_scores
 
     def settings(self) -> dict[str, Any]:
         """The stride."""
-        return {"mass_stride": self.stride}
+        return {"query_stride": self.stride}

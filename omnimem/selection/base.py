@@ -19,26 +19,26 @@ from omnimem.budget import LayerBudget
 from omnimem.selection.topk import keep_mask
 
 if TYPE_CHECKING:
-    from omnimem.memory.table import PositionTable
+    from omnimem.memory.table import TokenMetadata
 
 
-MassKind = Literal["heads", "groups", "concat"]
-"""Kinds of attention mass, see `omnimem.memory.attention.attention_mass`."""
+AttentionScoreKind = Literal["heads", "kv_heads", "concat"]
+"""Kinds of attention mass, see `omnimem.memory.attention.attention_scores`."""
 
-ProbeReach = Literal["causal", "all", "memory"]
+ProbeScope = Literal["causal", "all", "memory"]
 """What a probe's softmax goes over, see `omnimem.memory.attention.probe_attention`."""
 
-Positions = Literal["original", "reindexed"]
+PositionIdPolicy = Literal["original", "compact"]
 """Rotary ids of retained positions: those they came with, or numbered densely anew after every compression."""
 
 
 @dataclass(frozen=True)
-class MassSpec:
-    """Attention mass a method wants; the fields are arguments of `omnimem.memory.attention.attention_mass`.
+class AttentionScoreSpec:
+    """Attention mass a method wants; the fields are arguments of `omnimem.memory.attention.attention_scores`.
 
     Attributes
     ----------
-    kind : MassKind
+    kind : AttentionScoreKind
         How heads are combined.
     stride : int
         1: from every query of a chunk; above: from every so many-th (cheaper, approximate).
@@ -46,7 +46,7 @@ class MassSpec:
         Only from the last so many queries of a chunk.
     """
 
-    kind: MassKind = "heads"
+    kind: AttentionScoreKind = "heads"
     stride: int = 1
     window: int | None = None
 
@@ -61,7 +61,7 @@ class Probe:
         What is asked.
     turn : bool
         Whether the text ends the user's turn and opens the assistant's, as a question does.
-    attends : ProbeReach
+    attends : ProbeScope
         What its softmax goes over.
     propagates : bool
         Whether the probe runs through the model. If not, every layer is shown the token embeddings.
@@ -69,7 +69,7 @@ class Probe:
 
     text: str
     turn: bool = False
-    attends: ProbeReach = "causal"
+    attends: ProbeScope = "causal"
     propagates: bool = True
 
 
@@ -92,7 +92,7 @@ class Candidates:
         ``[R, G, N, D]``.
     keys : Tensor or None
         ``[R, G, N, D]`` post-RoPE, if the method `reads_keys`.
-    table : PositionTable
+    table : TokenMetadata
         Index in the stream, rotary position, time, modality, validity of each candidate.
     mass : Tensor or None
         ``[R, N]`` accumulated attention mass (float32) if the method declared `mass`.
@@ -108,13 +108,13 @@ class Candidates:
     old: int
     values: Tensor
     keys: Tensor | None
-    table: PositionTable
-    mass: Tensor | None
+    metadata: TokenMetadata
+    attention_scores: Tensor | None
     probes: tuple[Tensor, ...]
     features: Tensor | None
 
 
-class Merged(NamedTuple):
+class MergedTokens(NamedTuple):
     """Positions a method makes out of others; they count towards the budget.
 
     Keys are averaged without their rotation and rotated to the new position's id.
@@ -125,13 +125,13 @@ class Merged(NamedTuple):
         int64 ``[R, N]``: into which of the S new positions a candidate flows, -1 for none.
     weight : Tensor
         ``[R, N]``: its share; the shares of a new position sum to 1.
-    table : PositionTable
+    table : TokenMetadata
         Facts of the new positions ``[R, S]``; ``index`` is -1 minus that of the first candidate inside.
     """
 
     into: Tensor
     weight: Tensor
-    table: PositionTable
+    metadata: TokenMetadata
 
 
 class SelectionMethod(ABC):
@@ -139,7 +139,7 @@ class SelectionMethod(ABC):
 
     Attributes
     ----------
-    mass : MassSpec or None
+    mass : AttentionScoreSpec or None
         Attention mass the method wants.
     probes : tuple of Probe
         Texts whose attention to the memory the method wants.
@@ -157,13 +157,13 @@ class SelectionMethod(ABC):
         Whether scores are differentiable in what they are computed from.
     """
 
-    mass: MassSpec | None = None
+    attention_scores: AttentionScoreSpec | None = None
     probes: tuple[Probe, ...] = ()
     stores_features: bool = False
     reads_keys: bool = False
     per_head: ClassVar[bool] = False
     keeps_everything: ClassVar[bool] = False
-    positions: Positions = "original"
+    position_ids: PositionIdPolicy = "original"
     differentiable: bool = False
 
     @abstractmethod
@@ -174,9 +174,9 @@ class SelectionMethod(ABC):
         """Candidates and score of every layer, first layer first; for methods whose layers look at each other."""
         return ((candidates, self.score(candidates)) for candidates in layers)
 
-    def choose(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, Merged | None]:
+    def choose(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, MergedTokens | None]:
         """Turn scores into what stays: bool ``[R, N]``, and what is made of the rest, if anything."""
-        return keep_mask(score, candidates.table, candidates.budget), None
+        return keep_mask(score, candidates.metadata, candidates.budget), None
 
     def accumulate(self, old: Tensor, new: Tensor) -> Tensor:
         """Combine the mass ``[R, M]`` so far with that of this chunk ``[R, N]``, N ≥ M; the sum unless overridden."""
@@ -194,7 +194,7 @@ class SelectionMethod(ABC):
 
     def recorded(self) -> dict[str, Any]:
         """What `build_selection` needs besides the name to make the same method: what budget profiles record."""
-        return {**self.settings(), "positions": self.positions}
+        return {**self.settings(), "position_ids": self.position_ids}
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -39,14 +39,14 @@ def gates(score: Tensor, member: Tensor, count: int, temperature: float, thresho
     """
     x = score.to(compute_dtype(score)).masked_fill(~member, 0)
     fixed = x.detach()
-    crowded = member.sum(1, keepdim=True) > count
+    over_budget = member.sum(1, keepdim=True) > count
     tau = (_boundary if threshold == "boundary" else _bisected)(fixed, member, count, temperature)
     # softmax of log g(1 − g), which stays finite where g(1 − g) does not.
     u = ((fixed - tau) / temperature).abs()
     weight = (-u - 2 * torch.log1p(torch.exp(-u))).masked_fill(~member, -torch.inf).softmax(1).nan_to_num(0)
     moving = tau + (weight * (x - fixed)).sum(1, keepdim=True)
     gate = torch.sigmoid((x - moving) / temperature)
-    return torch.where(crowded, gate, torch.ones_like(gate)) * (member & (count > 0))
+    return torch.where(over_budget, gate, torch.ones_like(gate)) * (member & (count > 0))
 
 
 def _boundary(x: Tensor, member: Tensor, count: int, temperature: float) -> Tensor:

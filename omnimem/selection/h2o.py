@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from omnimem.modality import EVICTABLE
-from omnimem.selection.base import Candidates, MassSpec, SelectionMethod
-from omnimem.selection.topk import newest
+from omnimem.selection.base import AttentionScoreSpec, Candidates, SelectionMethod
+from omnimem.selection.topk import recent_mask
 
 
 class H2O(SelectionMethod):
@@ -19,15 +19,15 @@ class H2O(SelectionMethod):
     ⌈C/2⌉ stay, and the ⌊C/2⌋ heaviest of the others.
     """
 
-    mass = MassSpec("groups")
+    attention_scores = AttentionScoreSpec("kv_heads")
     per_head = True
 
     def score(self, candidates: Candidates) -> Tensor:
         """Accumulated mass; infinite for the recent half."""
-        assert candidates.mass is not None
-        table, score = candidates.table, candidates.mass.clone()
+        assert candidates.attention_scores is not None
+        table, score = candidates.metadata, candidates.attention_scores.clone()
         for name, kind in EVICTABLE.items():
             competing = (table.modality == kind) & table.valid
             places = getattr(candidates.budget, name)
-            score[newest(competing, places - places // 2)] = torch.inf
+            score[recent_mask(competing, places - places // 2)] = torch.inf
         return score

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omnimem.modality import EVICTABLE, VISUAL
-from omnimem.selection.base import Candidates, Merged, Probe, SelectionMethod, compute_dtype
+from omnimem.selection.base import Candidates, MergedTokens, Probe, SelectionMethod, compute_dtype
 from omnimem.selection.merge import means
 from omnimem.selection.topk import keep_mask
 
@@ -44,12 +44,12 @@ class Hermes(SelectionMethod):
     """
 
     probes = (Probe(GLOBAL), Probe(f"{LOCAL} {GLOBAL}"))
-    positions = "reindexed"
+    position_ids = "compact"
 
     def score(self, candidates: Candidates) -> Tensor:
         """S of one layer by itself, before smoothing; 0 for text."""
         omega, decay, attention = self._band(candidates)
-        table = candidates.table
+        table = candidates.metadata
         media = (table.modality > 0) & table.valid
         count = media.sum(1, keepdim=True)
         age = (count - media.cumsum(1)) / (count - 1).clamp_min(1)
@@ -85,9 +85,9 @@ class Hermes(SelectionMethod):
         place = torch.searchsorted(ordered, wanted).clamp_max(ordered.shape[1] - 1)
         return torch.where(ordered.gather(1, place) == wanted, deeper.gather(1, order.gather(1, place)), score)
 
-    def choose(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, Merged | None]:
+    def choose(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, MergedTokens | None]:
         """Top scores; in deep layers the mean of what is dropped takes one place of each modality."""
-        table, budget = candidates.table, candidates.budget
+        table, budget = candidates.metadata, candidates.budget
         if band_of(candidates.layer, candidates.layers) != "deep":
             return keep_mask(score, table, budget), None
         counts = {name: ((table.modality == kind) & table.valid).sum(1) for name, kind in EVICTABLE.items()}
@@ -98,11 +98,11 @@ class Hermes(SelectionMethod):
             into[(table.modality == kind) & table.valid & ~keep] = slot
         merged = means(table, into, torch.ones_like(score), len(EVICTABLE))
         # A summary stands one id behind all that is kept.
-        time = table.position[..., 0].masked_fill(~table.valid, 0).amax(1)[:, None] + 1
+        time = table.position_ids[..., 0].masked_fill(~table.valid, 0).amax(1)[:, None] + 1
         position = time[..., None].expand(-1, len(EVICTABLE), 3).clone()
-        seen = (merged.table.modality == VISUAL)[..., None]
-        position[..., 1:] = torch.where(seen, merged.table.position[..., 1:], position[..., 1:])
-        return keep, merged._replace(table=replace(merged.table, position=position))
+        seen = (merged.metadata.modality == VISUAL)[..., None]
+        position[..., 1:] = torch.where(seen, merged.metadata.position_ids[..., 1:], position[..., 1:])
+        return keep, merged._replace(metadata=replace(merged.metadata, position_ids=position))
 
 
 class HermesReleased(Hermes):
@@ -114,7 +114,7 @@ class HermesReleased(Hermes):
         """The deeper layer's scores in stored order, stretched linearly to this layer's length."""
         result = score.clone()
         for row in range(len(score)):
-            mine, other = (((c.table.modality > 0) & c.table.valid)[row] for c in (here, below))
+            mine, other = (((c.metadata.modality > 0) & c.metadata.valid)[row] for c in (here, below))
             if mine.any() and other.any():
                 line = deeper[row][other][None, None]
                 result[row, mine] = F.interpolate(line, size=int(mine.sum()), mode="linear")[0, 0]
@@ -137,6 +137,6 @@ def _minmax(values: Tensor, member: Tensor) -> Tensor:
 
 def _names(candidates: Candidates) -> Tensor:
     """Stream index of every position ``[R, N]``; what is padding has a name of its own."""
-    table = candidates.table
+    table = candidates.metadata
     own = torch.iinfo(torch.int64).max - candidates.layer % 2 * 2**40 - torch.arange(table.index.shape[1])
     return torch.where(table.valid, table.index, own.to(table.index.device))

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omnimem.errors import OmniMemError
-from omnimem.memory.table import PositionTable
+from omnimem.memory.table import TokenMetadata
 from omnimem.modality import AUDIO, EVICTABLE
 from omnimem.selection.base import Candidates, SelectionMethod, compute_dtype
-from omnimem.selection.topk import best, dense_rank
+from omnimem.selection.topk import dense_rank, topk_mask
 
 
 class InfiniPotV(SelectionMethod):
@@ -48,7 +48,7 @@ class InfiniPotV(SelectionMethod):
     def score(self, candidates: Candidates) -> Tensor:
         """Norm of the value; infinite for what the TaR share takes."""
         assert candidates.keys is not None
-        table, values = candidates.table, candidates.values[:, 0]
+        table, values = candidates.metadata, candidates.values[:, 0]
         keys = F.normalize(candidates.keys[:, 0].to(compute_dtype(values)), dim=-1)
         score = torch.linalg.vector_norm(values.to(keys.dtype), dim=-1)
         for name, kind in EVICTABLE.items():
@@ -58,15 +58,15 @@ class InfiniPotV(SelectionMethod):
             recent = competing & (frames[:, None] - frame <= held[:, None])
             novelty = -_similarity(keys, patch, recent).masked_fill(recent, -torch.inf)
             places = int(getattr(candidates.budget, name) * self.share)
-            score[best(novelty, competing, places)] = torch.inf
+            score[topk_mask(novelty, competing, places)] = torch.inf
         return score
 
-    def grid(self, table: PositionTable, competing: Tensor, kind: int) -> tuple[Tensor, Tensor, Tensor]:
+    def grid(self, table: TokenMetadata, competing: Tensor, kind: int) -> tuple[Tensor, Tensor, Tensor]:
         """Number of each position's frame ``[R, N]``, frames in a row ``[R]``, number of its patch ``[R, N]``."""
         frame, frames = dense_rank(table.time.double(), competing)
         if kind == AUDIO:
             return frame, frames, torch.zeros_like(frame)
-        place = table.position[..., 1].double() * 2**20 + table.position[..., 2]
+        place = table.position_ids[..., 1].double() * 2**20 + table.position_ids[..., 2]
         return frame, frames, dense_rank(place, competing)[0]
 
     def settings(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class InfiniPotV(SelectionMethod):
 class InfiniPotVReleased(InfiniPotV):
     """As the authors' code: frames and patches are told apart by place in the cache, counted from its end."""
 
-    def grid(self, table: PositionTable, competing: Tensor, kind: int) -> tuple[Tensor, Tensor, Tensor]:
+    def grid(self, table: TokenMetadata, competing: Tensor, kind: int) -> tuple[Tensor, Tensor, Tensor]:
         """As in `InfiniPotV.grid`."""
         count = competing.sum(1, keepdim=True)
         from_end = count - competing.cumsum(1)

@@ -28,7 +28,8 @@ def default_options(name: str) -> dict[str, Any]:
     defaults = {key: parameter.default for key, parameter in signature.items() if key != "overrides"}
     if "variant" in defaults:
         defaults |= asdict(VARIANTS[defaults["variant"]])
-    defaults["positions"] = SELECTION_METHODS[name]().positions
+    defaults = {key.rstrip("_"): value for key, value in defaults.items()}
+    defaults["position_ids"] = SELECTION_METHODS[name]().position_ids
     assert set(defaults) == options_of(name)
     return defaults
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omnimem.memory.table import PositionTable
-from omnimem.selection.base import Merged
+from omnimem.memory.table import TokenMetadata
+from omnimem.selection.base import MergedTokens
 
 
-def means(table: PositionTable, into: Tensor, weight: Tensor, slots: int) -> Merged:
+def means(table: TokenMetadata, into: Tensor, weight: Tensor, slots: int) -> MergedTokens:
     """Describe `slots` means of candidates, for `SelectionMethod.choose`.
 
     A mean stands at the rounded mean of its members' rotary ids and at their mean time.
 
     Parameters
     ----------
-    table : PositionTable
+    table : TokenMetadata
         Facts of the candidates ``[R, N]``.
     into : Tensor
         int64 ``[R, N]``: the mean each flows into, -1 for none. Members of a mean have one modality.
@@ -43,15 +43,15 @@ def means(table: PositionTable, into: Tensor, weight: Tensor, slots: int) -> Mer
     first = torch.full_like(count, torch.iinfo(torch.int64).max)
     origin = torch.where(table.index < 0, -1 - table.index, table.index)
     first.scatter_reduce_(1, target, torch.where(member, origin, torch.iinfo(torch.int64).max), "amin")
-    position = torch.stack([mean(table.position[..., axis]).round() for axis in range(3)], dim=-1)
+    position = torch.stack([mean(table.position_ids[..., axis]).round() for axis in range(3)], dim=-1)
     kind = torch.zeros_like(count, dtype=table.modality.dtype)
     kind.scatter_reduce_(1, target, table.modality * member, "amax")
     valid = count > 0
-    facts = PositionTable(
+    facts = TokenMetadata(
         index=torch.where(valid, -1 - first, 0),
-        position=position.to(table.position.dtype),
+        position_ids=position.to(table.position_ids.dtype),
         time=mean(table.time).float(),
         modality=kind,
         valid=valid,
     )
-    return Merged(into, weight, facts)
+    return MergedTokens(into, weight, facts)

@@ -27,7 +27,7 @@ class Random(SelectionMethod):
 
     def score(self, candidates: Candidates) -> Tensor:
         """Priority in [0, 1), float64."""
-        stream = candidates.table.index
+        stream = candidates.metadata.index
         bits = _mix(stream + _mix(torch.tensor(candidates.layer * 2_147_483_647 + self.seed, device=stream.device)))
         return (bits & ((1 << 53) - 1)).double() / (1 << 53)
 

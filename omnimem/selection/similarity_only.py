@@ -24,7 +24,7 @@ class SimilarityOnly(OmniMem):
         seed: int = 0,
     ) -> None:
         self._settings = {"redundancy": redundancy, "neighbours": neighbours, "sketch_dim": sketch_dim, "seed": seed}
-        super().__init__(lam=0.0, **self._settings)
+        super().__init__(lambda_=0.0, **self._settings)
 
     def settings(self) -> dict[str, Any]:
         """What the similarity is computed from."""

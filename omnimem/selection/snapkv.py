@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omnimem.errors import OmniMemError
-from omnimem.selection.base import Candidates, MassSpec, SelectionMethod
-from omnimem.selection.topk import newest
+from omnimem.selection.base import AttentionScoreSpec, Candidates, SelectionMethod
+from omnimem.selection.topk import recent_mask
 
 
 class SnapKV(SelectionMethod):
@@ -26,20 +26,21 @@ class SnapKV(SelectionMethod):
 
     per_head = True
 
-    def __init__(self, window: int = 32, kernel: int = 5) -> None:
-        if window < 1 or kernel < 1 or kernel % 2 == 0:
+    def __init__(self, window_size: int = 32, kernel_size: int = 5) -> None:
+        if window_size < 1 or kernel_size < 1 or kernel_size % 2 == 0:
             raise OmniMemError(
-                f"selection snapkv: window must be at least 1 and kernel odd, got window={window}, kernel={kernel}"
+                "selection snapkv: window_size must be at least 1 and kernel_size odd, got "
+                f"window_size={window_size}, kernel_size={kernel_size}"
             )
-        self.window, self.kernel = window, kernel
-        self.mass = MassSpec("groups", window=window)
+        self.window_size, self.kernel_size = window_size, kernel_size
+        self.attention_scores = AttentionScoreSpec("kv_heads", window=window_size)
 
     def score(self, candidates: Candidates) -> Tensor:
         """Pooled mass of the window's queries (mean over the head's group); infinite inside the window."""
-        assert candidates.mass is not None
-        valid = candidates.table.valid
-        window = newest(valid, self.window)
-        return _pooled(candidates.mass, valid & ~window, self.kernel).masked_fill(window, torch.inf)
+        assert candidates.attention_scores is not None
+        valid = candidates.metadata.valid
+        window = recent_mask(valid, self.window_size)
+        return _pooled(candidates.attention_scores, valid & ~window, self.kernel_size).masked_fill(window, torch.inf)
 
     def accumulate(self, old: Tensor, new: Tensor) -> Tensor:
         """Only the present chunk's window counts."""
@@ -47,7 +48,7 @@ class SnapKV(SelectionMethod):
 
     def settings(self) -> dict[str, Any]:
         """Window and kernel."""
-        return {"window": self.window, "kernel": self.kernel}
+        return {"window_size": self.window_size, "kernel_size": self.kernel_size}
 
 
 def _pooled(values: Tensor, member: Tensor, kernel: int) -> Tensor:

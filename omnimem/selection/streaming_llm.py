@@ -1,6 +1,6 @@
 """StreamingLLM (arXiv 2309.17453): a few sinks at the beginning of the stream, and the most recent positions.
 
-Retained positions are numbered densely (`positions="reindexed"`), as in the paper: keys are stored without rotation
+Retained positions are numbered densely (`position_ids="compact"`), as in the paper: keys are stored without rotation
 and rotated to their place in the cache in every step.
 """
 
@@ -24,18 +24,18 @@ class StreamingLLM(SelectionMethod):
         Positions at the beginning of the stream that always stay; those that are text stay anyway.
     """
 
-    positions = "reindexed"
+    position_ids = "compact"
 
-    def __init__(self, sinks: int = 4) -> None:
-        if sinks < 0:
-            raise OmniMemError(f"selection streaming_llm: sinks must be at least 0, got {sinks}")
-        self.sinks = sinks
+    def __init__(self, num_sink_tokens: int = 4) -> None:
+        if num_sink_tokens < 0:
+            raise OmniMemError(f"selection streaming_llm: num_sink_tokens must be at least 0, got {num_sink_tokens}")
+        self.num_sink_tokens = num_sink_tokens
 
     def score(self, candidates: Candidates) -> Tensor:
         """Place in the stream; infinite for sinks."""
-        index = candidates.table.index
-        return index.double().masked_fill(index < self.sinks, torch.inf)
+        index = candidates.metadata.index
+        return index.double().masked_fill(index < self.num_sink_tokens, torch.inf)
 
     def settings(self) -> dict[str, Any]:
         """The number of sinks."""
-        return {"sinks": self.sinks}
+        return {"num_sink_tokens": self.num_sink_tokens}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from omnimem.modality import VISUAL
-from omnimem.selection.base import Candidates, Merged, Probe, SelectionMethod
+from omnimem.selection.base import Candidates, MergedTokens, Probe, SelectionMethod
 from omnimem.selection.merge import means
 from omnimem.selection.topk import dense_rank, keep_mask
 
@@ -29,12 +29,12 @@ class StreamMem(SelectionMethod):
         """Mean attention of the proxy query."""
         return candidates.probes[0]
 
-    def choose(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, Merged | None]:
+    def choose(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, MergedTokens | None]:
         """Top scores, and the prototypes of the new frames where something has to go."""
-        table, budget = candidates.table, candidates.budget
+        table, budget = candidates.metadata, candidates.budget
         visual = (table.modality == VISUAL) & table.valid
-        crowded = visual.sum(1) > budget.visual
-        new = visual & crowded[:, None]
+        over_budget = visual.sum(1) > budget.visual
+        new = visual & over_budget[:, None]
         new[:, : candidates.old] = False
         frame, frames = dense_rank(table.time.double(), new)
         count = frames.clamp_max(budget.visual)

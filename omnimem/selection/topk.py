@@ -12,11 +12,11 @@ from omnimem.budget import LayerBudget
 from omnimem.modality import EVICTABLE, TEXT
 
 if TYPE_CHECKING:
-    from omnimem.memory.table import PositionTable
+    from omnimem.memory.table import TokenMetadata
 
 
 def keep_mask(
-    score: Tensor, table: PositionTable, budget: LayerBudget, reserved: Mapping[str, Tensor] | None = None
+    score: Tensor, table: TokenMetadata, budget: LayerBudget, reserved: Mapping[str, Tensor] | None = None
 ) -> Tensor:
     """Mark what stays.
 
@@ -24,7 +24,7 @@ def keep_mask(
     ----------
     score : Tensor
         ``[R, N]``, larger is better.
-    table : PositionTable
+    table : TokenMetadata
         Facts of the same N candidates, in stored order.
     budget : LayerBudget
         How many visual and audio positions stay.
@@ -41,11 +41,11 @@ def keep_mask(
         competing = (table.modality == kind) & table.valid
         places = getattr(budget, name)
         left = None if reserved is None or name not in reserved else places - reserved[name]
-        keep |= best(score, competing, places, left)
+        keep |= topk_mask(score, competing, places, left)
     return keep
 
 
-def best(score: Tensor, competing: Tensor, count: int, counts: Tensor | None = None) -> Tensor:
+def topk_mask(score: Tensor, competing: Tensor, count: int, counts: Tensor | None = None) -> Tensor:
     """Mark the `count` (or `counts` ``[R]``, none above it) highest scores among `competing`: bool ``[R, N]``."""
     # Reversed, then sorted stably: among equal scores the later position comes first on every device.
     masked = score.masked_fill(~competing, -torch.inf).flip(1)
@@ -56,7 +56,7 @@ def best(score: Tensor, competing: Tensor, count: int, counts: Tensor | None = N
     return torch.zeros_like(competing).scatter_(1, score.shape[1] - 1 - order, within) & competing
 
 
-def newest(member: Tensor, count: int) -> Tensor:
+def recent_mask(member: Tensor, count: int) -> Tensor:
     """Mark the last `count` members of each row ``[R, N]``."""
     return member & (member.flip(1).cumsum(1).flip(1) <= count)
 

@@ -37,7 +37,7 @@ class Uniform(SelectionMethod):
 
     def score(self, candidates: Candidates) -> Tensor:
         """Base-2 logarithm of the cell, and a fraction that orders equals; float64."""
-        table = candidates.table
+        table = candidates.metadata
         score = torch.zeros(table.index.shape, dtype=torch.float64, device=table.index.device)
         for kind in EVICTABLE.values():
             competing = (table.modality == kind) & table.valid

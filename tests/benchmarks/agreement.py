@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from omnimem.budget import BudgetProfile
-from omnimem.memory import attention_mass
+from omnimem.memory import attention_scores
 from omnimem.memory.attention import ATTENTION_NAME, compressed_attention
 from omnimem.selection import Candidates, OmniMem, build_selection
 from omnimem.selection.redundancy import sketch
@@ -37,20 +37,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sketch of 512": {"redundancy": "sketch", "sketch_dim": 512},
     "value": {"redundancy": "value"},
     "key": {"redundancy": "key"},
-    "every 2nd query": {"mass_stride": 2},
-    "every 4th query": {"mass_stride": 4},
-    "every 8th query": {"mass_stride": 8},
+    "every 2nd query": {"query_stride": 2},
+    "every 4th query": {"query_stride": 4},
+    "every 8th query": {"query_stride": 8},
 }
 
 
-EXACT = {"mass_stride": 1}
+EXACT = {"query_stride": 1}
 
 
 class Recorder(OmniMem):
     """Exact selection that scores everything once more in each cheaper way."""
 
     def __init__(self, variant: str) -> None:
-        super().__init__(variant, mass_stride=1)
+        super().__init__(variant, query_stride=1)
         self.reads_keys = True
         self.others = {name: OmniMem(variant, **{**EXACT, **options}) for name, options in VARIANTS.items()}
         self.sampled: dict[tuple[int, int], Tensor] = {}
@@ -62,27 +62,27 @@ class Recorder(OmniMem):
         memory = kwargs.get("memory")
         if memory is not None and memory.wants_mass is not None:
             for method in self.others.values():
-                stride = method.options.mass_stride
+                stride = method.options.query_stride
                 if stride > 1:
-                    # `Stream` compresses after every chunk, so what was there before has its mass in `memory.mass`.
-                    new = attention_mass(query, key, kind=self.options.mass, stride=stride)
+                    # `Stream` compresses after every chunk: earlier scores are in `memory.attention_scores`.
+                    new = attention_scores(query, key, kind=self.options.attention_scores, stride=stride)
                     old = self.sampled.get((memory.index, stride))
                     self.sampled[memory.index, stride] = new if old is None else self.accumulate(old, new)
         return compressed_attention(module, query, key, *args, **kwargs)
 
     def choose(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, None]:
         """Keep what is exact; note what the others would have kept of the same."""
-        keep = keep_mask(score, candidates.table, candidates.budget)
-        media = candidates.table.modality[0] > 0
+        keep = keep_mask(score, candidates.metadata, candidates.budget)
+        media = candidates.metadata.modality[0] > 0
         for name, method in self.others.items():
             options, changed = method.options, candidates
             if options.redundancy == "sketch" and candidates.features is not None:
                 small = sketch(candidates.features, options.sketch_dim, candidates.layer, options.seed)
                 changed = replace(candidates, features=small)
-            if options.mass_stride > 1:
-                changed = replace(changed, mass=self.sampled[candidates.layer, options.mass_stride])
+            if options.query_stride > 1:
+                changed = replace(changed, attention_scores=self.sampled[candidates.layer, options.query_stride])
             other = method.score(changed)
-            both = keep & keep_mask(other, candidates.table, candidates.budget)
+            both = keep & keep_mask(other, candidates.metadata, candidates.budget)
             self.ranks[name].append(spearman(score[0][media], other[0][media]))
             self.kept[name].append((both[0] & media).sum().item() / max((keep[0] & media).sum().item(), 1))
         for (layer, stride), mass in list(self.sampled.items()):
@@ -101,7 +101,7 @@ def stream(session: StreamingSession, clip: Path, seconds: float) -> list[set[in
     """Watch a clip; the media positions every layer holds at the end."""
     for _ in session.watch(clip, max_seconds=seconds):
         pass
-    tables = [session.memory.retained(layer) for layer in range(len(session.memory.layers))]
+    tables = [session.memory.token_metadata(layer) for layer in range(len(session.memory.layers))]
     return [set(table.index[0][table.modality[0] > 0].tolist()) for table in tables]
 
 
@@ -113,7 +113,7 @@ def main() -> int:
     parser.add_argument("--variant", default="paper", choices=("paper", "release"))
     parser.add_argument("--mean-budget", type=int, default=96)
     parser.add_argument("--seconds", type=float, default=40.0, help="of each clip (default: %(default)s)")
-    folders = [Path(__file__).parents[2] / "data_prep" / "quickstart", Path(__file__).parents[1] / "media"]
+    folders = [Path(__file__).parents[2] / "data_prep" / "quickstart", Path(__file__).parents[1] / "data" / "media"]
     parser.add_argument("--media", type=Path, nargs="+", default=folders, help="folders of clips")
     args = parser.parse_args()
     files = [path for folder in args.media for path in folder.iterdir()]

@@ -27,11 +27,11 @@ from cost import Run, add_shape, build_decoder, bytes_of, clock
 from torch import Tensor
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import apply_rotary_pos_emb
 
-from omnimem.memory import attention_mass, lower_right_attention
+from omnimem.memory import attention_scores, lower_right_attention
 from omnimem.modality import AUDIO, VISUAL
 from omnimem.selection import build_selection
 from omnimem.selection.redundancy import neighbour_similarity
-from omnimem.selection.topk import best
+from omnimem.selection.topk import topk_mask
 
 
 class Carrier:
@@ -89,14 +89,14 @@ class Carrier:
         output = lower_right_attention(query, key, value)
         hidden = hidden + attention.o_proj(output.transpose(1, 2).flatten(2))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return hidden, attention_mass(query, key, kind="concat")
+        return hidden, attention_scores(query, key, kind="concat")
 
     def _kept(self, every: Tensor, mass: Tensor, kinds: Tensor) -> Tensor:
         """Columns that stay: ψ of the release, five visual positions for each audio one."""
         similarity = neighbour_similarity(every.float(), torch.ones_like(kinds, dtype=torch.bool))
         score = 0.02 * torch.log(mass + 1e-12) + torch.log((1 - similarity).clamp_min(0) + 1e-12) / 2
         visual = round(self.args.memory * 5 / 6)
-        keep = best(score, kinds == VISUAL, visual) | best(score, kinds == AUDIO, self.args.memory - visual)
+        keep = topk_mask(score, kinds == VISUAL, visual) | topk_mask(score, kinds == AUDIO, self.args.memory - visual)
         return keep[0].nonzero()[:, 0]
 
     def bytes(self) -> dict[str, int]:

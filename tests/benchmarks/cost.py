@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import Qwen2_5OmniTextConfig, Qwen2_5OmniThinkerTextModel
 
 from omnimem.budget import BudgetProfile
-from omnimem.memory import CompressedCache, attach, attention_mass, attention_with_mass, lower_right_attention
+from omnimem.memory import CompressedCache, attach, attention_scores, attention_with_scores, lower_right_attention
 from omnimem.modality import AUDIO, VISUAL
 from omnimem.selection import Candidates, SelectionMethod, build_selection
 
@@ -35,14 +35,14 @@ class Recent(SelectionMethod):
 
     def score(self, candidates: Candidates) -> Tensor:
         """Place in the stream."""
-        return candidates.table.index.double()
+        return candidates.metadata.index.double()
 
 
 VARIANTS: dict[str, SelectionMethod] = {
     "no selection": Recent(),
-    "omnimem, exact": build_selection("omnimem", mass_stride=1),
-    "omnimem, every 4th query": build_selection("omnimem", mass_stride=4),
-    "omnimem, every 4th, sketch": build_selection("omnimem", mass_stride=4, redundancy="sketch"),
+    "omnimem, exact": build_selection("omnimem", query_stride=1),
+    "omnimem, every 4th query": build_selection("omnimem", query_stride=4),
+    "omnimem, every 4th, sketch": build_selection("omnimem", query_stride=4, redundancy="sketch"),
     **{name: build_selection(name) for name in ("random", "h2o", "snapkv", "streaming_llm", "infinipot_v")},
 }
 
@@ -122,7 +122,7 @@ def bytes_of(cache: Any) -> dict[str, int]:
         return sum(one.nbytes for one in held if one is not None)
 
     parts = {
-        "keys and values": cache.state_nbytes,
+        "keys and values": cache.kv_nbytes,
         "features": size("features"),
         "metadata": size("table"),
         "scores": size("mass"),
@@ -139,9 +139,9 @@ def time_attention(args: argparse.Namespace, rounds: int) -> dict[str, float]:
     key, value = (torch.randn(1, args.kv_heads, keys, dim, device=args.device, dtype=dtype) for _ in range(2))
     jobs = {
         "attention": lambda: lower_right_attention(query, key, value),
-        "attention with mass": lambda: attention_with_mass(query, key, value),
-        "mass": lambda: attention_mass(query, key),
-        "mass, every 4th query": lambda: attention_mass(query, key, stride=4),
+        "attention with mass": lambda: attention_with_scores(query, key, value),
+        "mass": lambda: attention_scores(query, key),
+        "mass, every 4th query": lambda: attention_scores(query, key, stride=4),
     }
     times: dict[str, list[float]] = {name: [] for name in jobs}
     with torch.no_grad():

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = [
-    *("recipe=quickstart", "train.max_steps=24", "train.save_every=3", "finish.export=false", "train.threads=1"),
+    *("recipe=quickstart", "train.max_steps=24", "train.save_steps=3", "finish.export=false", "train.threads=1"),
     *("finish.question=null", "finish.media=null", "train.offload=disk", "selection.gradient=straight_through"),
     *("distill.weight=0.5", "memory.random_budget=[48,96]"),
 ]

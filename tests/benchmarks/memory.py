@@ -81,10 +81,10 @@ def run(method: str, budget: int) -> dict[str, Any]:
         time = number * FRAMES + second
         return ChunkInputs(
             embeds=torch.randn(1, len(second), SHAPE["hidden"]),
-            positions=torch.stack((time, height, width))[:, None],
+            position_ids=torch.stack((time, height, width))[:, None],
             modality=modality,
             time=time[None].float(),
-            next_position=torch.tensor([(number + 1) * FRAMES]),
+            next_position_id=torch.tensor([(number + 1) * FRAMES]),
         )
 
     most = bytes_of(cache)
@@ -97,7 +97,7 @@ def run(method: str, budget: int) -> dict[str, Any]:
     result = {}
     with torch.no_grad():
         # Threads and kernels that every process sets up once.
-        decoder(inputs_embeds=chunk(0).embeds, position_ids=chunk(0).positions, use_cache=False)
+        decoder(inputs_embeds=chunk(0).embeds, position_ids=chunk(0).position_ids, use_cache=False)
         before = peak_resident(reset=True)
         for number in range(LONG):
             stream.step(chunk(number))

@@ -11,7 +11,8 @@ clip of the tests, its packets repeated up to the length asked for, with one que
 warms up, two are measured. Without a GPU no memory is measured. Out of memory is a result like any other.
 
 Text is counted with a stand-in's tokenizer, which writes times between pictures (release_sft) in more tokens than the
-published one; `--set model.path=DIR`, a folder with the published configuration and tokenizer, needs no weights.
+published one; `--set model.name_or_path=DIR`, a folder with the published configuration and
+tokenizer, needs no weights.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from train.environment import _version, environment
 from train.loop import rate_at
 from train.objective import StreamObjective
 from train.plan import WAITING, memory_plan, plan_stream
-from train.processes import Processes, new_accelerator, new_processes
+from train.processes import ParallelStrategy, new_accelerator, new_strategy
 from train.setup import (
     add_lora,
     check_recipe,
@@ -128,12 +129,12 @@ def with_random_weights(skeleton: Backbone, recipe: Recipe, device: torch.device
 
     Linear layers that a recipe quantises are made one at a time, so that the device never holds all of them whole.
     """
-    dtype, nf4 = skeleton.model.dtype, recipe.model.quantize == "nf4"
+    dtype, nf4 = skeleton.model.dtype, recipe.model.load_in_4bit
     torch.manual_seed(recipe.model.seed)
     with quiet_stock():
         with torch.device("meta"):
             model: Any = type(skeleton.model)._from_config(deepcopy(skeleton.config), dtype=dtype)
-        quantizer: Any = AutoHfQuantizer.from_config(_nf4(dtype, skeleton.whole)) if nf4 else None
+        quantizer: Any = AutoHfQuantizer.from_config(_nf4(dtype, skeleton.skip_quantization_modules)) if nf4 else None
         if quantizer is not None:
             quantizer.preprocess_model(model, device_map=None)
         for module in model.modules():
@@ -146,7 +147,7 @@ def with_random_weights(skeleton: Backbone, recipe: Recipe, device: torch.device
         if quantizer is not None:
             quantizer.postprocess_model(model)
     backbone: Any = type(skeleton)
-    return backbone(model.eval().requires_grad_(False), skeleton.processor, recipe.model.path)
+    return backbone(model.eval().requires_grad_(False), skeleton.processor, recipe.model.name_or_path)
 
 
 def quantise(linear: Any, dtype: torch.dtype, device: torch.device) -> None:
@@ -170,7 +171,7 @@ def take(
     schedule: Schedule,
     objective: StreamObjective,
     profile: BudgetProfile,
-    processes: Processes,
+    processes: ParallelStrategy,
 ) -> dict[str, Any]:
     """One optimiser step, as `train.loop.train` takes it; positions, and whether AdamW changed the weights."""
     processes.learning_rate(rate_at(number, schedule.steps, recipe.train))
@@ -182,7 +183,7 @@ def take(
             outcome = objective(batch, gradient, budgets)
             outcome.backward(weight * processes.weight)
             loss += outcome.loss.item() * weight
-            positions += outcome.positions
+            positions += outcome.tokens
     norm = processes.step(wanted=math.isfinite(loss))
     finite = math.isfinite(loss) and math.isfinite(norm)
     return {"positions": positions, "retained": outcome.retained, "loss": loss if finite else None, "finite": finite}
@@ -191,19 +192,19 @@ def take(
 def plan(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
     """The row of a recipe before it has run: what it is, and what `dry_run=true` says of the memory of a step."""
     skeleton, profile = check_recipe(recipe)
-    rows = load_rows(recipe.data, skeleton.hears).rows
+    rows = load_rows(recipe.data, skeleton.supports_audio).rows
     stream = plan_stream(rows[0], skeleton, settings_of(recipe))
     parts = memory_plan(recipe, skeleton, profile, selection_of(recipe), [stream])
     on_device = [size for name, size in parts.items() if WAITING not in name or recipe.train.offload == "none"]
     return {
         "recipe": recipe.recipe,
         "overrides": overrides,
-        "model": recipe.model.path,
+        "model": recipe.model.name_or_path,
         "dtype": recipe.model.dtype,
-        "quantize": recipe.model.quantize,
+        "load_in_4bit": recipe.model.load_in_4bit,
         "plan": {
             **asdict(stream),
-            "positions": stream.positions,
+            "positions": stream.tokens,
             "parts_bytes": parts,
             "device_bytes": sum(on_device),
         },
@@ -219,9 +220,9 @@ def measure(recipe: Recipe, accelerator: Accelerator, found: dict[str, Any]) -> 
     backbone = with_random_weights(skeleton, recipe, device)
     found["weights_bytes"] = allocated(device)
     peft_model = add_lora(recipe, backbone)
-    samples = [tokenise(row, backbone) for row in load_rows(recipe.data, backbone.hears).rows]
+    samples = [tokenise(row, backbone) for row in load_rows(recipe.data, backbone.supports_audio).rows]
     schedule = Schedule(samples, recipe.train, recipe.data.shuffle, processes=1)
-    processes = new_processes(accelerator, recipe, backbone, peft_model)
+    processes = new_strategy(accelerator, recipe, backbone, peft_model)
     objective = objective_of(recipe, output_dir, accelerator, backbone, peft_model, profile, processes)
     peft_model.train()
     found["step_seconds"] = []
@@ -317,7 +318,7 @@ def main() -> int:
             "finish.question=null",
             "finish.media=null",
         ]
-        fixed += ["model.path=tiny"] if args.shape == "tiny" else []
+        fixed += ["model.name_or_path=tiny"] if args.shape == "tiny" else []
         repeat(CLIP, clip, seconds)
         report: dict[str, Any] = {
             **environment(),

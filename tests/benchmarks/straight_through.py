@@ -40,7 +40,7 @@ def run(backbone: Any, gradient: str, folder: Path) -> int:
     from omnimem.memory import CompressedCache, SelectionGradient
     from omnimem.memory.store import DiskStore
     from omnimem.selection import build_selection
-    from omnimem.tape import Tape
+    from omnimem.tape import ChunkwiseBPTT
 
     stored = 0
 
@@ -55,7 +55,7 @@ def run(backbone: Any, gradient: str, folder: Path) -> int:
     learning = None if gradient == "none" else SelectionGradient(gradient)  # pyright: ignore[reportArgumentType]
     cache = CompressedCache(BudgetProfile((budget,) * LAYERS), build_selection("omnimem"), learning)
     stream = Stream(backbone, cache)
-    tape = Tape(stream, Counted(folder))
+    tape = ChunkwiseBPTT(stream, Counted(folder))
 
     def loss(number: int) -> tuple[Any]:
         with cache.scratch():

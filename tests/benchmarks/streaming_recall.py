@@ -59,8 +59,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "straight-through, margin 8": {"gradient": {"margin": 8}},
     "soft, margin 8": {"gradient": {"form": "soft", "margin": 8}},
     "soft, margin 8, T 1 to 0.03": {"gradient": {"form": "soft", "margin": 8}, "temperatures": (1.0, 0.03)},
-    "λ 1, hard": {"options": {"lam": 1.0}},
-    "λ 1, straight-through, attention": {"options": {"lam": 1.0}, "gradient": {"attention": True}},
+    "λ 1, hard": {"options": {"lambda": 1.0}},
+    "λ 1, straight-through, attention": {"options": {"lambda": 1.0}, "gradient": {"through_attention": True}},
 }
 """Fine-tuning runs: method and its options, gradient through the selection (temperatures from, to), steps."""
 

@@ -30,7 +30,7 @@ from omnimem.memory import CompressedCache, SelectionGradient, attach
 from omnimem.memory.store import HostStore, Store
 from omnimem.modality import AUDIO, VISUAL
 from omnimem.selection import build_selection
-from omnimem.tape import Tape
+from omnimem.tape import ChunkwiseBPTT
 
 POSITIONS_A_MINUTE, CHUNK, SECONDS_A_CHUNK = 10_500, 1024, 5.85
 SHAPES = {
@@ -94,10 +94,10 @@ def chunk(number: int, length: int, width: int, device: torch.device) -> ChunkIn
     start = number * CHUNK
     return ChunkInputs(
         embeds=torch.randn(1, length, width, generator=generator, device=device, dtype=torch.bfloat16),
-        positions=(start + torch.arange(length, device=device)).expand(3, 1, -1),
+        position_ids=(start + torch.arange(length, device=device)).expand(3, 1, -1),
         modality=modality,
         time=torch.full((1, length), number * SECONDS_A_CHUNK, device=device),
-        next_position=torch.tensor([start + length], device=device),
+        next_position_id=torch.tensor([start + length], device=device),
     )
 
 
@@ -109,7 +109,7 @@ def ours(model: Any, positions: int, device: torch.device, budget: int) -> None:
     profile = BudgetProfile((LayerBudget(budget * 5 // 6, budget - budget * 5 // 6),) * layers)
     cache = CompressedCache(profile, build_selection("omnimem"), SelectionGradient())
     stream = Stream(backbone, cache)
-    tape = Tape(stream, HostStore(device) if device.type == "cuda" else Store())
+    tape = ChunkwiseBPTT(stream, HostStore(device) if device.type == "cuda" else Store())
     width, last = model.config.hidden_size, 0
     for number, start in enumerate(range(0, positions, CHUNK)):
         tape.step(chunk(number, min(CHUNK, positions - start), width, device))
@@ -129,7 +129,7 @@ def everything(model: Any, positions: int, device: torch.device, budget: int) ->
     model.gradient_checkpointing_enable({"use_reentrant": False})
     inputs = chunk(0, positions, model.config.hidden_size, device)
     hidden = model(
-        inputs_embeds=inputs.embeds.requires_grad_(), position_ids=inputs.positions, use_cache=False
+        inputs_embeds=inputs.embeds.requires_grad_(), position_ids=inputs.position_ids, use_cache=False
     ).last_hidden_state
     hidden[:, -32:].float().square().mean().backward()
 

@@ -81,10 +81,10 @@ def chunk(number: int, size: int = VISUAL + AUDIO) -> Any:
     length = VISUAL + AUDIO
     return ChunkInputs(
         embeds=torch.randn(1, size, WIDTH, generator=torch.Generator().manual_seed(number)),
-        positions=(number * length + torch.arange(size)).expand(3, 1, -1),
+        position_ids=(number * length + torch.arange(size)).expand(3, 1, -1),
         modality=torch.tensor([[PICTURE] * VISUAL + [SOUND] * AUDIO], dtype=torch.int8)[:, :size],
         time=torch.full((1, size), float(number)),
-        next_position=torch.tensor([(number + 1) * length]),
+        next_position_id=torch.tensor([(number + 1) * length]),
     )
 
 
@@ -97,7 +97,7 @@ def step(variant: str, chunks: int) -> dict[str, Any]:
     from omnimem.memory import CompressedCache, SelectionGradient
     from omnimem.memory.store import DiskStore
     from omnimem.selection import build_selection
-    from omnimem.tape import Tape
+    from omnimem.tape import ChunkwiseBPTT
 
     backbone = decoder()
     budget = LayerBudget(BUDGET * 5 // 8, BUDGET * 3 // 8)
@@ -136,7 +136,7 @@ def step(variant: str, chunks: int) -> dict[str, Any]:
                     total = total + (loss(number)[0] if number % 4 == 3 else 0)
                 total.backward()
                 return
-            tape = Tape(stream, store)
+            tape = ChunkwiseBPTT(stream, store)
             for number in range(count):
                 tape.step(chunk(number))
                 if number % 4 == 3:

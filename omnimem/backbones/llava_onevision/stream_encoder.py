@@ -21,8 +21,8 @@ class NewlineEncoder(FrameEncoder):
     def closing(self) -> ChunkInputs:
         """The newline behind the last frame."""
         newline = self.backbone.model.model.image_newline[None]
-        ids = torch.full((3, 1), int(self.next_position))
-        return self.join([Piece(newline, ids, TEXT, torch.full((1,), torch.nan))], self.next_position + 1)
+        ids = torch.full((3, 1), int(self.next_position_id))
+        return self.join([Piece(newline, ids, TEXT, torch.full((1,), torch.nan))], self.next_position_id + 1)
 
     def frame_embeds(self, pixels: Tensor) -> Tensor:
         """Embeddings ``[T · N, C]``; the stock model ends whatever it is given with a newline."""

@@ -22,7 +22,7 @@ class Qwen2_5Omni(QwenBackbone):
     processor_class = Qwen2_5OmniProcessor
     encoder_class = Qwen2_5OmniStreamEncoder
     projectors: ClassVar[dict[str, str]] = {"visual": "visual.merger", "audio": "audio_tower.proj"}
-    whole: ClassVar[tuple[str, ...]] = ("model.visual", "model.audio_tower", "lm_head")
+    skip_quantization_modules: ClassVar[tuple[str, ...]] = ("model.visual", "model.audio_tower", "lm_head")
     system_prompt = SYSTEM_PROMPT
     build_tiny = staticmethod(build_tiny)
 

@@ -58,15 +58,15 @@ class Qwen2_5OmniStreamEncoder(LayoutEncoder):
         """System and user turn, then the opening token(s) of the media, which share one position."""
         names = (["vision_bos"] if self.picture else []) + (["audio_bos"] if self.sound else [])
         opening = self.text(self.opening_ids)
-        marks = self.text(self._ids(names), [self.next_position] * len(names))
-        self.start = self.next_position = int(self.next_position) + 1
+        marks = self.text(self._ids(names), [self.next_position_id] * len(names))
+        self.start = self.next_position_id = int(self.next_position_id) + 1
         return self.join([opening, marks])
 
     def closing(self) -> ChunkInputs:
         """The closing token(s) of the media on one position."""
         names = (["audio_eos"] if self.sound else []) + (["vision_eos"] if self.picture else [])
-        marks = self.text(self._ids(names), [self.next_position] * len(names))
-        return self.join([marks], self.next_position + 1)
+        marks = self.text(self._ids(names), [self.next_position_id] * len(names))
+        return self.join([marks], self.next_position_id + 1)
 
     def fork(self) -> Qwen2_5OmniStreamEncoder:
         """Another encoder at the same place of the stream; the loudest sound so far is part of the place."""
@@ -99,7 +99,7 @@ class Qwen2_5OmniStreamEncoder(LayoutEncoder):
         ordered = [piece for group in groups for pieces in (video, audio) for at, piece in pieces if at == group]
         if ordered:
             # The model's rule: text goes on one past the largest id of the *last* piece.
-            self.next_position = int(ordered[-1].positions.max()) + 1
+            self.next_position_id = int(ordered[-1].positions.max()) + 1
         return self.join(ordered)
 
     def _video(self, chunk: Chunk) -> list[tuple[int, Piece]]:

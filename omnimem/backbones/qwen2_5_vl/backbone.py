@@ -24,7 +24,7 @@ class Qwen2_5VL(QwenBackbone):
     processor_class = Qwen2_5_VLProcessor
     encoder_class = SpanEncoder
     projectors: ClassVar[dict[str, str]] = {"visual": "visual.merger"}
-    whole: ClassVar[tuple[str, ...]] = ("model.visual", "lm_head")
-    hears = False
+    skip_quantization_modules: ClassVar[tuple[str, ...]] = ("model.visual", "lm_head")
+    supports_audio = False
     system_prompt = "You are a helpful assistant."
     build_tiny = staticmethod(build_tiny)

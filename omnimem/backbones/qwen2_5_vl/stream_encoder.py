@@ -57,14 +57,14 @@ class SpanEncoder(LayoutEncoder):
     def prefix(self) -> ChunkInputs:
         """System and user turn and ``<|vision_start|>``."""
         opening = self.text(torch.cat((self.opening_ids, torch.tensor([[self.backbone.vision_start]])), dim=1))
-        self.start = int(self.next_position)
+        self.start = int(self.next_position_id)
         self.highest = self.start - 1
         return self.join([opening])
 
     def closing(self) -> ChunkInputs:
         """``<|vision_end|>``."""
-        end = self.text(torch.tensor([[self.backbone.vision_end]]), [self.next_position])
-        return self.join([end], self.next_position + 1)
+        end = self.text(torch.tensor([[self.backbone.vision_end]]), [self.next_position_id])
+        return self.join([end], self.next_position_id + 1)
 
     def encode(self, chunk: Chunk) -> ChunkInputs:
         """Encode a chunk that starts where the last one ended.
@@ -98,7 +98,7 @@ class SpanEncoder(LayoutEncoder):
         pieces.append(self._sound(len(self.heard)))
         pieces = [piece for piece in pieces if len(piece)]
         if pieces:
-            self.next_position = self.highest + 1
+            self.next_position_id = self.highest + 1
         return self.join(pieces)
 
     def _patch(self, patches: Patches, i: int) -> Piece:

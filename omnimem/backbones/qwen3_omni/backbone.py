@@ -39,7 +39,7 @@ class Qwen3Omni(QwenBackbone):
         "audio": "audio_tower.proj2",
     }
     # Experts and their routers are bare parameters, which NF4 passes over: nine tenths of this model stay as they are.
-    whole: ClassVar[tuple[str, ...]] = ("model.visual", "model.audio_tower", "lm_head")
+    skip_quantization_modules: ClassVar[tuple[str, ...]] = ("model.visual", "model.audio_tower", "lm_head")
     build_tiny = staticmethod(build_tiny)
 
     def __init__(self, model: Any, processor: Any, model_id: str = "") -> None:
@@ -50,11 +50,11 @@ class Qwen3Omni(QwenBackbone):
 
     @classmethod
     def load(
-        cls, path: str | Path, dtype: torch.dtype, device: torch.device | str, quantize: bool = False
+        cls, path: str | Path, dtype: torch.dtype, device: torch.device | str, load_in_4bit: bool = False
     ) -> QwenBackbone:
         """Load a checkpoint folder or hub id; every weight must be there (see `load_stock`)."""
         try:
-            return super().load(path, dtype, device, quantize)
+            return super().load(path, dtype, device, load_in_4bit)
         except OmniMemError as error:
             # transformers joins the experts of a layer while loading and does not say which one it could not.
             if problem := _incomplete_experts(Path(path)):

@@ -62,13 +62,13 @@ class Qwen3OmniStreamEncoder(LayoutEncoder):
         """System and user turn, then the opening token(s) of the media."""
         names = (["vision_bos"] if self.picture else []) + (["audio_bos"] if self.sound else [])
         inputs = self.join([self.text(self.opening_ids), self.text(self._ids(names))])
-        self.start = int(self.next_position)
+        self.start = int(self.next_position_id)
         return inputs
 
     def closing(self) -> ChunkInputs:
         """The closing token(s) of the media."""
         names = (["audio_eos"] if self.sound else []) + (["vision_eos"] if self.picture else [])
-        positions = _consecutive(self.next_position, len(names) + 1)
+        positions = _consecutive(self.next_position_id, len(names) + 1)
         return self.join([self.text(self._ids(names), positions[:-1])], positions[-1])
 
     def fork(self) -> Qwen3OmniStreamEncoder:
@@ -110,7 +110,7 @@ class Qwen3OmniStreamEncoder(LayoutEncoder):
         pieces = [piece for piece in pieces if len(piece)]
         if pieces:
             # The model's rule: text goes on one past the largest id of the *last* piece.
-            self.next_position = _consecutive(pieces[-1].positions.max().item(), 2)[1]
+            self.next_position_id = _consecutive(pieces[-1].positions.max().item(), 2)[1]
         return self.join(pieces)
 
     def _video(self, chunk: Chunk) -> list[tuple[float, Piece]]:

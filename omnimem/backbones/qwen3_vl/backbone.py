@@ -30,7 +30,7 @@ class Qwen3VL(QwenBackbone):
     processor_class = Qwen3VLProcessor
     encoder_class = TimestampEncoder
     projectors: ClassVar[dict[str, str]] = PROJECTORS
-    whole: ClassVar[tuple[str, ...]] = ("model.visual", "lm_head")
-    hears = False
+    skip_quantization_modules: ClassVar[tuple[str, ...]] = ("model.visual", "lm_head")
+    supports_audio = False
     frame_anchored = True
     build_tiny = staticmethod(build_tiny)

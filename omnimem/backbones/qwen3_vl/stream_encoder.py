@@ -54,7 +54,7 @@ class TimestampEncoder(LayoutEncoder):
 
     def closing(self) -> ChunkInputs:
         """Sound of the group that is open and was not yet due, and its end."""
-        pieces, position = [], int(self.next_position)
+        pieces, position = [], int(self.next_position_id)
         if self.picture and self.in_group is None:
             return self.join(pieces)
         numbers = torch.arange(len(self.waiting)) + position
@@ -64,7 +64,7 @@ class TimestampEncoder(LayoutEncoder):
         return self.join(pieces, position + 1)
 
     @property
-    def carries(self) -> bool:
+    def has_pending_input(self) -> bool:
         """Sound of a group that is open."""
         return len(self.waiting) > 0
 
@@ -112,7 +112,7 @@ class TimestampEncoder(LayoutEncoder):
         end = [] if self.in_group is None else [self._mark(self.backbone.vision_end)]
         time = self.text(self.backbone.text_ids(f"<{seconds:.1f} seconds>"))
         start = self._mark(self.backbone.vision_start)
-        self.in_group, self.group_start = 0, int(self.next_position)
+        self.in_group, self.group_start = 0, int(self.next_position_id)
         return [*end, time, start]
 
     def _patch(self, patches: Patches, i: int) -> Piece:
@@ -121,7 +121,7 @@ class TimestampEncoder(LayoutEncoder):
         seconds = torch.tensor(self.patches_seen * self.frames_per_patch / self.fps)
         self.in_group += 1
         self.patches_seen += 1
-        self.next_position = self.group_start + max(self.in_group, patches.height, patches.width)
+        self.next_position_id = self.group_start + max(self.in_group, patches.height, patches.width)
         deepstack = None if patches.deepstack is None else patches.deepstack[:, i]
         return Piece(patches.embeds[i], ids, VISUAL, seconds.expand(ids.shape[1]).float(), deepstack)
 
@@ -131,8 +131,8 @@ class TimestampEncoder(LayoutEncoder):
         embeds, self.waiting = self.waiting[:count], self.waiting[count:]
         numbers = torch.arange(self.audio_seen, self.audio_seen + count)
         self.audio_seen += count
-        ids = torch.arange(count) + int(self.next_position)
-        self.next_position += count
+        ids = torch.arange(count) + int(self.next_position_id)
+        self.next_position_id += count
         return Piece(embeds, ids.expand(3, -1), AUDIO, numbers / self.per_second)
 
     def _mark(self, token: int) -> Piece:

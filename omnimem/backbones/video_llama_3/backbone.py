@@ -23,7 +23,7 @@ class VideoLlama3(OneAxisBackbone):
     processor_class = VideoLlama3Processor
     encoder_class = DifferenceEncoder
     projectors: ClassVar[dict[str, str]] = {"visual": "projector"}
-    whole: ClassVar[tuple[str, ...]] = ("model.vision_model", "model.projector", "lm_head")
+    skip_quantization_modules: ClassVar[tuple[str, ...]] = ("model.vision_model", "model.projector", "lm_head")
     build_tiny = staticmethod(build_tiny)
 
     def frame_limits(self, frames: int | None, max_pixels: int | None = None) -> PixelLimits:
@@ -39,7 +39,7 @@ class VideoLlama3(OneAxisBackbone):
             min(processor.size["shortest_edge"], most), most, processor.patch_size * processor.merge_size
         )
 
-    def positions_per_chunk(
+    def tokens_per_chunk(
         self,
         *,
         frame: tuple[int, int] | None,
@@ -55,7 +55,7 @@ class VideoLlama3(OneAxisBackbone):
         starts = [number * chunk_seconds for number in range(math.ceil(seconds / chunk_seconds))]
         return [(math.ceil(min(chunk_seconds, seconds - start) * fps) * per_frame, 0) for start in starts]
 
-    def text_positions(self, fps: float, seconds: float, timestamps: int | None) -> int:
+    def text_tokens(self, fps: float, seconds: float, timestamps: int | None) -> int:
         """The times between the frames, and the comma behind a frame."""
         frames = math.ceil(seconds * fps)
         groups = math.ceil(frames / group_size(frames, timestamps))

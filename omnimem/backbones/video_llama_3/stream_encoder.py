@@ -66,9 +66,9 @@ class DifferenceEncoder(LayoutEncoder):
                     comma = "," if self.frames_seen > 0 else ""
                     pieces.append(self.text(self.backbone.text_ids(f"{comma}Time {time:.1f}s:")))
                 ids = patch_ids(torch.zeros(1), height, width)[:, kept[i]]
-                ids[0] = torch.arange(ids.shape[1]) + int(self.next_position)
+                ids[0] = torch.arange(ids.shape[1]) + int(self.next_position_id)
                 pieces.append(Piece(embeds[i, kept[i]], ids, VISUAL, torch.full((ids.shape[1],), time)))
-                self.next_position += ids.shape[1]
+                self.next_position_id += ids.shape[1]
                 self.frames_seen += 1
         return self.join(pieces)
 

@@ -46,7 +46,7 @@ class HearingBackbone(QwenBackbone):
 
     processor_class = VideoSalmonn2Processor
     projectors: ClassVar[dict[str, str]] = {"visual": "visual.merger", "audio": "audio.connector"}
-    whole: ClassVar[tuple[str, ...]] = ("model.visual", "model.audio", "lm_head")
+    skip_quantization_modules: ClassVar[tuple[str, ...]] = ("model.visual", "model.audio", "lm_head")
 
     @classmethod
     def claims(cls, config: dict[str, Any]) -> bool:

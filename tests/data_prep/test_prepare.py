@@ -1,0 +1,456 @@
+"""`omnimem data prepare`: what is read back is what the clips give, nothing is done twice, the clips may be gone.
+
+python -m pytest tests/data_prep/test_prepare.py
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data_prep.prepare as preparing
+from clips import MEDIA, RABBIT, WEBB
+from data_prep.manifest import Manifest, manifest_fingerprint, read_manifest
+from data_prep.prepare import prepare
+from data_prep.prepare.shard import Prepared, Refused, Task, group_lengths, prepare_clip
+from data_prep.prepared import PreparedRow, PrepareSettings, is_prepared, read_prepared
+from data_prep.prepared_reader import PreparedReader
+from media_files import tone, write_media
+from omnimem.cli import main as omnimem
+from omnimem.errors import OmniMemError
+from omnimem.files import LEFTOVER
+from omnimem.media import MediaError, MediaReader, open_media
+from small_runs import (
+    FLOWER,
+    HALF,
+    ROOT,
+    ROWS,
+    arguments,
+    environment,
+    main,
+    trained_run,
+    weights_bytes,
+    write_manifest,
+)
+from train.config import DataConfig, load_recipe
+from train.data import load_rows
+from train.evaluation import held_out_rows
+
+SPEECH = MEDIA / "audio_speech_commentary_mono16k_7s.mp3"
+APOLLO = MEDIA / "speech_apollo15_hammer_feather_47s.webm"
+ROTATED = MEDIA / "odd_rotated_no_audio_nasa.mp4"
+CLIPS = [RABBIT, MEDIA / FLOWER, WEBB, SPEECH, ROTATED]
+
+
+def made(clip: Path, folder: Path, heard: Path | None = None, **settings) -> Path:
+    """The shard of a clip."""
+    outcome = prepare_clip(Task(clip, heard, PrepareSettings(**settings), folder))
+    assert isinstance(outcome, Prepared), outcome
+    return folder / outcome.shard
+
+
+def assert_same(found: PreparedReader, expected: MediaReader, slack: float = 0.0) -> None:
+    """Chunk for chunk and bit for bit; the last one may end later by less than `slack` seconds."""
+    for a, b in zip(list(found), list(expected), strict=True):
+        assert (a.index, a.t0, a.last) == (b.index, b.t0, b.last)
+        assert a.t1 == b.t1 or (a.last and b.t1 < a.t1 < b.t1 + slack)
+        for name in ("frames", "frame_times", "audio", "audio_before", "audio_after"):
+            one, other = getattr(a, name), getattr(b, name)
+            assert (one is None) == (other is None)
+            assert one is None or (one.dtype == other.dtype and np.array_equal(one, other)), name
+
+
+# ---- reading back ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", CLIPS, ids=lambda clip: clip.stem[:16])
+def test_chunks_are_those_of_the_clip(clip, tmp_path):
+    """At chunk lengths that have nothing to do with the stored ones, and at every rate that divides the stored one."""
+    shard = made(clip, tmp_path, fps=2.0)
+    for fps, seconds in ((2.0, 2.0), (2.0, 1.5), (1.0, 4.0), (0.5, 10.0)):
+        asked = {"fps": fps, "chunk_seconds": seconds, "short_side": 360}
+        assert_same(PreparedReader(shard, **asked), open_media(clip, **asked))
+    reader = PreparedReader(shard, fps=1.0, short_side=360, name="clip")
+    assert list(map(repr, reader)) == list(map(repr, reader))  # may be read again
+    assert replace(reader.info, path=str(clip)) == open_media(clip).info
+
+
+@pytest.mark.parametrize("frames", ["webp", "png"])
+def test_the_exact_formats_are_exact(frames, tmp_path):
+    shard = made(RABBIT, tmp_path, frames=frames, short_side=None)
+    assert_same(PreparedReader(shard), open_media(RABBIT))
+
+
+def test_without_the_sound(tmp_path):
+    """Prepared without, or dropped when read: the same where the picture begins no later than the sound."""
+    asked = {"fps": 1.0, "chunk_seconds": 4.0, "short_side": 360, "audio": False}
+    for clip in (RABBIT, WEBB):
+        assert open_media(clip).info.video_offset == 0
+        # Where the picture ended under the sound is not stored.
+        assert_same(PreparedReader(made(clip, tmp_path), **asked), open_media(clip, **asked), slack=1.0)
+    assert_same(PreparedReader(made(APOLLO, tmp_path, audio=False), **asked), open_media(APOLLO, **asked))
+    with pytest.raises(MediaError, match="no picture in it"):
+        PreparedReader(made(SPEECH, tmp_path), short_side=360, audio=False)
+
+
+def test_sound_of_another_file(tmp_path):
+    asked = {"chunk_seconds": 4.0, "short_side": 360}
+    shard = made(MEDIA / FLOWER, tmp_path, heard=SPEECH)
+    assert_same(PreparedReader(shard, **asked), open_media(MEDIA / FLOWER, sound=SPEECH, **asked))
+    assert shard != made(MEDIA / FLOWER, tmp_path)
+
+
+@pytest.mark.parametrize(("prepared", "read"), [(None, 4.0), (6.0, 6.0), (6.0, 3.3), (100.0, 100.0)])
+def test_clips_that_are_cut(prepared, read, tmp_path):
+    shard = made(RABBIT, tmp_path, max_seconds=prepared)
+    for seconds in (2.0, 5.0):
+        asked = {"chunk_seconds": seconds, "short_side": 360, "max_seconds": read}
+        assert_same(PreparedReader(shard, **asked), open_media(RABBIT, **asked))
+
+
+def test_the_end_is_exact_wherever_it_falls(tmp_path):
+    """A clip that ends just behind the edge of a row group shows its end in chunks of other lengths, too."""
+    length = next(iter(group_lengths(1.0)))
+    clip = write_media(tmp_path / "edge.mkv", rate=1000, pts=[*range(int(length)), length - 0.0005], codec="ffv1")
+    shard = made(clip, tmp_path)
+    for seconds in (length, 3.0, 25.0):
+        asked = {"chunk_seconds": seconds, "short_side": 360}
+        assert_same(PreparedReader(shard, **asked), open_media(clip, **asked))
+
+
+def test_smaller_formats_come_close(tmp_path):
+    exact = next(iter(open_media(RABBIT, chunk_seconds=4.0, short_side=360)))
+    small = made(RABBIT, tmp_path, frames="jpeg", quality=90, sound="int16")
+    found = next(iter(PreparedReader(small, chunk_seconds=4.0, short_side=360)))
+    difference = np.abs(found.frames.astype(int) - exact.frames)
+    assert 0 < difference.mean() < 3
+    assert np.abs(found.audio - exact.audio).max() <= 0.5 / 32768 + 1e-7
+    assert small.stat().st_size < 0.5 * made(RABBIT, tmp_path).stat().st_size
+    # 16-bit sound that needs no resampling loses nothing.
+    clip = write_media(tmp_path / "tone.wav", codec=None, sounds=[{"samples": tone(3.0)}])
+    assert_same(PreparedReader(made(clip, tmp_path, sound="int16"), short_side=360), open_media(clip))
+
+
+def test_what_is_not_stored_is_refused_in_one_line(tmp_path):
+    shard = made(RABBIT, tmp_path, fps=2.0, max_seconds=6.0, audio=False)
+    with pytest.raises(OmniMemError) as caught:
+        PreparedReader(shard, name="clip.mp4", fps=3.0, short_side=240, audio=True)
+    assert str(caught.value).startswith(
+        "clip.mp4: prepared with fps=2.0, short_side=360, audio=off, max_seconds=6.0, but fps=3, short_side=240, "
+        "audio=on, max_seconds=none is asked for"
+    )
+    assert "omnimem data prepare MANIFEST --to DIR --fps 3 --short-side 240 --audio on" in str(caught.value)
+
+
+def test_a_damaged_or_missing_shard_says_so(tmp_path):
+    shard = made(RABBIT, tmp_path)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 255
+    shard.write_bytes(content)
+    with pytest.raises(MediaError, match=r"clip.mp4: its shard .* is damaged .*prepare it again"):
+        list(PreparedReader(shard, name="clip.mp4", short_side=360))
+    shard.write_bytes(content[:1000])
+    with pytest.raises(MediaError, match="is damaged"):
+        PreparedReader(shard, short_side=360)
+    shard.unlink()
+    with pytest.raises(MediaError, match="is missing; prepare it again"):
+        PreparedReader(shard, short_side=360)
+
+
+def test_shards_stream_through_datasets(tmp_path):
+    from datasets import load_dataset
+
+    made(RABBIT, tmp_path)
+    rows = load_dataset("parquet", data_files=str(tmp_path / "*.parquet"), split="train", streaming=True)
+    row = next(iter(rows))
+    chunk = next(iter(open_media(RABBIT, chunk_seconds=20.0, short_side=360)))
+    assert np.array_equal(np.stack([np.asarray(picture) for picture in row["frames"]]), chunk.frames)
+    assert np.array_equal(np.float32(row["sound"]), chunk.audio)
+
+
+# ---- preparing -------------------------------------------------------------------------------------------------------
+
+
+def manifest(folder: Path, *names: str) -> Manifest:
+    rows = [{"media": name, "question": "What is seen?", "answer": "A clip."} for name in names]
+    return read_manifest(write_manifest(folder / "data.jsonl", rows), MEDIA)
+
+
+def test_nothing_is_done_twice(tmp_path, monkeypatch):
+    two = manifest(tmp_path, RABBIT.name, FLOWER)
+    first = prepare(two, tmp_path / "a", PrepareSettings(), workers=1)
+    assert (first.clips, first.made, first.problems) == (2, 2, [])
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a" / "clips").glob("*.parquet")}
+
+    # A manifest that grew, with a row that shares its clip, costs what is new.
+    grown = prepare(manifest(tmp_path, RABBIT.name, RABBIT.name, FLOWER, WEBB.name), tmp_path / "a", PrepareSettings())
+    assert (grown.clips, grown.made) == (3, 1)
+    # Another folder may share the clips, known by their content: a copy elsewhere is the same clip.
+    shutil.copy(RABBIT, tmp_path / "copy.mp4")
+    other = read_manifest(write_manifest(tmp_path / "b.jsonl", [{**ROWS[0], "media": "copy.mp4"}]), tmp_path)
+    shared = prepare(other, tmp_path / "b", PrepareSettings(), clips=tmp_path / "a" / "clips", workers=1)
+    assert (shared.clips, shared.made) == (1, 0)
+    assert len(read_prepared(tmp_path / "b").rows) == 1
+
+    # Once more: no file is even read.
+    monkeypatch.setattr(preparing, "prepare_clip", None)
+    assert prepare(two, tmp_path / "a", PrepareSettings(), workers=1).made == 0
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a" / "clips").glob("*.parquet")}
+    assert before.items() <= after.items() and len(after) == 3
+
+
+def test_another_way_of_decoding_takes_another_folder(tmp_path):
+    rows = manifest(tmp_path, RABBIT.name)
+    prepare(rows, tmp_path / "a", PrepareSettings(), workers=1)
+    with pytest.raises(OmniMemError, match=r"prepared with fps=1.0 \(now 2.0\)"):
+        prepare(rows, tmp_path / "a", PrepareSettings(fps=2.0), workers=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(OmniMemError, match="holds something else"):
+        prepare(rows, tmp_path / "mine", PrepareSettings(), workers=1)
+
+
+def test_a_damaged_clip_is_refused_and_the_others_go_on(tmp_path):
+    rows = manifest(tmp_path, HALF, RABBIT.name)
+    with pytest.raises(OmniMemError, match=r"^line 1: .*cut off.*--on-bad-row skip"):
+        prepare(rows, tmp_path / "a", PrepareSettings(), workers=1)
+    assert not is_prepared(tmp_path / "a") and len(list((tmp_path / "a" / "clips").glob("*.parquet"))) == 1
+    report = prepare(rows, tmp_path / "a", PrepareSettings(), workers=1, on_bad_row="skip")
+    assert (report.clips, report.made) == (1, 0) and "cut off" in report.problems[0]
+    assert [row.name for row in read_prepared(tmp_path / "a").rows] == [RABBIT.name]
+    with pytest.raises(OmniMemError, match="no clip could be prepared"):
+        prepare(manifest(tmp_path, HALF), tmp_path / "b", PrepareSettings(), workers=1, on_bad_row="skip")
+
+
+def test_processes_do_the_same(tmp_path):
+    rows = manifest(tmp_path, RABBIT.name, FLOWER, HALF)
+    told: list[Prepared | Refused] = []
+    for folder, workers in (("one", 1), ("two", 2)):
+        prepare(rows, tmp_path / folder, PrepareSettings(), workers=workers, on_bad_row="skip", done=told.append)
+    assert len(told) == 6 and sum(isinstance(one, Refused) for one in told) == 2
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / f / "clips").glob("*.parquet")} for f in ("one", "two"))
+    assert one == two and len(one) == 2
+    assert (tmp_path / "one" / "rows.jsonl").read_bytes() == (tmp_path / "two" / "rows.jsonl").read_bytes()
+
+
+def test_a_clip_whose_process_dies_is_refused_by_name(tmp_path, monkeypatch):
+    """What the pool says of a decoder that crashes: see test_validate.py."""
+
+    def dies(function, tasks, workers):
+        yield from ((task, None if task.media == RABBIT else function(task)) for task in tasks)
+
+    monkeypatch.setitem(preparing.EXECUTORS, "process", dies)
+    rows = manifest(tmp_path, FLOWER, RABBIT.name)
+    report = prepare(rows, tmp_path / "a", PrepareSettings(), on_bad_row="skip")
+    assert (report.clips, report.made) == (1, 1)
+    assert report.problems[0].startswith(f"line 2: {RABBIT.name}: the process that read it died")
+    monkeypatch.undo()
+    assert prepare(rows, tmp_path / "a", PrepareSettings(), workers=1).made == 1
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    """Killed while the second clip is at work: what is there is whole, what is not whole goes away."""
+    names = [RABBIT.name, "speech_burned_in_timecode_42s.mp4"]
+    write_manifest(tmp_path / "data.jsonl", [{**ROWS[0], "media": name} for name in names])
+    command = ["data", "prepare", str(tmp_path / "data.jsonl"), "--root", str(MEDIA), "--fps", "10"]
+    command += ["--to", str(tmp_path / "a"), "--workers", "1"]
+    clips = tmp_path / "a" / "clips"
+    run = subprocess.Popen([sys.executable, "-m", "omnimem", *command], cwd=ROOT, env=environment())
+
+    def at_work() -> bool:
+        unfinished = [path for path in clips.glob(".*") if LEFTOVER.fullmatch(path.name)]
+        return bool(list(clips.glob("[!.]*.parquet"))) and any(path.stat().st_size for path in unfinished)
+
+    deadline = time.monotonic() + 30
+    while not at_work() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not is_prepared(tmp_path / "a") and len(list(clips.glob("[!.]*.parquet"))) == 1
+    assert any(LEFTOVER.fullmatch(path.name) for path in clips.glob(".*"))
+    report = prepare(manifest(tmp_path, *names), tmp_path / "a", PrepareSettings(fps=10.0), workers=1)
+    assert (report.clips, report.made) == (2, 1)
+    assert not any(LEFTOVER.fullmatch(path.name) for path in clips.glob(".*"))
+
+
+# ---- on the command line ---------------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path, capsys):
+    write_manifest(tmp_path / "data.jsonl")
+    command = ["data", "prepare", str(tmp_path / "data.jsonl"), "--to", str(tmp_path / "a"), "--root", str(MEDIA)]
+    command += ["--workers", "1", "--short-side", "none", "--frames", "jpeg", "--quality", "80"]
+    assert omnimem(command) == 0
+    assert "2 clips (2 made now, 0 there already)" in capsys.readouterr().out
+    known = json.loads((tmp_path / "a" / "prepared.json").read_text())["settings"]
+    assert (known["short_side"], known["frames"], known["quality"], known["fps"]) == (None, "jpeg", 80, 1.0)
+
+
+def test_settings_of_a_recipe(tmp_path, capsys):
+    given, *others = arguments(tmp_path, "data.fps=2")
+    words = ["--recipe", given.removeprefix("recipe="), *others]
+    assert (
+        omnimem(["data", "prepare", "--to", str(tmp_path / "a"), "--workers", "1", "--max-seconds", "3", *words]) == 0
+    )
+    known = json.loads((tmp_path / "a" / "prepared.json").read_text())["settings"]
+    assert (known["fps"], known["max_seconds"], known["short_side"]) == (2.0, 3.0, 360)
+    assert omnimem(["data", "prepare", "--to", str(tmp_path / "b")]) == 2
+    assert "no manifest given" in capsys.readouterr().err
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The two clips of the small runs, prepared; nothing else of them is in reach."""
+    base = tmp_path_factory.mktemp("prepared")
+    shutil.copytree(MEDIA, base / "media", ignore=lambda _, names: {n for n in names if n not in (FLOWER, RABBIT.name)})
+    rows = read_manifest(write_manifest(base / "data.jsonl"), base / "media")
+    fingerprint = manifest_fingerprint(rows.rows)
+    prepare(rows, base / "prepared", PrepareSettings(fps=2.0), workers=1)
+    (base / "fingerprint").write_text(fingerprint)
+    shutil.rmtree(base / "media")
+    return base / "prepared"
+
+
+def test_training_is_the_same(folder, tmp_path):
+    overrides = ("train.max_steps=2", "data.chunk_seconds=4", "eval.eval_steps=2")
+    clips = trained_run(tmp_path, *overrides, f"eval.path={tmp_path / 'data.jsonl'}", f"eval.root={MEDIA}", out="clips")
+    prepared = trained_run(tmp_path, *overrides, f"data.path={folder}", "data.root=null", f"eval.path={folder}")
+    assert weights_bytes(clips) == weights_bytes(prepared)
+    losses = [
+        [json.loads(line)["eval_loss"] for line in (run / "metrics.jsonl").read_text().splitlines()[-1:]]
+        for run in (clips, prepared)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_the_fingerprint_is_that_of_the_manifest(folder):
+    """A run that began with the clips goes on with the prepared folder."""
+    rows = load_rows(DataConfig(path=str(folder), fps=2.0)).rows
+    assert manifest_fingerprint(rows) == (folder.parent / "fingerprint").read_text()
+
+
+def test_the_plan_is_the_same(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    plans = []
+    for place in ([], [f"data.path={folder}", "data.root=null"]):
+        assert main(arguments(tmp_path, "dry_run=true", *place)) == 0
+        plans.append(capsys.readouterr().out.split("\n", 1)[1])
+    assert plans[0] == plans[1] and RABBIT.name in plans[0]
+
+
+def test_no_clip_is_opened_at_the_start(folder, monkeypatch):
+    for opened in ("data_prep.opened.open_media", "data_prep.prepared_reader.read_footer"):
+        monkeypatch.setattr(opened, None)
+    rows = load_rows(DataConfig(path=str(folder), fps=2.0)).rows
+    assert [row.name for row in rows] == [row["media"] for row in ROWS]
+    assert all(isinstance(row, PreparedRow) for row in rows)
+
+
+def test_a_recipe_that_asks_for_something_else_is_refused(folder, tmp_path):
+    with pytest.raises(OmniMemError, match=rf"^data.path={folder}: prepared with fps=2.0, but fps=3 is asked for"):
+        load_rows(DataConfig(path=str(folder), fps=3.0))
+    recipe = load_recipe(arguments(tmp_path, f"eval.path={folder}", "data.short_side=240"))
+    with pytest.raises(OmniMemError, match="prepared with short_side=360"):
+        held_out_rows(recipe)
+    load_rows(DataConfig(path=str(folder), fps=1.0))
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    known = json.loads((copy / "prepared.json").read_text())
+    known["settings"]["audio"] = False
+    (copy / "prepared.json").write_text(json.dumps(known))
+    with pytest.raises(OmniMemError, match="prepared with audio=off, but audio=on"):
+        load_rows(DataConfig(path=str(copy), fps=2.0))
+    load_rows(DataConfig(path=str(copy), fps=2.0), supports_audio=False)
+
+
+def test_a_missing_shard_is_found_at_the_start(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    first = load_rows(DataConfig(path=str(copy))).rows[0]
+    first.media.unlink()
+    with pytest.raises(OmniMemError, match=rf"{copy}:1: {first.name}: its shard .* is missing"):
+        load_rows(DataConfig(path=str(copy)))
+    kept = load_rows(DataConfig(path=str(copy), on_bad_row="skip"))
+    assert len(kept.rows) == len(ROWS) - 1 and len(kept.problems) == 1
+
+
+def test_a_copy_that_was_cut_off_is_found_at_the_start_and_repaired(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    first = load_rows(DataConfig(path=str(copy))).rows[0]
+    content = first.media.read_bytes()
+    first.media.write_bytes(content[:-1000])
+    with pytest.raises(OmniMemError, match=rf"{first.name}: its shard .* is missing or cut off; prepare again"):
+        load_rows(DataConfig(path=str(copy)))
+    rows = read_manifest(write_manifest(tmp_path / "data.jsonl"), MEDIA)
+    assert prepare(rows, copy, PrepareSettings(fps=2.0), workers=1).made == 1
+    assert first.media.read_bytes() == content
+    listed = (copy / "rows.jsonl").read_text()
+    (copy / "rows.jsonl").write_text(listed[:-100])
+    with pytest.raises(OmniMemError, match="cannot be read"):
+        load_rows(DataConfig(path=str(copy)))
+    assert prepare(rows, copy, PrepareSettings(fps=2.0), workers=1).made == 0
+    assert (copy / "rows.jsonl").read_text() == listed
+
+
+def test_a_folder_of_another_version_is_refused(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    known = json.loads((copy / "prepared.json").read_text())
+    (copy / "prepared.json").write_text(json.dumps({**known, "version": 99}))
+    with pytest.raises(OmniMemError, match="prepared in format 99, and this is 1"):
+        load_rows(DataConfig(path=str(copy)))
+    (copy / "prepared.json").write_text("{")
+    with pytest.raises(OmniMemError, match="not what `omnimem data prepare` wrote"):
+        load_rows(DataConfig(path=str(copy)))
+
+
+# ---- Ray -------------------------------------------------------------------------------------------------------------
+
+
+def test_ray_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(OmniMemError, match=r"pip install 'omnimem\[ray\]'"):
+        prepare(manifest(tmp_path, RABBIT.name), tmp_path / "a", PrepareSettings(), executor="ray")
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+def test_a_ray_cluster_that_does_not_answer_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(OmniMemError, match=r"no Ray cluster answers at RAY_ADDRESS=127\.0\.0\.1:9"):
+        prepare(manifest(tmp_path, RABBIT.name), tmp_path / "a", PrepareSettings(), executor="ray")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+@pytest.mark.parametrize("running", [False, pytest.param(True, marks=pytest.mark.long)], ids=["started here", "found"])
+def test_a_ray_cluster_does_the_same(running, tmp_path, monkeypatch, caplog):
+    """On a cluster that is there already, and on one started for the purpose."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    rows = manifest(tmp_path, RABBIT.name, FLOWER, HALF)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2}) if running else None
+    try:
+        if cluster is not None:
+            monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        with caplog.at_level(logging.INFO, logger="omnimem.data"):
+            report = prepare(rows, tmp_path / "ray", PrepareSettings(), executor="ray", workers=2, on_bad_row="skip")
+    finally:
+        if cluster is not None:
+            cluster.shutdown()
+    assert ("on the Ray cluster at" if running else "a local one is started") in caplog.text
+    assert (report.clips, report.made, len(report.problems)) == (2, 2, 1)
+    prepare(rows, tmp_path / "one", PrepareSettings(), workers=1, on_bad_row="skip")
+    for file in (tmp_path / "one" / "clips").glob("*.parquet"):
+        assert (tmp_path / "ray" / "clips" / file.name).read_bytes() == file.read_bytes()

@@ -1,0 +1,72 @@
+"""Signals that end a run: whatever the shell made of them before, the step under way is saved."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from small_runs import ROOT, arguments, environment
+from train.checkpoint import checkpoints
+
+
+def ignore_interrupts() -> None:
+    """As a shell without job control starts the commands it puts into the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wrapper", "signals"),
+    [((), [signal.SIGINT]), (("nohup",), [signal.SIGHUP, signal.SIGTERM])],
+    ids=["SIGINT", "nohup SIGTERM"],
+)
+def test_a_background_run_saves_the_step_under_way(tmp_path, wrapper, signals):
+    run = tmp_path / "run"
+    command = [
+        *wrapper,
+        sys.executable,
+        "train.py",
+        *arguments(tmp_path, "train.max_steps=1000", "train.save_steps=999"),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), preexec_fn=ignore_interrupts, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        for number, step in zip(signals, (2, 4), strict=False):
+            deadline = time.monotonic() + 90
+            while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_bytes().count(b"\n") < step:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(number)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 1, error
+    (stopped,) = re.findall(r"stopped after step (\d+), which is saved", error)
+    assert [path.name for path in checkpoints(run)] == [f"step-{int(stopped):08d}"]
+    assert not (run / "run.lock").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("before", [ignore_interrupts, None], ids=["background", "foreground"])
+def test_a_second_signal_ends_the_run_at_once(number, before):
+    code = f"""
+import os
+from train.stop import StopRequest
+with StopRequest() as stop:
+    os.kill(os.getpid(), {number:d})
+    assert stop.requested
+    os.kill(os.getpid(), {number:d})
+    print("went on")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          preexec_fn=before, capture_output=True, text=True)  # fmt: skip
+    assert (done.returncode, done.stdout) == (-number, ""), done.stderr
+    assert "again to stop at once" in done.stderr

@@ -1,11 +1,11 @@
-"""The single forward path: chunks into a compressed memory, with gradients in training, without at inference.
+"""The one forward path: chunks into a compressed cache, with gradients in training, without at inference.
 
     stream = Stream(backbone, CompressedCache(profile, method))
     stream.forward(encoder.prefix(), text=True)
     for chunk in reader:
         stream.step(encoder.encode(chunk))
 
-Training (`omnimem.tape`) and inference (`omnimem.stream`) call nothing else.
+Training (`omnimem.bptt`) and inference (`omnimem.stream`) both run through this class.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from omnimem.selection import Probe
 
 
 class Stream:
-    """A batch of streams in one compressed memory.
+    """A batch of streams in one compressed cache.
 
-    Under autograd the memory is functional and gradients reach every retained state back to the first chunk (what they
-    need grows with the stream; `omnimem.tape` gives the same ones in bounded memory); without it the memory is
-    compacted in place.
+    Without autograd the cache is compacted in place. Under autograd it is functional and gradients flow through every
+    retained token back to the first chunk; their graph grows with the stream, and `omnimem.bptt` computes the same
+    gradients in bounded memory.
 
     Parameters
     ----------
     backbone : Backbone
         The model.
     cache : CompressedCache
-        An empty memory.
+        An empty cache.
     """
 
     def __init__(self, backbone: Backbone, cache: CompressedCache) -> None:
@@ -42,17 +42,17 @@ class Stream:
         self.cache = cache
         cache.frame_anchored = backbone.frame_anchored
 
-    def step(self, inputs: ChunkInputs, rewindable: bool = False) -> list[Eviction | None]:
-        """Take a chunk in and bring every layer back to its budget; returns what `CompressedCache.compress` does."""
+    def step(self, inputs: ChunkInputs, log_evicted: bool = False) -> list[Eviction | None]:
+        """Append a chunk and reduce every layer to its budget; returns the result of `CompressedCache.compress`."""
         if len(inputs) == 0:
             return [None] * len(self.cache.layers)
         self.forward(inputs)
         for probe in self.cache.method.probes:
-            self._ask(probe, len(inputs.embeds))
-        return self.cache.compress(rewindable=rewindable)
+            self._run_probe(probe, len(inputs.embeds))
+        return self.cache.compress(log_evicted=log_evicted)
 
     @torch.no_grad()
-    def _ask(self, probe: Probe, batch: int) -> None:
+    def _run_probe(self, probe: Probe, batch: int) -> None:
         ids = self.backbone.question_ids(probe.text) if probe.turn else self.backbone.text_ids(probe.text)
         embeds = self.backbone.embed(ids).expand(batch, -1, -1)
         assert self.cache.next_position_id is not None
@@ -60,14 +60,14 @@ class Stream:
             self._run(ChunkInputs.text(embeds, self.cache.next_position_id), text=True)
 
     def forward(self, inputs: ChunkInputs, text: bool = False) -> Tensor:
-        """Append positions to the memory without compressing it.
+        """Append tokens to the cache without compressing it.
 
         Parameters
         ----------
         inputs : ChunkInputs
-            The new positions.
+            The new tokens.
         text : bool
-            Text around the media or a question: it asks for nothing to be observed for selection.
+            Text around the media or a question: the selection method observes nothing.
 
         Returns
         -------
@@ -75,18 +75,18 @@ class Stream:
             Last hidden states ``[B, T, C]``.
         """
         if len(inputs) == 0:
-            return inputs.embeds  # nothing ends a media that has not begun
-        positions, next_position_id = self.cache.assign_position_ids(
+            return inputs.embeds  # closing tokens of media that have not begun
+        position_ids, next_position_id = self.cache.assign_position_ids(
             inputs.position_ids, inputs.modality, inputs.valid, inputs.next_position_id, text
         )
-        return self._run(replace(inputs, position_ids=positions, next_position_id=next_position_id), text)
+        return self._run(replace(inputs, position_ids=position_ids, next_position_id=next_position_id), text)
 
     def _run(self, inputs: ChunkInputs, text: bool) -> Tensor:
-        """The decoder on ids that are the memory's own."""
-        pictures: dict[str, Any] = {}
+        """Run the decoder on position ids of this cache."""
+        deepstack: dict[str, Any] = {}
         if inputs.deepstack is not None:
             visual = inputs.modality == VISUAL
-            pictures = {
+            deepstack = {
                 "visual_pos_masks": visual,
                 "deepstack_visual_embeds": [layer[visual] for layer in inputs.deepstack],
             }
@@ -99,25 +99,25 @@ class Stream:
             modality=None if text else inputs.modality,
             time=inputs.time,
             next_position_id=inputs.next_position_id,
-            **pictures,
+            **deepstack,
         ).last_hidden_state
 
     def answer_logits(
         self, closing: ChunkInputs, question: list[Tensor], answer: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Teacher-forced logits of answers asked now; the memory is left as it was.
+        """Teacher-forced logits of answers to questions asked now; the cache is left as it was.
 
         Parameters
         ----------
         closing : ChunkInputs
             Tokens that end the media, one row a sample.
         question, answer : list of Tensor
-            Ids ``[Q]`` and ``[A]`` of each sample; an empty answer asks nothing of that sample.
+            Token ids ``[Q]`` and ``[A]`` of each sample; with an empty answer the sample is not asked.
 
         Returns
         -------
         tuple of Tensor
-            Logits ``[M, vocabulary]`` of the M answer positions of all samples and their ids ``[M]``.
+            Logits ``[M, vocabulary]`` that predict the M answer tokens of all samples, and their ids ``[M]``.
         """
         device = self.backbone.device
         text = [torch.cat((q, a))[:-1] if len(a) else q[:0] for q, a in zip(question, answer, strict=True)]

@@ -200,7 +200,7 @@ def held(cache) -> list[Tensor]:
                 torch.nn.functional.pad(layer.attention_scores, (0, len(table) - layer.attention_scores.shape[1]))
             )
         tensors += [] if layer.features is None else [layer.features]
-        tensors.append(torch.tensor([list(sample.values()) for sample in layer.counts]))
+        tensors.append(torch.tensor([list(sample.values()) for sample in layer.token_counts]))
     tensors += [cache.next_position_id, torch.tensor([cache.get_seq_length(), *cache.lengths()])]
     return [tensor.detach().clone().nan_to_num(-1) for tensor in tensors]
 

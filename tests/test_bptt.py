@@ -11,12 +11,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 import omnimem.memory.layer
+import omnimem.memory.selection_gradient
 from omnimem.backbones import ChunkInputs
+from omnimem.bptt import ChunkwiseBPTT, Truncation
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache, SelectionGradient, attach
-from omnimem.memory.store import DiskStore, HostStore, Store
+from omnimem.memory.offload_store import DiskStore, HostStore, Store
 from omnimem.selection import build_selection
-from omnimem.tape import ChunkwiseBPTT, Truncation
 from oracles import held, offline, profile, run, same, stream_parts, text_model, text_part
 from small_decoder import BUDGETS, answer, answer_loss, lora_weights, model, streams  # noqa: F401
 
@@ -79,7 +80,7 @@ def taped(model, tape: ChunkwiseBPTT, parts, asked=ASKED, weight: float = 1.0) -
         else:
             tape.step(part)
         for _ in range(asked.count(number)):
-            values += tape.ask(lambda n=number: (answer_loss(answer(model, tape.cache, seed=50 + n)),))
+            values += tape.add_loss(lambda n=number: (answer_loss(answer(model, tape.cache, seed=50 + n)),))
     return torch.stack(values).sum(), gradients_of(model, parts, lambda: tape.backward(weight))
 
 
@@ -129,7 +130,7 @@ def test_losses_on_the_way_there_are_those_of_inference(model, method):
             tape.step(part)
             flow.step(part)
             assert same(held(tape.cache), held(cache))
-            (value,) = tape.ask(lambda: (answer_loss(answer(model, tape.cache)),))
+            (value,) = tape.add_loss(lambda: (answer_loss(answer(model, tape.cache)),))
             assert torch.equal(value, answer_loss(answer(model, cache)))
             assert same(held(tape.cache), held(cache))
 
@@ -192,7 +193,7 @@ def test_random_states_are_those_of_the_device_of_the_model(model, monkeypatch):
     tape.stream.backbone.device = device  # pyright: ignore[reportAttributeAccessIssue]
     tape.forward(parts[0])
     tape.step(parts[1])
-    tape.ask(lambda: (answer_loss(answer(model, tape.cache)),))
+    tape.add_loss(lambda: (answer_loss(answer(model, tape.cache)),))
     tape.backward()
     # The question's, those of the two steps, and at the end the one from before `backward`.
     assert written == [(device, 3), (device, 2), (device, 1), (device, 4)]
@@ -204,7 +205,11 @@ def test_decisions_are_replayed_and_never_taken_again(model, monkeypatch, sample
     """Scores and gates may come out differently the second time (rounding); who stays and who is watched may not."""
     gradient, parts = SelectionGradient(margin=2), parts_of(samples)
     _, expected = plain(model, cache_of("omnimem", {}, gradient), parts)
-    tape, exact, called = new_tape(model, cache_of("omnimem", {}, gradient)), omnimem.memory.layer.gates, []
+    tape, exact, called = (
+        new_tape(model, cache_of("omnimem", {}, gradient)),
+        omnimem.memory.selection_gradient.gates,
+        [],
+    )
 
     def shaken(*args: Any) -> Tensor:
         """Other values in another order, with the gradient of the right ones."""
@@ -217,8 +222,8 @@ def test_decisions_are_replayed_and_never_taken_again(model, monkeypatch, sample
     back = tape.backward
 
     def backward(weight: float) -> None:
-        monkeypatch.setattr(omnimem.memory.layer, "gates", shaken)
-        monkeypatch.setattr(omnimem.memory.layer.CompressedLayer, "decide", never)
+        monkeypatch.setattr(omnimem.memory.selection_gradient, "gates", shaken)
+        monkeypatch.setattr(omnimem.memory.layer.CompressedLayer, "select", never)
         back(weight)
 
     monkeypatch.setattr(tape, "backward", backward)
@@ -239,9 +244,9 @@ def test_a_step_is_undone_to_the_bit(model, samples, method, options, gradient):
     flow.forward(parts[0], text=True)
     seen = []
     for part in parts[1:]:
-        seen.append((cache.state().facts, real_states(cache), flow.step(part, rewindable=True)))
+        seen.append((cache.snapshot().without_tokens, real_states(cache), flow.step(part, log_evicted=True)))
     for before, states, decided in reversed(seen):
-        cache.rewind(before, decided)
+        cache.undo(before, decided)
         assert same(real_states(cache), states)
     # And the stream goes on from there as if nothing had been.
     flow.step(parts[1])
@@ -293,7 +298,7 @@ def test_many_small_gradients_do_not_vanish_beside_a_large_one_in_bfloat16(chunk
                 with cache.scratch():
                     return (factor * answer_loss(run(decoder, cache, text, text=True).double()),)
 
-            tape.ask(loss)
+            tape.add_loss(loss)
 
         tape.forward(prefix)
         for number, part in enumerate(rest, start=1):
@@ -323,7 +328,7 @@ def test_records_on_disk_give_the_same_bits_and_are_gone_afterwards(model, tmp_p
         tape.forward(parts[0])
         for part in parts[1:]:
             tape.step(part)
-        tape.ask(lambda tape=tape: (answer_loss(answer(model, tape.cache)),))
+        tape.add_loss(lambda tape=tape: (answer_loss(answer(model, tape.cache)),))
         written = max(written, len(list(tmp_path.iterdir())))
         tape.backward()
         results.append([weight.grad.clone() for weight in weights])
@@ -337,8 +342,7 @@ def test_what_waits_for_a_step_does_not_grow_with_the_stream(model):
 
     class Weighed(Store):
         def put(self, record):
-            _, _, _, decided = record
-            gone = [one.evicted for one in decided if one is not None]
+            gone = [one.log for one in record.evictions if one is not None]
             sizes.append(sum(tensor.nbytes for columns in gone for tensor in columns[:2]))
             return super().put(record)
 
@@ -364,10 +368,9 @@ def test_a_state_is_stored_once_whatever_still_looks_at_it(model, gradient, exac
 
     class Counted(Store):
         def put(self, record):
-            _, _, before, decided = record
-            for i, (facts, kept) in enumerate(zip(before.layers, decided, strict=True)):
-                gone = () if kept is None else kept.evicted[:2]
-                margin = () if facts["margin"] is None else facts["margin"][:2]
+            for i, ((state, _), eviction) in enumerate(zip(record.before.layers, record.evictions, strict=True)):
+                gone = () if eviction is None else eviction.log[:2]
+                margin = () if state.margin is None else state.margin[:2]
                 stored[i] += sum(tensor.shape[2] for tensor in (*gone, *margin))
             return super().put(record)
 
@@ -399,7 +402,7 @@ def test_a_record_comes_back_as_it_was(tmp_path):
         "nan": torch.tensor([torch.nan, torch.inf]),
     }
     store = DiskStore(tmp_path)
-    found = store.get(store.put(record))
+    found = store.fetch(store.put(record))
 
     def pairs(one: Any, other: Any):
         assert type(one) is type(other)
@@ -436,7 +439,7 @@ def test_pinned_host_memory_gives_back_what_it_took():
     for number in reversed(range(20)):
         if number:
             store.prefetch(handles[number - 1])
-        found = store.get(handles[number])
+        found = store.fetch(handles[number])
         assert torch.equal(found["a"], copies[number]) and found["b"][1] == number
     assert len(junk) == 40
 
@@ -543,7 +546,7 @@ def test_in_lockstep_processes_make_the_same_passes_and_idle_ones_add_nothing(mo
         )  # fmt: skip
 
     def ask(tape: ChunkwiseBPTT, number: int) -> None:
-        tape.ask(lambda: (answer_loss(answer(model, tape.cache, seed=50 + number)),))
+        tape.add_loss(lambda: (answer_loss(answer(model, tape.cache, seed=50 + number)),))
 
     longer, passes_of_longer = tape_of(lambda here: pending.append(here) or here)
     longer.forward(parts[0])

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omnimem.backbones import ChunkInputs, StreamEncoder
+from omnimem.bptt import ChunkwiseBPTT
 from omnimem.forward import Stream
 from omnimem.media import Chunk
-from omnimem.memory.table import count
 from omnimem.modality import KINDS
-from omnimem.tape import ChunkwiseBPTT
+from omnimem.token_metadata import count_tokens
 from train.config import DistillConfig
 from train.data import Sample, TokenizedQuestion
 from train.processes import ParallelStrategy
@@ -180,7 +180,7 @@ class Rollout:
         """Take in the next chunk of every stream."""
         inputs, again = self._encoders.encode(chunks)
         real = torch.ones_like(inputs.modality, dtype=torch.bool) if inputs.valid is None else inputs.valid
-        for sample in count(inputs.modality, real):
+        for sample in count_tokens(inputs.modality, real):
             self.streamed = {name: self.streamed[name] + sample[name] for name in KINDS}
         if len(inputs) > 0:
             self._tape.step(inputs, again)
@@ -213,7 +213,7 @@ class Rollout:
             divergence = self._teacher.divergence(logits, wanted)
             return entropy + self._teacher.weight * divergence, entropy, divergence
 
-        _, entropy, divergence = self._tape.ask(answered)
+        _, entropy, divergence = self._tape.add_loss(answered)
         self._entropy, self.distilled = self._entropy + entropy, self.distilled + divergence
         self.targets += sum(map(len, answer))
 

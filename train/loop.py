@@ -3,7 +3,7 @@
     accelerate launch train.py recipe=quickstart
 
 One optimiser step runs `accumulation` batches of streams. Each batch is one way there through `StreamObjective`
-(chunked, memory active) and one way back (gradients through every retained state; see `omnimem.tape`).
+(chunked, memory active) and one way back (gradients through every retained state; see `omnimem.bptt`).
 """
 
 from __future__ import annotations

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from omnimem.backbones import Backbone
+from omnimem.bptt import ChunkwiseBPTT, Truncation
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
 from omnimem.media import Chunk, MediaError
 from omnimem.media.prefetch import prefetch
 from omnimem.memory import CompressedCache, SelectionGradient
-from omnimem.memory.store import Store
+from omnimem.memory.offload_store import Store
 from omnimem.modality import EVICTABLE
 from omnimem.selection import SelectionMethod
 from omnimem.selection.full import Full
 from omnimem.stream import StreamSettings
-from omnimem.tape import ChunkwiseBPTT, Truncation
 from train.config import DistillConfig
 from train.data import Sample, TokenizedQuestion, open_row
 from train.lesson import BatchEncoder, Rollout, Teacher

@@ -16,15 +16,15 @@ from data_prep.manifest import media_root
 from omnimem.backbones import TINY, Backbone, backbone_class, detect_backbone, load_backbone
 from omnimem.backbones.adapter import BASE_FOLDER, modules_to_save
 from omnimem.backbones.checkpoint import quiet_stock
+from omnimem.bptt import Truncation
 from omnimem.budget import BudgetProfile, ModelFingerprint
 from omnimem.budget.allocation import with_mean
 from omnimem.errors import OmniMemError
 from omnimem.media import MediaError, probe
 from omnimem.memory import CompressedCache, SelectionGradient
-from omnimem.memory.store import DiskStore, HostStore, Store
+from omnimem.memory.offload_store import DiskStore, HostStore, Store
 from omnimem.selection import SelectionMethod, build_selection, options_of
 from omnimem.stream import StreamSettings
-from omnimem.tape import Truncation
 from train.checkpoint import RECORDS
 from train.config import Recipe
 from train.objective import StreamObjective

@@ -1,18 +1,17 @@
-"""The memory: a compressed key-value cache, its attention function and attention mass."""
+"""The compressed cache, the attention function that reads it, and the gradient of its selection. See README.md."""
 
 from omnimem.memory.attach import attach
-from omnimem.memory.attention import attention_scores, attention_with_scores, lower_right_attention
-from omnimem.memory.cache import CompressedCache, MemoryState
-from omnimem.memory.layer import Eviction
-from omnimem.memory.margin import SelectionGradient
-from omnimem.memory.table import TokenMetadata
+from omnimem.memory.attention import attention_with_scores, lower_right_attention
+from omnimem.memory.cache import CacheSnapshot, CompressedCache
+from omnimem.memory.eviction import Eviction
+from omnimem.memory.scores import attention_scores
+from omnimem.memory.selection_gradient import SelectionGradient
 
 __all__ = [
+    "CacheSnapshot",
     "CompressedCache",
     "Eviction",
-    "MemoryState",
     "SelectionGradient",
-    "TokenMetadata",
     "attach",
     "attention_scores",
     "attention_with_scores",

@@ -1,8 +1,8 @@
-"""Teach a stock decoder to use a `CompressedCache`: three hooks and one attention function.
+"""Make a transformers decoder use a `CompressedCache`: three hooks and one attention function.
 
-transformers passes an attention function neither the cache nor the positions (transformers.md rows 1, 4, 17), so the
-hooks carry them: the model announces each step to the cache, every layer shows its input, every attention
-module is handed its own layer of the memory. Without a `CompressedCache` the model behaves as before.
+transformers passes an attention function neither the cache nor the position ids, so hooks do: the model announces each
+forward pass to the cache, every decoder layer reports its input, and every attention module gets its own layer of the
+cache. Without a `CompressedCache` the model behaves as before.
 """
 
 from __future__ import annotations
@@ -10,17 +10,87 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from omnimem.errors import OmniMemError
-from omnimem.memory.attention import ATTENTION_NAME, compressed_attention
+from omnimem.memory.attention import attention_with_scores, lower_right_attention
 from omnimem.memory.cache import CompressedCache
+from omnimem.memory.layer import CompressedLayer
 from omnimem.memory.rotary import Rotary
+from omnimem.memory.scores import attention_scores, probe_attention
+from omnimem.memory.selection_gradient import soft_attention_inputs
+
+ATTENTION_NAME = "omnimem"
+"""Name under which `compressed_attention` is registered with transformers."""
+
+
+def compressed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    memory: CompressedLayer | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function registered with transformers; a hook passes `memory`, the layer of the cache.
+
+    With `memory` the causal mask follows from the shapes and the padding from the layer; `attention_mask` is not used,
+    and the attention scores that the selection method observes are reported to the layer. Without `memory` this is
+    transformers' SDPA attention.
+
+    Parameters
+    ----------
+    query : Tensor
+        Post-RoPE queries ``[B, H, Q, D]``.
+    key, value : Tensor
+        ``[B, G, K, D]``: those of the layer, the new ones at the end.
+
+    Returns
+    -------
+    tuple of Tensor and None
+        ``[B, Q, H, D]``; no attention weights.
+    """
+    if memory is None:
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            **kwargs,  # pyright: ignore
+        )
+    assert memory.step is not None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    valid, spec = memory.step.valid, memory.observed_scores
+    query, key = soft_attention_inputs(memory.state, query, key, scale)
+    if memory.probe is not None:
+        memory.observe_probe(probe_attention(query, key, valid, scale, memory.probe.attends))
+    if spec is None:
+        output = lower_right_attention(query, key, value, valid, scale, dropout)
+    elif spec.kind != "concat" and dropout == 0:
+        output, scores = attention_with_scores(
+            query, key, value, valid, scale, spec.stride, spec.window, fused=not memory.learns_attention
+        )
+        memory.observe_attention(scores if spec.kind == "kv_heads" else scores.mean(1))
+    else:
+        output = lower_right_attention(query, key, value, valid, scale, dropout)
+        scores = attention_scores(query, key, valid, scale, spec.kind, stride=spec.stride, window=spec.window)
+        memory.observe_attention(scores)
+    if memory.margin is not None and torch.is_grad_enabled():
+        output = memory.margin.attach_gradient(output, query, key, valid, scale)
+    return output.transpose(1, 2).contiguous(), None
+
 
 AttentionInterface.register(ATTENTION_NAME, compressed_attention)
-# Without a mask builder of the same name transformers passes no mask to the stock path (transformers.md row 6).
+# transformers builds a mask for SDPA only if a mask function is registered under the same name.
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
@@ -29,17 +99,17 @@ def attach(language_model: PreTrainedModel) -> None:
 
     With such a cache the decoder's forward takes three more arguments: `modality` ``[B, T]``, `time` ``[B, T]`` and
     `next_position_id` ``[B]`` (see `CompressedCache.begin`); its 2-D `attention_mask` says which of the last T columns
-    are real. Left-out `position_ids` continue the stream as text.
+    are real. Without `position_ids` the new tokens continue the stream as text.
 
     Parameters
     ----------
     language_model : PreTrainedModel
-        A stock decoder with `layers` of `self_attn` modules (Qwen2.5-Omni, Qwen3-VL, Qwen2 and their relatives).
+        A transformers decoder with `layers` of `self_attn` modules (Qwen2.5-Omni, Qwen3-VL, Qwen2, …).
 
     Raises
     ------
     OmniMemError
-        The decoder has sliding-window layers, which hold no position for good.
+        The decoder has sliding-window layers, which retain no token for good.
     """
     if "sliding_attention" in (getattr(language_model.config, "layer_types", None) or ()):
         raise OmniMemError(
@@ -47,16 +117,17 @@ def attach(language_model: PreTrainedModel) -> None:
         )
     if language_model.config._attn_implementation != ATTENTION_NAME:
         language_model.set_attn_implementation(ATTENTION_NAME)
-    if _announce_step in language_model._forward_pre_hooks.values():
+    if _announce_tokens in language_model._forward_pre_hooks.values():
         return
-    language_model.register_forward_pre_hook(_announce_step, with_kwargs=True)
+    language_model.register_forward_pre_hook(_announce_tokens, with_kwargs=True)
     layers: Any = language_model.layers
     for index, layer in enumerate(layers):
-        layer.register_forward_pre_hook(_show_hidden(index), with_kwargs=True)
-        layer.self_attn.register_forward_pre_hook(_hand_memory(index), with_kwargs=True)
+        layer.register_forward_pre_hook(_report_hidden(index), with_kwargs=True)
+        layer.self_attn.register_forward_pre_hook(_pass_layer(index), with_kwargs=True)
 
 
-def _announce_step(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def _announce_tokens(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Hook of the decoder: tell the cache which tokens come."""
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, CompressedCache):
         return None
@@ -70,44 +141,46 @@ def _announce_step(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
         inputs = args[0] if args else kwargs["input_ids"]
     batch, length = inputs.shape[:2]
     kwargs = dict(kwargs)
-    positions = kwargs.get("position_ids")
-    if positions is None:
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None:
         start = torch.zeros(batch, dtype=torch.int64) if cache.next_position_id is None else cache.next_position_id
-        positions = (start[:, None] + torch.arange(length, device=start.device)).to(inputs.device).expand(3, -1, -1)
-    elif positions.ndim == 2:
-        positions = positions.expand(3, *positions.shape)
+        position_ids = (start[:, None] + torch.arange(length, device=start.device)).to(inputs.device).expand(3, -1, -1)
+    elif position_ids.ndim == 2:
+        position_ids = position_ids.expand(3, *position_ids.shape)
     # generate() sends one row for all three axes, or a fourth in front that only serves packed sequences.
-    positions = positions[-3:].expand(3, batch, -1)
+    position_ids = position_ids[-3:].expand(3, batch, -1)
     rotary = Rotary(model.rotary_emb)
     cache.bind(rotary)
     mask = kwargs.get("attention_mask")
     cache.begin(
-        positions,
+        position_ids,
         kwargs.pop("modality", None),
         kwargs.pop("time", None),
         None if mask is None else mask[:, -length:],
         kwargs.pop("next_position_id", None),
     )
-    kwargs["position_ids"] = rotary.ids(positions)
-    # A 4-D mask is passed through unread, so no [T, K] mask is built: the layers own theirs.
+    kwargs["position_ids"] = rotary.decoder_ids(position_ids)
+    # transformers passes a 4-D mask through unread, so no [T, K] mask is built.
     kwargs["attention_mask"] = torch.empty(1, 1, 0, 0, device=inputs.device)
     return args, kwargs
 
 
-def _show_hidden(index: int) -> Any:
+def _report_hidden(index: int) -> Any:
+    """Hook of a decoder layer: report its input, and replace it where the cache says so."""
+
     def hook(_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, CompressedCache):
             return None
         memory = cache.layers[index]
         given = hidden = args[0] if args else kwargs["hidden_states"]
-        if index > 0 and index == cache.cut:
-            # In lockstep a gradient of zero goes on, so that the layers below are differentiated all the same.
+        if index > 0 and index == cache.detach_below:
+            # In lockstep a gradient of zero is passed on, so that the layers below are differentiated all the same.
             hidden = given.detach() + (given - given.detach()) * 0 if cache.lockstep else given.detach()
         memory.observe_hidden(hidden)
-        if memory.shown is not None:
-            # A probe that does not propagate: every layer sees the embeddings themselves.
-            hidden = memory.shown
+        if memory.probe_embeds is not None:
+            # A probe that does not propagate: every layer is given the embeddings themselves.
+            hidden = memory.probe_embeds
         if hidden is given:
             return None
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
@@ -115,7 +188,9 @@ def _show_hidden(index: int) -> Any:
     return hook
 
 
-def _hand_memory(index: int) -> Any:
+def _pass_layer(index: int) -> Any:
+    """Hook of an attention module: pass its layer of the cache to the attention function."""
+
     def hook(_attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, CompressedCache):

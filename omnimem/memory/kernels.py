@@ -1,13 +1,13 @@
-"""Triton kernels for the attention mass of a chunk on CUDA: the sum of every column of causal attention, in one pass.
+"""Triton kernels for the attention scores of a chunk on CUDA: the column sums of causal attention, in one pass.
 
-Fused attention never writes its weights down, and the mass of a key is a sum over them. It does know the log-sum-exp
-of every row, and with that any weight is one exponential away: a_k = Σ_q exp(q·k/√d − lse_q) (method.md §5).
+Fused attention does not store its weights, but it returns the log-sum-exp of every row, from which each weight can be
+recomputed: a_k = Σ_q exp(q·k/√d − lse_q).
 
 * `column_sums` sums the columns, given the log-sum-exp of the rows.
-* `row_lse` computes the log-sum-exp, for attention that did not keep it.
+* `row_lse` computes the log-sum-exp, for attention that did not return it.
 
-Both take memory and chunk as one run of keys, read each key once for all query heads that share it, and never hold more
-than a tile of weights. One program writes each number, without atomics: the same inputs give the same bits.
+Both treat cache and chunk as one sequence of keys, read each key once for all query heads that share it, and never hold
+more than a tile of weights. One program writes each number, without atomics: results are deterministic.
 
 Importing this module needs Triton (ImportError without it), so the package does so on CUDA only. The tests
 need no GPU, only Triton's interpreter: `pytest tests/memory/test_kernels.py`.
@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-"""Inside the kernels exponentials are to base 2, which is what the hardware has."""
+"""Inside the kernels exponentials are to base 2, the hardware's own instruction."""
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Triton's interpreter multiplies the bit patterns of bfloat16 (its documentation: not supported); see `_dot`."""
@@ -34,44 +34,44 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 def column_sums(
     query: Tensor, key: Tensor, lse: Tensor, first: int, stride: int = 1, scaling: float | None = None
 ) -> Tensor:
-    """Attention mass each key receives from the rows that see it, averaged over the heads of its group.
+    """Attention scores of each key from the rows that attend to it, averaged over the heads of its group.
 
-    mass[b, g, k] = mean over the heads h of group g of Σ_r exp(scaling · query[b, h, r]·key[b, g, k] − lse[b, h, r])
-    (method.md §5), over the rows r with first + r · stride >= k: lower-right causal, memory and chunk at once.
+    scores[b, g, k] = mean over the heads h of group g of Σ_r exp(scaling · query[b, h, r]·key[b, g, k] − lse[b, h, r])
+    over the rows r with first + r · stride >= k: lower-right causal, cache and chunk at once.
 
     Parameters
     ----------
     query : Tensor
-        Post-RoPE queries ``[B, H, R, D]``, float16, bfloat16 or float32, any strides. Row r is the query at position
+        Post-RoPE queries ``[B, H, R, D]``, float16, bfloat16 or float32, any strides. Row r is the query with index
         first + r · stride: with stride > 1 pass the sampled queries only.
     key : Tensor
-        Post-RoPE keys ``[B, G, K, D]`` of the same dtype and device, any strides, H a multiple of G. Key k is at
-        position k. All of them are real: there is no padding mask.
+        Post-RoPE keys ``[B, G, K, D]`` of the same dtype and device, any strides, H a multiple of G. Key k has
+        index k. All of them are real: there is no padding mask.
     lse : Tensor
         Natural log-sum-exp of each row's scaled logits over the keys it sees, ``[B, H, R]``, float32, any strides.
     first : int
-        Position of the first row, >= 0. Every row's own key is among the keys: first + (R − 1) · stride < K.
+        Index of the first row, >= 0. Every row's own key is among the keys: first + (R − 1) · stride < K.
     stride : int
-        Positions from one row to the next, >= 1.
+        Difference of index from one row to the next, >= 1.
     scaling : float, optional
         Factor on q·k; 1/√D by default.
 
     Returns
     -------
     Tensor
-        ``[B, G, K]``, float32, no gradient. The masses of a group sum to R.
+        ``[B, G, K]``, float32, no gradient. The scores of a group sum to R.
     """
     batch, _, rows, dim = query.shape
     groups, keys = key.shape[1], key.shape[2]
-    mass = torch.empty(batch, groups, keys, dtype=torch.float32, device=query.device)
+    scores = torch.empty(batch, groups, keys, dtype=torch.float32, device=query.device)
     constants = _constants(query, key)
     # Triton launches on the current device, whatever device its arguments are on.
     with torch.cuda.device_of(query):
-        _column_mass_kernel[triton.cdiv(keys, constants["KEYS"]), batch * groups](
+        _column_sums_kernel[triton.cdiv(keys, constants["KEYS"]), batch * groups](
             query,
             key,
             lse,
-            mass,
+            scores,
             groups,
             rows,
             keys,
@@ -81,7 +81,7 @@ def column_sums(
             *_strides(query, key, lse),
             **constants,
         )
-    return mass
+    return scores
 
 
 def row_lse(query: Tensor, key: Tensor, first: int, stride: int = 1, scaling: float | None = None) -> Tensor:
@@ -131,28 +131,28 @@ def _strides(*tensors: Tensor) -> list[Any]:
 
 
 def _constants(query: Tensor, key: Tensor) -> dict[str, int]:
-    """What both kernels are compiled for: heads that share a key, dimensions, tile sizes, launch options.
+    """Compile-time constants of both kernels: heads that share a key, dimensions, tile sizes, launch options.
 
-    The tiles fit the registers and the shared memory (99 KB) of every GPU since the A100, and are small enough that the
-    memory of one sample occupies all of a big one.
+    The tiles fit the registers and the shared memory (99 KB) of every GPU since the A100, and are small enough that
+    one sample occupies a whole large GPU.
     """
     dim = query.shape[-1]
     width = max(16, triton.next_power_of_2(dim))  # tensor cores multiply 16 at a time
     if query.dtype == torch.float32:
-        # Exact products run on the ordinary cores, out of registers: smaller tiles, more threads.
+        # Exact float32 products run on CUDA cores, out of registers: smaller tiles, more threads.
         size, warps, stages = 32, 8, 2
     else:
         size, warps, stages = 64, 4, 3 if width <= 128 else 2
-    # Multiply-adds in one are asked for because Triton's default for them differs between versions.
+    # Set explicitly, because Triton's default differs between versions.
     launch = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return {"SHARE": query.shape[1] // key.shape[1], "DIM": dim, "WIDTH": width, "ROWS": size, "KEYS": size, **launch}
 
 
-# The rows of all heads that share a key head are folded into one axis, position by position: folded row f is head
-# f % SHARE at row f // SHARE. Positions never fall along it, so a causal boundary is one place on it, and a tile is
-# fuller for a single query.
+# The rows of all heads that share a key head are folded into one axis, row by row: folded row f is head f % SHARE of
+# row f // SHARE. Indices never decrease along it, so the causal boundary is one point on it, and tiles are full even
+# for a single query.
 #
-# Sizes and positions change with every chunk; a kernel must not be compiled anew for those divisible by 16.
+# Sizes and indices change with every chunk; a kernel must not be recompiled for those divisible by 16.
 _CHANGING = ["rows", "keys", "first", "step"]
 
 
@@ -186,11 +186,11 @@ def _dot(rows, columns):
 
 
 @triton.jit(do_not_specialize=_CHANGING)
-def _column_mass_kernel(
+def _column_sums_kernel(
     query,
     key,
     lse,
-    mass,
+    scores,
     groups,
     rows,
     keys,
@@ -214,7 +214,7 @@ def _column_mass_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """One program: the mass of KEYS keys of one group, from all folded rows that see any of them."""
+    """One program: the scores of KEYS keys of one group, from all folded rows that see any of them."""
     start = tl.program_id(0) * KEYS
     batch = (tl.program_id(1) // groups).to(tl.int64)
     group = (tl.program_id(1) % groups).to(tl.int64)
@@ -238,8 +238,8 @@ def _column_mass_kernel(
         folded = begin + tl.arange(0, ROWS)
         tile = _tile_of_queries(query, folded, rows, query_h, query_r, query_d, SHARE, DIM, WIDTH)
         total += tl.sum(_weights(tile_keys, tile, lse, folded, rows, lse_h, lse_r, scale, SHARE), axis=1)
-    mass += tl.program_id(1).to(tl.int64) * keys
-    tl.store(mass + index, total / SHARE, mask=index < keys)
+    scores += tl.program_id(1).to(tl.int64) * keys
+    tl.store(scores + index, total / SHARE, mask=index < keys)
 
 
 @triton.jit

@@ -1,131 +1,190 @@
-"""Undo a step of a layer, and carry the gradient of its memory over it.
+"""Undo a step of a layer, and carry the gradient of its tokens over the step.
 
-The undo log holds only what is found nowhere else: a column stored before a step is afterwards in the memory
-(retained), in the margin (evicted, but looked at by the next step; keys and values only) or in the log.
+The undo log stores only what is found nowhere else: a token stored before a step is afterwards in the state
+(retained), in the margin (evicted, but still used by the next step; keys and values only) or in the log.
 
-A step does not change a column it retains. The gradient of such a column is that of the same column before the step
-plus what the step adds to it. The first part goes around autograd, in the dtype in which gradients are summed.
+A step does not change a token it retains. The gradient of such a token is that of the same token before the step plus
+what the step adds to it. The first part bypasses autograd, in the dtype in which gradients are summed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from omnimem.memory.columns import COLUMNS, TokenBuffer
+from omnimem.memory.eviction import Eviction
+from omnimem.memory.state import BUFFERS, LayerState
+from omnimem.memory.token_buffer import TokenBuffer
 
-if TYPE_CHECKING:
-    from omnimem.memory.layer import CompressedLayer, Eviction
+LayerGradients = dict[str, Tensor]
+"""Gradients by the names of `differentiable_state`."""
 
 
-def evicted(layer: CompressedLayer, kept: Eviction, before: int) -> tuple[Tensor | None, ...]:
-    """Copy the columns that are found nowhere else once a layer is reduced to `kept`: see `Kept.evicted`.
+def differentiable_state(state: LayerState, selection: bool, scores: bool) -> dict[str, Tensor]:
+    """Tensors of a state through which gradients flow from step to step.
 
     Parameters
     ----------
-    layer : CompressedLayer
-        Not yet reduced, its margin already that of `kept`.
-    kept : Kept
-        What stays.
-    before : int
-        Number of columns before the step; the log leaves out the others, which are computed again.
+    state : LayerState
+        Any state.
+    selection : bool
+        Whether a gradient reaches the selection: then features, gates of the margin and bias are among them.
+    scores : bool
+        Whether it also goes through the attention scores.
     """
-    states = features = _missing(_places(_present(layer, kept, "_keys"), before))
-    if layer.margin is not None and layer.features is not None:
-        features = _missing(_places(_present(layer, kept, "_features"), before))
+    found = {"keys": state.keys.tensor, "values": state.values.tensor}
+    if selection:
+        found["features"] = state.features.tensor
+        found["gates"] = None if state.margin is None else state.margin.gates
+        found["bias"] = state.bias
+    if scores:
+        found["attention_scores"] = state.attention_scores
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def with_tensors(state: LayerState, tensors: dict[str, Tensor]) -> LayerState:
+    """The state with some of its differentiable tensors replaced."""
+    changes: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if name in BUFFERS:
+            changes[name] = TokenBuffer(getattr(state, name).dim, tensor)
+        elif name == "gates":
+            assert state.margin is not None
+            changes["margin"] = state.margin._replace(gates=tensor)
+        else:
+            changes[name] = tensor
+    return replace(state, **changes)
+
+
+def log_of(state: LayerState, eviction: Eviction, start: int) -> tuple[Tensor | None, ...]:
+    """Copy the tokens that `apply` would lose: see `Eviction.log`.
+
+    Parameters
+    ----------
+    state : LayerState
+        Before `apply`, its margin already that of `eviction`.
+    eviction : Eviction
+        What is retained.
+    start : int
+        Tokens stored before the step; the others are recomputed.
+    """
+    states = features = _missing(_position_in(_available(state, eviction, "keys"), start))
+    if state.margin is not None and state.features.tensor is not None:
+        features = _missing(_position_in(_available(state, eviction, "features"), start))
     return tuple(
-        getattr(layer, name).read(which) for name, which in zip(COLUMNS, (states, states, features), strict=True)
+        getattr(state, name).read(columns) for name, columns in zip(BUFFERS, (states, states, features), strict=True)
     )
 
 
-def rewind(layer: CompressedLayer, kept: Eviction | None, before: int) -> None:
-    """Return the stored columns of a layer to the `before` columns from which the step began that kept these."""
-    for i, name in enumerate(COLUMNS):
-        stored: TokenBuffer = getattr(layer, name)
-        if stored.tensor is None:
-            continue
-        if kept is None:
-            stored.truncate(before)
-            continue
-        assert kept.evicted is not None
-        gone: Any = kept.evicted[i]
-        present, retained = _present(layer, kept, name), kept.columns.shape[1]
-        place, count = _places(present, before), present.shape[1]
-        missing = place < 0
-        margin = [getattr(layer.margin, name[1:])] if count > retained else []
-        stored.truncate(retained)  # without what was made of merged columns
-        stored.rebuild([*margin, gone], torch.where(missing, count + missing.cumsum(1) - 1, place))
-
-
-def brought(
-    layer: CompressedLayer, gradients: dict[str, Tensor], kept: Eviction | None, before: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """What a step that was just run made or changed: each tensor and its gradient, in the tensor's dtype.
+def undo(state: LayerState, eviction: Eviction | None, before: LayerState) -> LayerState:
+    """Return the state from which a step began.
 
     Parameters
     ----------
-    layer : CompressedLayer
+    state : LayerState
+        After the step and its compression.
+    eviction : Eviction or None
+        Result of the compression, with its log; None if there was none.
+    before : LayerState
+        The state before the step, whose tokens are not used (see `LayerState.without_tokens`).
+    """
+    buffers = {name: _restored(state, eviction, name, len(before)) for name in BUFFERS}
+    return replace(before, **buffers)
+
+
+def step_outputs(
+    state: LayerState, tensors: dict[str, Tensor], gradients: LayerGradients, eviction: Eviction | None, start: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each tensor that a recomputed step made or changed, with its gradient in the tensor's dtype.
+
+    Parameters
+    ----------
+    state : LayerState
         After the step.
+    tensors : dict
+        Its `differentiable_state`.
     gradients : dict
-        Gradients by the names of `CompressedLayer.flowing`.
-    kept : Kept or None
-        What the step kept.
-    before : int
-        Number of columns before the step.
+        Gradients of these tensors.
+    eviction : Eviction or None
+        What the step retained.
+    start : int
+        Tokens stored before the step.
     """
-    flowing = layer.differentiable_state
     for name, gradient in gradients.items():
-        if f"_{name}" in COLUMNS:
-            stored: TokenBuffer = getattr(layer, f"_{name}")
-            source = _sources(gradient, stored, kept)
-            yield stored.brought(gradient, (source >= 0) & (source < before))
-        else:
-            yield flowing[name], gradient.to(flowing[name].dtype)
+        if name not in BUFFERS:
+            yield tensors[name], gradient.to(tensors[name].dtype)
+            continue
+        buffer: TokenBuffer = getattr(state, name)
+        sources = _sources(gradient, buffer, eviction)
+        old = (sources >= 0) & (sources < start)
+        # Old tokens come first; where one row has more of them than another, their gradient is set to 0.
+        first_new = int(old.sum(1).min())
+        yield buffer.tail(first_new), buffer.masked_tail(gradient, first_new, old)
 
 
-def unchanged(
-    layer: CompressedLayer, gradients: dict[str, Tensor], kept: Eviction | None, before: int
-) -> dict[str, Tensor]:
-    """Gradients of the columns that a step retained, where they stood before it; 0 for those it evicted.
+def carried_gradients(
+    state: LayerState, gradients: LayerGradients, eviction: Eviction | None, start: int
+) -> LayerGradients:
+    """Gradients of retained tokens at the columns where they stood before the step; 0 for those it evicted.
 
-    Parameters as for `brought`; `gradients` is used up.
+    Parameters as for `step_outputs`; `gradients` is used up.
     """
-    found: dict[str, Tensor] = {}
-    for name in COLUMNS if before > 0 else ():
-        if (gradient := gradients.pop(name[1:], None)) is not None:
-            stored: TokenBuffer = getattr(layer, name)
-            found[name[1:]] = stored.moved_back(gradient, _places(_sources(gradient, stored, kept), before))
+    found: LayerGradients = {}
+    for name in BUFFERS if start > 0 else ():
+        if (gradient := gradients.pop(name, None)) is not None:
+            buffer: TokenBuffer = getattr(state, name)
+            found[name] = buffer.gather_gradient(gradient, _position_in(_sources(gradient, buffer, eviction), start))
     return found
 
 
-def _present(layer: CompressedLayer, kept: Eviction, name: str) -> Tensor:
-    """Columns ``[R, A]`` before the compression that are still held after it: in the memory, then in the margin."""
-    if layer.margin is None or kept.margin is None or name == "_features":
-        return kept.retained
-    return torch.cat((kept.retained, kept.margin), dim=1)
+def _restored(state: LayerState, eviction: Eviction | None, name: str, start: int) -> TokenBuffer:
+    """One buffer with the `start` tokens from before the step."""
+    buffer: TokenBuffer = getattr(state, name)
+    if buffer.tensor is None:
+        return buffer
+    if eviction is None:
+        return TokenBuffer(buffer.dim, buffer.tensor.narrow(buffer.dim, 0, start))
+    assert eviction.log is not None
+    logged: Any = eviction.log[BUFFERS.index(name)]
+    available, retained = _available(state, eviction, name), eviction.columns.shape[1]
+    position, count = _position_in(available, start), available.shape[1]
+    missing = position < 0
+    margin = [getattr(state.margin, name)] if count > retained else []
+    # Without merged tokens, which stand behind the retained ones.
+    parts = [buffer.tensor.narrow(buffer.dim, 0, retained), *margin, logged]
+    columns = torch.where(missing, count + missing.cumsum(1) - 1, position)
+    return TokenBuffer(buffer.dim, TokenBuffer(buffer.dim, torch.cat(parts, buffer.dim)).read(columns))
 
 
-def _sources(gradient: Tensor, stored: TokenBuffer, kept: Eviction | None) -> Tensor:
-    """Column before the compression ``[R, M]`` of each column after it; -1 for padding and merged ones."""
-    count = gradient.shape[stored.dim]
-    if kept is None:
+def _available(state: LayerState, eviction: Eviction, name: str) -> Tensor:
+    """Columns ``[R, A]`` before the compression that are still held after it: in the state, then in the margin."""
+    if state.margin is None or eviction.margin is None or name == "features":
+        return eviction.retained
+    return torch.cat((eviction.retained, eviction.margin), dim=1)
+
+
+def _sources(gradient: Tensor, buffer: TokenBuffer, eviction: Eviction | None) -> Tensor:
+    """Column before the compression ``[R, M]`` of each column after it; -1 for padding and merged tokens."""
+    count = gradient.shape[buffer.dim]
+    if eviction is None:
         return torch.arange(count, device=gradient.device).expand(len(gradient), -1)
-    return torch.nn.functional.pad(kept.retained, (0, count - kept.columns.shape[1]), value=-1)
+    return torch.nn.functional.pad(eviction.retained, (0, count - eviction.columns.shape[1]), value=-1)
 
 
-def _places(present: Tensor, before: int) -> Tensor:
-    """Index in `present` (int64 ``[R, A]``) of each of the first `before` columns ``[R, N]``, -1 for a missing one."""
-    rows, count = present.shape
-    target = torch.where((present >= 0) & (present < before), present, before)
-    found = torch.full((rows, before + 1), -1, device=present.device)
-    found.scatter_(1, target, torch.arange(count, device=present.device).expand(rows, -1))
-    return found[:, :before]
+def _position_in(available: Tensor, start: int) -> Tensor:
+    """Index in `available` (int64 ``[R, A]``) of the columns 0 to `start` - 1: ``[R, start]``, -1 for a missing one."""
+    rows, count = available.shape
+    target = torch.where((available >= 0) & (available < start), available, start)
+    found = torch.full((rows, start + 1), -1, device=available.device)
+    found.scatter_(1, target, torch.arange(count, device=available.device).expand(rows, -1))
+    return found[:, :start]
 
 
-def _missing(place: Tensor) -> Tensor:
-    """Columns ``[R, G]`` without a place, ascending; rows with fewer are filled up with others."""
-    missing = place < 0
+def _missing(position: Tensor) -> Tensor:
+    """Columns ``[R, G]`` whose position is -1, ascending; rows with fewer are filled up with other columns."""
+    missing = position < 0
     return torch.sort((~missing).to(torch.int8), dim=1, stable=True).indices[:, : int(missing.sum(1).max())]

@@ -1,4 +1,4 @@
-"""Which positions stay: one file a method. `SELECTION_METHODS` lists them by name."""
+"""Which tokens are retained: one file a method. `SELECTION_METHODS` lists them by name. See README.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keep what has been attended to: accumulated attention mass, mean over heads, nothing else."""
+"""Retain the tokens with the highest accumulated attention score, mean over heads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class AttentionOnly(SelectionMethod):
     Parameters
     ----------
     query_stride : int
-        1: exact attention mass; above: only every so many-th query of a chunk is asked.
+        1: exact attention scores; above: from every stride-th query of a chunk.
     """
 
     def __init__(self, query_stride: int = 1) -> None:
@@ -26,7 +26,7 @@ class AttentionOnly(SelectionMethod):
         self.stride = query_stride
 
     def score(self, candidates: Candidates) -> Tensor:
-        """Accumulated mass."""
+        """Accumulated attention score."""
         assert candidates.attention_scores is not None
         return candidates.attention_scores
 

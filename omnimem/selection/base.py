@@ -1,7 +1,7 @@
-"""The contract of a selection method: which of a layer's positions stay.
+"""The interface of a selection method: which tokens of a layer are retained.
 
-A method is one small class in one file. It declares what it needs (attention mass, probes, hidden states, keys) and
-computes one score per candidate; the memory keeps the best of each modality up to the layer's budget
+A method is one small class in one file. It declares what it needs (attention scores, probes, hidden states, keys) and
+computes one selection score a candidate; the cache retains the highest scores of each modality up to the layer's budget
 (`omnimem.selection.topk`). Only what is declared is computed.
 """
 
@@ -10,40 +10,37 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from omnimem.budget import LayerBudget
 from omnimem.selection.topk import keep_mask
-
-if TYPE_CHECKING:
-    from omnimem.memory.table import TokenMetadata
-
+from omnimem.token_metadata import TokenMetadata
 
 AttentionScoreKind = Literal["heads", "kv_heads", "concat"]
-"""Kinds of attention mass, see `omnimem.memory.attention.attention_scores`."""
+"""How heads are combined, see `omnimem.memory.scores.attention_scores`."""
 
 ProbeScope = Literal["causal", "all", "memory"]
-"""What a probe's softmax goes over, see `omnimem.memory.attention.probe_attention`."""
+"""Keys of a probe's softmax, see `omnimem.memory.scores.probe_attention`."""
 
 PositionIdPolicy = Literal["original", "compact"]
-"""Rotary ids of retained positions: those they came with, or numbered densely anew after every compression."""
+"""Position ids of retained tokens: their original ones, or consecutive ones assigned after every compression."""
 
 
 @dataclass(frozen=True)
 class AttentionScoreSpec:
-    """Attention mass a method wants; the fields are arguments of `omnimem.memory.attention.attention_scores`.
+    """Attention scores a method needs; the fields are arguments of `omnimem.memory.scores.attention_scores`.
 
     Attributes
     ----------
     kind : AttentionScoreKind
         How heads are combined.
     stride : int
-        1: from every query of a chunk; above: from every so many-th (cheaper, approximate).
+        1: from every query of a chunk; above: from every stride-th query (cheaper, approximate).
     window : int or None
-        Only from the last so many queries of a chunk.
+        Only from the last `window` queries of a chunk.
     """
 
     kind: AttentionScoreKind = "heads"
@@ -53,18 +50,18 @@ class AttentionScoreSpec:
 
 @dataclass(frozen=True)
 class Probe:
-    """A text whose attention is measured after every chunk and which then is forgotten.
+    """A text that runs after every chunk, to measure its attention to the stored tokens, and is then removed.
 
     Attributes
     ----------
     text : str
-        What is asked.
+        The text.
     turn : bool
-        Whether the text ends the user's turn and opens the assistant's, as a question does.
+        Whether the text is a question: it ends the user's turn and opens the assistant's.
     attends : ProbeScope
-        What its softmax goes over.
+        Keys of its softmax.
     propagates : bool
-        Whether the probe runs through the model. If not, every layer is shown the token embeddings.
+        Whether its hidden states pass from layer to layer. If not, every layer is given the token embeddings.
     """
 
     text: str
@@ -75,7 +72,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a method may look at: the retained and new positions of one layer, in stored order.
+    """Input of a selection method: the retained and new tokens of one layer, in stored order.
 
     R is the number of rows: one a sample, or under `SelectionMethod.per_head` one a sample and key-value head; G is
     then 1.
@@ -85,21 +82,21 @@ class Candidates:
     layer, layers : int
         Number of the layer, and how many there are.
     budget : LayerBudget
-        Visual and audio positions that will stay.
+        Visual and audio tokens to retain.
     old : int
-        How many of the N were there at the last compression; the others are new.
+        How many of the N tokens were there at the last compression; the others are new.
     values : Tensor
         ``[R, G, N, D]``.
     keys : Tensor or None
         ``[R, G, N, D]`` post-RoPE, if the method `reads_keys`.
-    table : TokenMetadata
-        Index in the stream, rotary position, time, modality, validity of each candidate.
-    mass : Tensor or None
-        ``[R, N]`` accumulated attention mass (float32) if the method declared `mass`.
+    metadata : TokenMetadata
+        Index in the stream, position ids, time, modality, validity of each candidate.
+    attention_scores : Tensor or None
+        ``[R, N]`` accumulated attention scores (float32) if the method declares `attention_scores`.
     probes : tuple of Tensor
         ``[R, N]`` mean attention of each of the method's `probes`.
     features : Tensor or None
-        ``[R, N, F]`` what `SelectionMethod.features` made of the layer's input hidden states.
+        ``[R, N, F]`` what `SelectionMethod.features` computed from the layer's input hidden states.
     """
 
     layer: int
@@ -115,18 +112,18 @@ class Candidates:
 
 
 class MergedTokens(NamedTuple):
-    """Positions a method makes out of others; they count towards the budget.
+    """Tokens that a method merges from others; they count towards the budget.
 
-    Keys are averaged without their rotation and rotated to the new position's id.
+    Keys are averaged without their rotation and rotated to the position id of the merged token.
 
     Attributes
     ----------
     into : Tensor
-        int64 ``[R, N]``: into which of the S new positions a candidate flows, -1 for none.
+        int64 ``[R, N]``: which of the S merged tokens a candidate is merged into, -1 for none.
     weight : Tensor
-        ``[R, N]``: its share; the shares of a new position sum to 1.
-    table : TokenMetadata
-        Facts of the new positions ``[R, S]``; ``index`` is -1 minus that of the first candidate inside.
+        ``[R, N]``: its weight in the mean; the weights of a merged token sum to 1.
+    metadata : TokenMetadata
+        Of the merged tokens ``[R, S]``; ``index`` is -1 minus that of the first candidate merged into it.
     """
 
     into: Tensor
@@ -135,26 +132,26 @@ class MergedTokens(NamedTuple):
 
 
 class SelectionMethod(ABC):
-    """Scores candidates; the highest scores of each modality stay.
+    """Scores candidates; the highest scores of each modality are retained.
 
     Attributes
     ----------
-    mass : AttentionScoreSpec or None
-        Attention mass the method wants.
+    attention_scores : AttentionScoreSpec or None
+        Attention scores the method needs.
     probes : tuple of Probe
-        Texts whose attention to the memory the method wants.
+        Texts whose attention to the stored tokens the method needs.
     stores_features : bool
-        Whether `features` of every position are kept in the memory.
+        Whether `features` of every token are stored.
     reads_keys : bool
-        Whether the post-RoPE keys are wanted.
+        Whether the method needs post-RoPE keys.
     per_head : bool
-        Whether every key-value head keeps its own positions; such a method stores no features.
+        Whether every key-value head retains its own tokens; such a method stores no features.
     keeps_everything : bool
         Whether budgets are ignored.
-    positions : Positions
-        Rotary ids of what stays.
+    position_ids : PositionIdPolicy
+        Position ids of retained tokens.
     differentiable : bool
-        Whether scores are differentiable in what they are computed from.
+        Whether scores have a gradient with respect to what they are computed from.
     """
 
     attention_scores: AttentionScoreSpec | None = None
@@ -168,24 +165,24 @@ class SelectionMethod(ABC):
 
     @abstractmethod
     def score(self, candidates: Candidates) -> Tensor:
-        """Score ``[R, N]`` of every candidate; larger stays, ties go to the more recent."""
+        """Score ``[R, N]`` of every candidate: higher scores are retained, ties go to the more recent token."""
 
     def scores(self, layers: Iterable[Candidates]) -> Iterator[tuple[Candidates, Tensor]]:
-        """Candidates and score of every layer, first layer first; for methods whose layers look at each other."""
+        """Candidates and score of every layer, first layer first; overridden where layers depend on each other."""
         return ((candidates, self.score(candidates)) for candidates in layers)
 
-    def choose(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, MergedTokens | None]:
-        """Turn scores into what stays: bool ``[R, N]``, and what is made of the rest, if anything."""
+    def select(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, MergedTokens | None]:
+        """Retained tokens as a bool mask ``[R, N]``, and tokens merged from the others, if any."""
         return keep_mask(score, candidates.metadata, candidates.budget), None
 
     def accumulate(self, old: Tensor, new: Tensor) -> Tensor:
-        """Combine the mass ``[R, M]`` so far with that of this chunk ``[R, N]``, N ≥ M; the sum unless overridden."""
+        """Combine the attention scores so far ``[R, M]`` with those of this chunk ``[R, N]``, N ≥ M; here their sum."""
         total = new.clone()
         total[:, : old.shape[1]] += old
         return total
 
     def features(self, hidden: Tensor, layer: int) -> Tensor:
-        """What to keep of the layer's input hidden states ``[B, T, C]``."""
+        """Features ``[B, T, F]`` to store of the layer's input hidden states ``[B, T, C]``."""
         raise NotImplementedError(f"{type(self).__name__} stores no features")
 
     def settings(self) -> dict[str, Any]:
@@ -193,10 +190,10 @@ class SelectionMethod(ABC):
         return {}
 
     def recorded(self) -> dict[str, Any]:
-        """What `build_selection` needs besides the name to make the same method: what budget profiles record."""
+        """Options with which `build_selection` makes the same method; budget profiles record them."""
         return {**self.settings(), "position_ids": self.position_ids}
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """Scores are float32 (float64 for float64 models): in bf16 a few percent of a kept set would change."""
+    """Dtype of scores: float32 (float64 for float64 models); in bf16 a few percent of a retained set would change."""
     return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Keep everything: the uncompressed cache, the upper bound every method is measured against."""
+"""Retain everything: the uncompressed cache, the reference for every method."""
 
 from __future__ import annotations
 

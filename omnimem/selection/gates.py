@@ -1,7 +1,7 @@
-"""A soft top-K: gates that say how nearly a candidate is kept, and pass its gradient on (training.md §2).
+"""A soft top-K: gates between 0 and 1 that say how nearly a candidate is retained and pass a gradient to its score.
 
 g_k = sigmoid((x_k − τ)/T) over the candidates of one modality, x = log ψ. The threshold τ moves with all scores, and
-without its gradient dτ/dx_k = w_k = g_k(1 − g_k) / Σ_j g_j(1 − g_j) most of the gain is lost.
+without its gradient dτ/dx_k = w_k = g_k(1 − g_k) / Σ_j g_j(1 − g_j) training loses most of its effect.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from torch import Tensor
 from omnimem.selection.base import compute_dtype
 
 BISECTIONS = 60
-"""Halvings of the interval in which the threshold of the soft form lies: enough for float64."""
+"""Bisection steps for the threshold: enough for float64."""
 
 
 def gates(score: Tensor, member: Tensor, count: int, temperature: float, threshold: str = "boundary") -> Tensor:
-    """Gates of candidates that compete for `count` places.
+    """Gates of candidates of which `count` are retained.
 
     Parameters
     ----------
     score : Tensor
         x ``[R, N]``, in at least float32.
     member : Tensor
-        bool ``[R, N]``: who competes.
+        bool ``[R, N]``: the competing candidates.
     count : int
-        Places K.
+        K.
     temperature : float
         T, above 0.
     threshold : {"boundary", "bisection"}
@@ -34,19 +34,19 @@ def gates(score: Tensor, member: Tensor, count: int, temperature: float, thresho
     Returns
     -------
     Tensor
-        ``[R, N]`` in [0, 1]; 0 outside `member`. In rows with at most K members all are 1, and without places all
-        are 0, without a gradient.
+        ``[R, N]`` in [0, 1]; 0 outside `member`. In rows with at most K members all are 1, and with K = 0 all are
+        0, without a gradient.
     """
     x = score.to(compute_dtype(score)).masked_fill(~member, 0)
     fixed = x.detach()
-    over_budget = member.sum(1, keepdim=True) > count
+    over_count = member.sum(1, keepdim=True) > count
     tau = (_boundary if threshold == "boundary" else _bisected)(fixed, member, count, temperature)
     # softmax of log g(1 − g), which stays finite where g(1 − g) does not.
     u = ((fixed - tau) / temperature).abs()
     weight = (-u - 2 * torch.log1p(torch.exp(-u))).masked_fill(~member, -torch.inf).softmax(1).nan_to_num(0)
     moving = tau + (weight * (x - fixed)).sum(1, keepdim=True)
     gate = torch.sigmoid((x - moving) / temperature)
-    return torch.where(over_budget, gate, torch.ones_like(gate)) * (member & (count > 0))
+    return torch.where(over_count, gate, torch.ones_like(gate)) * (member & (count > 0))
 
 
 def _boundary(x: Tensor, member: Tensor, count: int, temperature: float) -> Tensor:

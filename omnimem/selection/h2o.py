@@ -1,4 +1,4 @@
-"""H2O (arXiv 2306.14048): half of every head's budget for heavy hitters, half for the most recent positions."""
+"""H2O (arXiv 2306.14048): half of every head's budget for heavy hitters, half for the most recent tokens."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class H2O(SelectionMethod):
 
     The score is Σ_q A[q, k] over all chunks, without normalisation by length.
 
-    The mass of a key-value head is the mean over its query heads. Of a budget of C positions of a modality the last
-    ⌈C/2⌉ stay, and the ⌊C/2⌋ heaviest of the others.
+    The score of a key-value head is the mean over its query heads. Of a budget of C tokens of a modality, the last
+    ⌈C/2⌉ are retained, and of the others the ⌊C/2⌋ with the highest scores.
     """
 
     attention_scores = AttentionScoreSpec("kv_heads")
     per_head = True
 
     def score(self, candidates: Candidates) -> Tensor:
-        """Accumulated mass; infinite for the recent half."""
+        """Accumulated attention score; infinite for the recent half."""
         assert candidates.attention_scores is not None
         table, score = candidates.metadata, candidates.attention_scores.clone()
         for name, kind in EVICTABLE.items():

@@ -1,10 +1,10 @@
-"""HERMES (arXiv 2601.14724): layers as a hierarchy of memories, from recency to what questions look at.
+"""HERMES (arXiv 2601.14724): recency in shallow layers, attention of fixed questions in deep layers.
 
-Shallow layers keep what is recent, deep layers what a fixed "global" question looks at, those between a mixture that
-turns with depth; scores are smoothed from deep to shallow, and deep layers keep a mean of what they drop. `hermes`
-runs the questions through the model and smooths position by position; `hermes_released` is what the authors' code
-does: every layer is shown the questions' token embeddings, whose attention is not causal, and scores of two layers
-meet by their place in the cache. Ids are re-numbered after every compression (their "eager" mode).
+Shallow layers retain recent tokens, deep layers those that a fixed "global" question attends to, and layers between
+them a mixture that depends on depth. Scores are smoothed from deep to shallow layers, and deep layers retain the mean
+of the evicted tokens. `hermes` runs the questions through the model and smooths token by token. `hermes_released` does
+what the authors' code does: every layer is given the questions' token embeddings, whose attention is not causal, and
+scores of two layers are matched by column in the cache. Position ids are compacted (their "eager" mode).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from omnimem.modality import EVICTABLE, VISUAL
 from omnimem.selection.base import Candidates, MergedTokens, Probe, SelectionMethod, compute_dtype
-from omnimem.selection.merge import means
+from omnimem.selection.merge import merge_tokens
 from omnimem.selection.topk import keep_mask
 
 LOCAL = "Describe what is happening right now: the objects, the small actions, where things are, what is heard."
@@ -26,7 +26,7 @@ GLOBAL = "Summarise the whole story so far: who appears, what happens in which o
 """The two fixed questions, in our words."""
 
 SHALLOW, DEEP = 0.1, 0.7
-"""Parts of the depth at which the middle layers begin and end."""
+"""Relative depths at which the middle layers begin and end."""
 
 SMOOTHING = {"shallow": 0.1, "middle": 0.3, "deep": 0.4}
 """Weight of the next deeper layer's score."""
@@ -39,7 +39,7 @@ class Hermes(SelectionMethod):
 
     S = (1 − ω)·A + ω·R with attention A of a question and recency R = e^(−kδ), each scaled to [0, 1].
 
-    δ is the age of a position as a part of all media held: 1 for the oldest, 0 for the newest. Shallow layers have
+    δ is the relative age of a media token: 1 for the oldest stored one, 0 for the newest. Shallow layers have
     ω = 1, k = 20; deep ones ω = 0; between, at depth p of the band, ω = 0.75 − 0.6 p and k = 20 − 12 p.
     """
 
@@ -79,14 +79,14 @@ class Hermes(SelectionMethod):
         return zip(held, smoothed, strict=True)
 
     def align(self, here: Candidates, score: Tensor, below: Candidates, deeper: Tensor) -> Tensor:
-        """The deeper layer's score of the same positions; a layer's own where the deeper one does not hold them."""
-        wanted, known = _names(here), _names(below)
+        """The deeper layer's score of the same tokens; the layer's own score where the deeper one has evicted them."""
+        wanted, known = _token_ids(here), _token_ids(below)
         ordered, order = known.sort(dim=1)
         place = torch.searchsorted(ordered, wanted).clamp_max(ordered.shape[1] - 1)
         return torch.where(ordered.gather(1, place) == wanted, deeper.gather(1, order.gather(1, place)), score)
 
-    def choose(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, MergedTokens | None]:
-        """Top scores; in deep layers the mean of what is dropped takes one place of each modality."""
+    def select(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, MergedTokens | None]:
+        """Top scores; in deep layers one token of each modality is the mean of the evicted ones."""
         table, budget = candidates.metadata, candidates.budget
         if band_of(candidates.layer, candidates.layers) != "deep":
             return keep_mask(score, table, budget), None
@@ -96,8 +96,8 @@ class Hermes(SelectionMethod):
         into = torch.full_like(table.index, -1)
         for slot, kind in enumerate(EVICTABLE.values()):
             into[(table.modality == kind) & table.valid & ~keep] = slot
-        merged = means(table, into, torch.ones_like(score), len(EVICTABLE))
-        # A summary stands one id behind all that is kept.
+        merged = merge_tokens(table, into, torch.ones_like(score), len(EVICTABLE))
+        # The merged token has the time id after all retained ones.
         time = table.position_ids[..., 0].masked_fill(~table.valid, 0).amax(1)[:, None] + 1
         position = time[..., None].expand(-1, len(EVICTABLE), 3).clone()
         seen = (merged.metadata.modality == VISUAL)[..., None]
@@ -106,7 +106,7 @@ class Hermes(SelectionMethod):
 
 
 class HermesReleased(Hermes):
-    """As the authors' code: questions are not run through the model and scores are compared by place in the cache."""
+    """As the authors' code: questions do not run through the model, scores of layers are matched by column."""
 
     probes = tuple(replace(probe, attends="all", propagates=False) for probe in Hermes.probes)
 
@@ -135,8 +135,8 @@ def _minmax(values: Tensor, member: Tensor) -> Tensor:
     return ((values - least) / (most - least + EPSILON)).nan_to_num(0)
 
 
-def _names(candidates: Candidates) -> Tensor:
-    """Stream index of every position ``[R, N]``; what is padding has a name of its own."""
+def _token_ids(candidates: Candidates) -> Tensor:
+    """Stream index of every token ``[R, N]``; padding gets unique numbers."""
     table = candidates.metadata
     own = torch.iinfo(torch.int64).max - candidates.layer % 2 * 2**40 - torch.arange(table.index.shape[1])
     return torch.where(table.valid, table.index, own.to(table.index.device))

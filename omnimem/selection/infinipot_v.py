@@ -1,8 +1,8 @@
-"""InfiniPot-V (NeurIPS 2025): temporal redundancy of keys (TaR) and norm of values (VaN); looks at no attention.
+"""InfiniPot-V (NeurIPS 2025): temporal redundancy of keys (TaR) and norm of values (VaN), without attention scores.
 
 `infinipot_v` compares a key with those of the same patch in recent frames. `infinipot_v_released` is what the
-authors' code does after its first compression: each head's survivors are cut into frames by their place in the cache,
-so different patches are compared. (That code also never compresses its last block; here the budget holds.)
+authors' code does after its first compression: each head's retained tokens are split into frames by their column in the
+cache, so different patches are compared. (That code also never compresses its last block; here the budget holds.)
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omnimem.errors import OmniMemError
-from omnimem.memory.table import TokenMetadata
 from omnimem.modality import AUDIO, EVICTABLE
 from omnimem.selection.base import Candidates, SelectionMethod, compute_dtype
 from omnimem.selection.topk import dense_rank, topk_mask
+from omnimem.token_metadata import TokenMetadata
 
 
 class InfiniPotV(SelectionMethod):
     """Part of the budget by temporal novelty of keys, the rest by the norm of values; per KV head.
 
-    The most recent frames come first in that part.
+    The most recent frames have priority in the first part.
 
-    TaR of patch p at time t = −mean over the r most recent frames t' of cos(K(t, p), K(t', p)), post-RoPE. A position
-    of sound is a frame of one patch.
+    TaR of patch p at time t = −mean over the r most recent frames t' of cos(K(t, p), K(t', p)), post-RoPE. An audio
+    token is a frame of one patch.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class InfiniPotV(SelectionMethod):
         self.share, self.recent = share, recent
 
     def score(self, candidates: Candidates) -> Tensor:
-        """Norm of the value; infinite for what the TaR share takes."""
+        """Norm of the value; infinite for tokens retained by TaR."""
         assert candidates.keys is not None
         table, values = candidates.metadata, candidates.values[:, 0]
         keys = F.normalize(candidates.keys[:, 0].to(compute_dtype(values)), dim=-1)
@@ -62,7 +62,7 @@ class InfiniPotV(SelectionMethod):
         return score
 
     def grid(self, table: TokenMetadata, competing: Tensor, kind: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Number of each position's frame ``[R, N]``, frames in a row ``[R]``, number of its patch ``[R, N]``."""
+        """Frame number ``[R, N]`` of each token, number of frames ``[R]``, patch number ``[R, N]`` of each token."""
         frame, frames = dense_rank(table.time.double(), competing)
         if kind == AUDIO:
             return frame, frames, torch.zeros_like(frame)
@@ -75,7 +75,7 @@ class InfiniPotV(SelectionMethod):
 
 
 class InfiniPotVReleased(InfiniPotV):
-    """As the authors' code: frames and patches are told apart by place in the cache, counted from its end."""
+    """As the authors' code: frame and patch numbers follow from the column in the cache, counted from its end."""
 
     def grid(self, table: TokenMetadata, competing: Tensor, kind: int) -> tuple[Tensor, Tensor, Tensor]:
         """As in `InfiniPotV.grid`."""

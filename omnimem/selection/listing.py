@@ -23,7 +23,7 @@ def print_methods() -> None:
 
 
 def default_options(name: str) -> dict[str, Any]:
-    """Options of a method with their defaults, `positions` (the position ids of retained tokens) last."""
+    """Options of a method with their defaults, `position_ids` last."""
     signature = inspect.signature(SELECTION_METHODS[name]).parameters
     defaults = {key: parameter.default for key, parameter in signature.items() if key != "overrides"}
     if "variant" in defaults:

@@ -1,29 +1,29 @@
-"""Positions made of others: which candidates flow into which mean, and where that mean stands."""
+"""Merged tokens: weighted means of candidates, with their metadata."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from omnimem.memory.table import TokenMetadata
 from omnimem.selection.base import MergedTokens
+from omnimem.token_metadata import TokenMetadata
 
 
-def means(table: TokenMetadata, into: Tensor, weight: Tensor, slots: int) -> MergedTokens:
-    """Describe `slots` means of candidates, for `SelectionMethod.choose`.
+def merge_tokens(table: TokenMetadata, into: Tensor, weight: Tensor, slots: int) -> MergedTokens:
+    """Describe `slots` merged tokens, for `SelectionMethod.select`.
 
-    A mean stands at the rounded mean of its members' rotary ids and at their mean time.
+    A merged token has the rounded mean of its members' position ids, and their mean time.
 
     Parameters
     ----------
     table : TokenMetadata
-        Facts of the candidates ``[R, N]``.
+        Metadata of the candidates ``[R, N]``.
     into : Tensor
-        int64 ``[R, N]``: the mean each flows into, -1 for none. Members of a mean have one modality.
+        int64 ``[R, N]``: the slot each candidate is merged into, -1 for none. Members of a slot have one modality.
     weight : Tensor
-        ``[R, N]``: how much each counts, at least 0.
+        ``[R, N]``: weight of each candidate, at least 0.
     slots : int
-        How many means there may be; those without a member are padding.
+        Number of slots; those without a member are padding.
     """
     rows = len(into)
     member = into >= 0
@@ -47,11 +47,11 @@ def means(table: TokenMetadata, into: Tensor, weight: Tensor, slots: int) -> Mer
     kind = torch.zeros_like(count, dtype=table.modality.dtype)
     kind.scatter_reduce_(1, target, table.modality * member, "amax")
     valid = count > 0
-    facts = TokenMetadata(
+    metadata = TokenMetadata(
         index=torch.where(valid, -1 - first, 0),
         position_ids=position.to(table.position_ids.dtype),
         time=mean(table.time).float(),
         modality=kind,
         valid=valid,
     )
-    return MergedTokens(into, weight, facts)
+    return MergedTokens(into, weight, metadata)

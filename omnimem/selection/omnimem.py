@@ -1,12 +1,12 @@
-"""OmniMem: keep what would perturb the model most, ψ = a^λ · (1 − s) (method.md §2).
+"""OmniMem (arXiv 2606.07577): ψ = a^λ · (1 − s), attention score a times dissimilarity 1 − s to neighbouring tokens.
 
-`variant` names a whole setting, because published numbers can only be reconciled when it is named:
+The paper and the released code differ in several switches; `variant` selects all of them at once:
 
 ====================  =====================  ==========================================
 switch                paper                  release
 ====================  =====================  ==========================================
 ``factor``            ``linear``: 1 − s      ``sqrt``: √(1 − s)
-``mass``              ``heads``              ``concat``
+``attention_scores``  ``heads``              ``concat``
 ``accumulation``      ``sum``                ``mean``: (old + new) / 2 at every chunk
 ``neighbours``        ``sequence``           ``sequence``
 ``redundancy``        ``hidden``             ``hidden``
@@ -28,10 +28,10 @@ from omnimem.selection.base import AttentionScoreSpec, Candidates, SelectionMeth
 from omnimem.selection.redundancy import redundancy, sketch
 
 EPSILON = 1e-12
-"""Added inside the logarithms, so that a position nobody attends to still has a finite score."""
+"""Added inside the logarithms, so that a token without attention still has a finite score."""
 
 STEEPEST = 1e-3
-"""1 − s below which the gradient of its logarithm stays the same (training.md §2)."""
+"""1 − s below which the gradient of its logarithm stops growing."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class OmniMemSettings:
 
     Attributes
     ----------
-    lam : float
-        λ, exponent of the attention mass.
+    lambda_ : float
+        λ, exponent of the attention score (`lambda` in recipes and on the command line).
     factor : {"linear", "sqrt"}
         1 − s or √(1 − s).
-    mass : {"heads", "concat"}
+    attention_scores : {"heads", "concat"}
         Mean over heads of their softmax, or one softmax over concatenated heads.
     accumulation : {"mean", "sum", "ema"}
-        How the mass of a retained position meets that of a new chunk.
+        How the attention scores of retained tokens are combined with those of a new chunk.
     ema_decay : float
-        Weight of the old mass under ``ema``.
+        Weight of the old scores under ``ema``.
     neighbours : {"sequence", "modality"}
         Neighbours in the merged sequence or within the same modality.
     redundancy : {"hidden", "sketch", "value", "key"}
@@ -57,8 +57,8 @@ class OmniMemSettings:
     sketch_dim : int
         Numbers in a sketch (8 bit each).
     query_stride : int
-        1: attention mass from every query of a chunk; above: from every so many-th. With 4, kept sets agree to 99.9 %
-        on a trained model (`tests/benchmarks/agreement.py`).
+        1: attention scores from every query of a chunk; above: from every stride-th. With 4, retained sets agree to
+        99.9 % on a trained model (`tests/benchmarks/agreement.py`).
     seed : int
         Seed of the sketch's projection.
     """
@@ -110,7 +110,7 @@ class OmniMem(SelectionMethod):
     def __init__(self, variant: str = "paper", **overrides: Any) -> None:
         self.variant = variant
         self.options = replace(VARIANTS[variant], **overrides)
-        # Without its exponent the mass plays no part, and is not measured.
+        # With λ = 0 attention scores have no effect and are not measured.
         self.attention_scores = (
             AttentionScoreSpec(self.options.attention_scores, self.options.query_stride)
             if self.options.lambda_ > 0
@@ -144,7 +144,7 @@ class OmniMem(SelectionMethod):
         return sketch(hidden, self.options.sketch_dim, layer, self.options.seed)
 
     def accumulate(self, old: Tensor, new: Tensor) -> Tensor:
-        """Sum, mean or exponential average for retained positions; new positions take the new mass."""
+        """Sum, mean or exponential average for retained tokens; new tokens take the new score."""
         weight_old, weight_new = {
             "sum": (1.0, 1.0),
             "mean": (0.5, 0.5),
@@ -160,7 +160,7 @@ class OmniMem(SelectionMethod):
 
 
 def _log_novelty(novelty: Tensor) -> Tensor:
-    """log(1 − s), whose gradient does not grow past that at `STEEPEST`: equal neighbours would have an infinite one."""
+    """log(1 − s) with its gradient bounded at `STEEPEST`: equal neighbours would have an infinite one."""
     value = torch.log(novelty.clamp_min(0) + EPSILON)
     if not novelty.requires_grad:
         return value

@@ -1,4 +1,4 @@
-"""Keep a uniformly random sample of the stream: the baseline that looks at nothing."""
+"""Retain a uniformly random sample of the stream: a baseline that uses no content."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from omnimem.selection.base import Candidates, SelectionMethod
 class Random(SelectionMethod):
     """A uniform random sample of the stream: each token draws one priority from its index, the layer and the seed.
 
-    Keeping the highest priorities is reservoir sampling: whatever the chunking, each position of the stream is
-    as likely to be in memory as any other.
+    Retaining the highest priorities is reservoir sampling: whatever the chunk length, every token of the stream is
+    retained with the same probability.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""How much a position repeats its neighbours: s_k = ½ [cos(H_k, H_k-1) + cos(H_k, H_k+1)] (method.md §2)."""
+"""Similarity of a token to its neighbours: s_k = ½ [cos(H_k, H_k-1) + cos(H_k, H_k+1)] (arXiv 2606.07577)."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from omnimem.modality import EVICTABLE, TEXT
 
 
 def neighbour_similarity(features: Tensor, valid: Tensor) -> Tensor:
-    """Mean cosine similarity of each position with the previous and the next one.
+    """Mean cosine similarity of each token with the previous and the next one.
 
     Parameters
     ----------
     features : Tensor
         ``[B, N, F]`` in stream order.
     valid : Tensor
-        bool ``[B, N]``; padding is skipped over: neighbours are the nearest real positions.
+        bool ``[B, N]``; padding is skipped: neighbours are the nearest real tokens.
 
     Returns
     -------
     Tensor
-        ``[B, N]``; a missing neighbour (first and last position) counts as 1, as in the release, which
-        makes the ends of the stream a little easier to evict.
+        ``[B, N]``; a missing neighbour (first and last token) counts as similarity 1, as in the released code, so the
+        ends of the stream are slightly more likely to be evicted.
     """
     if not bool(valid.all()):
         order = torch.sort((~valid).to(torch.int8), dim=1, stable=True).indices
@@ -65,8 +65,8 @@ def sketch_matrix(dim: int, size: int, layer: int, seed: int) -> Tensor:
 def sketch(hidden: Tensor, size: int, layer: int, seed: int) -> Tensor:
     """8-bit sketch of hidden states: int8 ``[B, T, size]`` whose cosines approximate those of ``[B, T, C]``.
 
-    Cosine similarity does not see scale, so each position is scaled to its own largest coordinate and the scale is
-    not stored.
+    Cosine similarity does not depend on scale, so each token is scaled by its largest coordinate and the scale is not
+    stored.
     """
     projected = hidden.float() @ sketch_matrix(hidden.shape[-1], size, layer, seed).to(hidden.device)
     largest = projected.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

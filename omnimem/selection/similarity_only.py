@@ -1,4 +1,4 @@
-"""Keep what differs from its neighbours: the (1 − s) of ψ = a^λ · (1 − s) by itself (method.md §6, ablations)."""
+"""Retain tokens that differ from their neighbours: the 1 − s of ψ = a^λ · (1 − s) (arXiv 2606.07577, ablations)."""
 
 from __future__ import annotations
 

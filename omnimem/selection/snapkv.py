@@ -1,4 +1,4 @@
-"""SnapKV (arXiv 2404.14469): what the last queries of a chunk look at, and those positions themselves."""
+"""SnapKV (arXiv 2404.14469): the tokens that the last queries of a chunk attend to, and these queries."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class SnapKV(SelectionMethod):
 
     Parameters
     ----------
-    window : int
-        Last queries of a chunk that are observed; the last so many positions always stay.
-    kernel : int
-        Width of the average pooling over positions in stored order (odd).
+    window_size : int
+        Number of last queries of a chunk that are observed; their own tokens are always retained.
+    kernel_size : int
+        Width of the average pooling over tokens in stored order (odd).
     """
 
     per_head = True
@@ -36,18 +36,18 @@ class SnapKV(SelectionMethod):
         self.attention_scores = AttentionScoreSpec("kv_heads", window=window_size)
 
     def score(self, candidates: Candidates) -> Tensor:
-        """Pooled mass of the window's queries (mean over the head's group); infinite inside the window."""
+        """Pooled attention score of the window's queries (mean over the head's group); infinite inside the window."""
         assert candidates.attention_scores is not None
         valid = candidates.metadata.valid
         window = recent_mask(valid, self.window_size)
         return _pooled(candidates.attention_scores, valid & ~window, self.kernel_size).masked_fill(window, torch.inf)
 
     def accumulate(self, old: Tensor, new: Tensor) -> Tensor:
-        """Only the present chunk's window counts."""
+        """Use the scores of the current chunk alone."""
         return new
 
     def settings(self) -> dict[str, Any]:
-        """Window and kernel."""
+        """Window and kernel sizes."""
         return {"window_size": self.window_size, "kernel_size": self.kernel_size}
 
 

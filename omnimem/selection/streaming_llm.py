@@ -1,7 +1,7 @@
-"""StreamingLLM (arXiv 2309.17453): a few sinks at the beginning of the stream, and the most recent positions.
+"""StreamingLLM (arXiv 2309.17453): a few sink tokens at the beginning of the stream, and the most recent tokens.
 
-Retained positions are numbered densely (`position_ids="compact"`), as in the paper: keys are stored without rotation
-and rotated to their place in the cache in every step.
+Position ids are compacted (`position_ids="compact"`), as in the paper: keys are stored without rotation and rotated to
+their position in the cache in every forward pass.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class StreamingLLM(SelectionMethod):
 
     Parameters
     ----------
-    sinks : int
-        Positions at the beginning of the stream that always stay; those that are text stay anyway.
+    num_sink_tokens : int
+        Tokens at the beginning of the stream that are always retained; text among them is retained anyway.
     """
 
     position_ids = "compact"
@@ -32,7 +32,7 @@ class StreamingLLM(SelectionMethod):
         self.num_sink_tokens = num_sink_tokens
 
     def score(self, candidates: Candidates) -> Tensor:
-        """Place in the stream; infinite for sinks."""
+        """Index in the stream; infinite for sinks."""
         index = candidates.metadata.index
         return index.double().masked_fill(index < self.num_sink_tokens, torch.inf)
 

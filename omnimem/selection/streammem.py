@@ -1,9 +1,9 @@
-"""StreamMem (arXiv 2508.15717): what the start of an answer looks at, and one prototype a frame.
+"""StreamMem (arXiv 2508.15717): the tokens that the start of an answer attends to, and one prototype a frame.
 
 The proxy query is the chat template's turn switch (``<|im_end|>`` and the assistant's opening). Where the paper does
-not say: attention is averaged over heads and proxy tokens, keys are averaged without their rotation, a prototype
-stands at its frame's time id and the mean of its height and width ids. Its filter of near-equal input frames and its
-YaRN factor are no part of selection; all methods are fed the same frames.
+not say: attention is averaged over heads and proxy tokens, keys are averaged without their rotation, and a prototype
+has the time id of its frame and the mean of its height and width ids. The paper's filter of similar input frames and
+its YaRN factor are not part of the selection; all methods get the same frames.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from omnimem.modality import VISUAL
 from omnimem.selection.base import Candidates, MergedTokens, Probe, SelectionMethod
-from omnimem.selection.merge import means
+from omnimem.selection.merge import merge_tokens
 from omnimem.selection.topk import dense_rank, keep_mask
 
 
 class StreamMem(SelectionMethod):
     """What the start of an answer attends to, and one attention-weighted mean token a frame.
 
-    Prototypes count towards the visual budget (if there are more frames than places, the newest have one) and compete
-    like any other position from the next chunk on.
+    Prototypes count towards the visual budget (if there are more frames than budget, the newest frames have one) and
+    compete like any other token from the next chunk on.
     """
 
     probes = (Probe("", turn=True, attends="memory"),)
@@ -29,8 +29,8 @@ class StreamMem(SelectionMethod):
         """Mean attention of the proxy query."""
         return candidates.probes[0]
 
-    def choose(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, MergedTokens | None]:
-        """Top scores, and the prototypes of the new frames where something has to go."""
+    def select(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, MergedTokens | None]:
+        """Top scores, and prototypes of the new frames where the visual tokens exceed the budget."""
         table, budget = candidates.metadata, candidates.budget
         visual = (table.modality == VISUAL) & table.valid
         over_budget = visual.sum(1) > budget.visual
@@ -43,5 +43,5 @@ class StreamMem(SelectionMethod):
         if slots == 0:
             return keep_mask(score, table, budget), None
         into = slot.masked_fill(~new | (slot < 0), -1)
-        merged = means(table, into, score, slots)
+        merged = merge_tokens(table, into, score, slots)
         return keep_mask(score, table, budget, {"visual": count}), merged

@@ -1,53 +1,50 @@
-"""From scores to the kept set: the budget's best of each modality, all text, ties to the more recent."""
+"""From scores to the retained set: the highest scores of each modality up to its budget, and all text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from omnimem.budget import LayerBudget
 from omnimem.modality import EVICTABLE, TEXT
-
-if TYPE_CHECKING:
-    from omnimem.memory.table import TokenMetadata
+from omnimem.token_metadata import TokenMetadata
 
 
 def keep_mask(
-    score: Tensor, table: TokenMetadata, budget: LayerBudget, reserved: Mapping[str, Tensor] | None = None
+    score: Tensor, metadata: TokenMetadata, budget: LayerBudget, reserved: Mapping[str, Tensor] | None = None
 ) -> Tensor:
-    """Mark what stays.
+    """Mark the tokens to retain.
 
     Parameters
     ----------
     score : Tensor
-        ``[R, N]``, larger is better.
-    table : TokenMetadata
-        Facts of the same N candidates, in stored order.
+        ``[R, N]``, higher is better; ties go to the more recent token.
+    metadata : TokenMetadata
+        Of the same N candidates, in stored order.
     budget : LayerBudget
-        How many visual and audio positions stay.
+        How many visual and audio tokens are retained.
     reserved : mapping, optional
-        Name of a modality → int64 ``[R]``: how much of its budget each row leaves to positions made anew.
+        Name of a modality → int64 ``[R]``: how much of its budget each row reserves for merged tokens.
 
     Returns
     -------
     Tensor
-        bool ``[R, N]``: all text, and min(budget - reserved, available) positions of each modality.
+        bool ``[R, N]``: all text, and min(budget - reserved, available) tokens of each modality.
     """
-    keep = (table.modality == TEXT) & table.valid
+    keep = (metadata.modality == TEXT) & metadata.valid
     for name, kind in EVICTABLE.items():
-        competing = (table.modality == kind) & table.valid
-        places = getattr(budget, name)
-        left = None if reserved is None or name not in reserved else places - reserved[name]
-        keep |= topk_mask(score, competing, places, left)
+        competing = (metadata.modality == kind) & metadata.valid
+        limit = getattr(budget, name)
+        limits = None if reserved is None or name not in reserved else limit - reserved[name]
+        keep |= topk_mask(score, competing, limit, limits)
     return keep
 
 
 def topk_mask(score: Tensor, competing: Tensor, count: int, counts: Tensor | None = None) -> Tensor:
-    """Mark the `count` (or `counts` ``[R]``, none above it) highest scores among `competing`: bool ``[R, N]``."""
-    # Reversed, then sorted stably: among equal scores the later position comes first on every device.
+    """Mark the `count` highest scores among `competing`, in each row at most `counts` ``[R]``: bool ``[R, N]``."""
+    # Reversed, then sorted stably: among equal scores the later token comes first on every device.
     masked = score.masked_fill(~competing, -torch.inf).flip(1)
     order = masked.sort(dim=1, descending=True, stable=True).indices[:, :count]
     within: bool | Tensor = True
@@ -64,7 +61,7 @@ def recent_mask(member: Tensor, count: int) -> Tensor:
 def dense_rank(values: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
     """Rank of each member's value among the distinct values of its row ``[R, N]``, and how many there are ``[R]``.
 
-    Values must be below 2^40; what stands at columns that are no members means nothing.
+    Values must be below 2^40; ranks of columns that are no members are undefined.
     """
     ordered, order = values.masked_fill(~member, 2**40).sort(dim=1)
     fresh = torch.ones_like(member)

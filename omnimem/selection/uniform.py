@@ -1,7 +1,8 @@
-"""Keep tokens evenly spaced over everything the stream has brought: a baseline that looks at nothing.
+"""Retain tokens evenly spaced over everything seen: a baseline that uses no content.
 
-Sampling the stored tokens evenly at every chunk would not do: what survives is then thinned out again and again, and
-after 40 chunks four fifths of the memory come from the last one. Here each token has one priority for life.
+Sampling the stored tokens evenly at every chunk is not even over the stream: older tokens are thinned out again at
+every chunk, and after 40 chunks four fifths of the cache come from the last one. Here a token's priority never
+changes.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from omnimem.backbones.mel import MelStream
 from omnimem.backbones.qwen3_omni.stream_encoder import sound_positions
 from omnimem.backbones.qwen3_omni.tiny import SPECIAL_TOKENS, build_tiny, tiny_config
 from omnimem.backbones.tiny import tiny_tokenizer
+from omnimem.bptt import ChunkwiseBPTT
 from omnimem.budget import BudgetProfile, ModelFingerprint
 from omnimem.cli import main as omnimem
 from omnimem.errors import OmniMemError
@@ -37,7 +38,6 @@ from omnimem.memory import CompressedCache
 from omnimem.modality import AUDIO, TEXT, VISUAL
 from omnimem.selection import build_selection
 from omnimem.stream import StreamSettings
-from omnimem.tape import ChunkwiseBPTT
 from small_runs import arguments, main, trained_run
 from stock import QUESTION, TOLERANCE, Whole, streamed, whole_clip
 

@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 
 from omnimem.budget import BudgetProfile
 from omnimem.memory import attention_scores
-from omnimem.memory.attention import ATTENTION_NAME, compressed_attention
+from omnimem.memory.attach import ATTENTION_NAME, compressed_attention
 from omnimem.selection import Candidates, OmniMem, build_selection
 from omnimem.selection.redundancy import sketch
 from omnimem.selection.topk import keep_mask
@@ -60,7 +60,7 @@ class Recorder(OmniMem):
     def observe(self, module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The attention function, which also sums the columns of some queries only."""
         memory = kwargs.get("memory")
-        if memory is not None and memory.wants_mass is not None:
+        if memory is not None and memory.observed_scores is not None:
             for method in self.others.values():
                 stride = method.options.query_stride
                 if stride > 1:
@@ -70,7 +70,7 @@ class Recorder(OmniMem):
                     self.sampled[memory.index, stride] = new if old is None else self.accumulate(old, new)
         return compressed_attention(module, query, key, *args, **kwargs)
 
-    def choose(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, None]:
+    def select(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, None]:
         """Keep what is exact; note what the others would have kept of the same."""
         keep = keep_mask(score, candidates.metadata, candidates.budget)
         media = candidates.metadata.modality[0] > 0

@@ -35,12 +35,12 @@ LAYERS, BUDGET, CHUNKS, ASKED = 4, 512, 16, 4
 
 def run(backbone: Any, gradient: str, folder: Path) -> int:
     """One training step; returns the most bytes that were stored at once."""
+    from omnimem.bptt import ChunkwiseBPTT
     from omnimem.budget import BudgetProfile, LayerBudget
     from omnimem.forward import Stream
     from omnimem.memory import CompressedCache, SelectionGradient
-    from omnimem.memory.store import DiskStore
+    from omnimem.memory.offload_store import DiskStore
     from omnimem.selection import build_selection
-    from omnimem.tape import ChunkwiseBPTT
 
     stored = 0
 
@@ -64,7 +64,7 @@ def run(backbone: Any, gradient: str, folder: Path) -> int:
     for number in range(CHUNKS):
         tape.step(chunk(number))
         if number % ASKED == ASKED - 1:
-            tape.ask(lambda number=number: loss(number))
+            tape.add_loss(lambda number=number: loss(number))
     tape.backward()
     return stored
 

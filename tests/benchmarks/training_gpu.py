@@ -24,13 +24,13 @@ from torch import Tensor
 from transformers import Qwen2_5OmniTextConfig, Qwen2_5OmniThinkerTextModel
 
 from omnimem.backbones import ChunkInputs
+from omnimem.bptt import ChunkwiseBPTT
 from omnimem.budget import BudgetProfile, LayerBudget
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache, SelectionGradient, attach
-from omnimem.memory.store import HostStore, Store
+from omnimem.memory.offload_store import HostStore, Store
 from omnimem.modality import AUDIO, VISUAL
 from omnimem.selection import build_selection
-from omnimem.tape import ChunkwiseBPTT
 
 POSITIONS_A_MINUTE, CHUNK, SECONDS_A_CHUNK = 10_500, 1024, 5.85
 SHAPES = {
@@ -120,7 +120,7 @@ def ours(model: Any, positions: int, device: torch.device, budget: int) -> None:
         with cache.scratch():
             return (stream.forward(question, text=True).float().square().mean(),)
 
-    tape.ask(loss)
+    tape.add_loss(loss)
     tape.backward()
 
 

@@ -92,12 +92,12 @@ def step(variant: str, chunks: int) -> dict[str, Any]:
     """One training step over so many chunks."""
     import torch
 
+    from omnimem.bptt import ChunkwiseBPTT
     from omnimem.budget import BudgetProfile, LayerBudget
     from omnimem.forward import Stream
     from omnimem.memory import CompressedCache, SelectionGradient
-    from omnimem.memory.store import DiskStore
+    from omnimem.memory.offload_store import DiskStore
     from omnimem.selection import build_selection
-    from omnimem.tape import ChunkwiseBPTT
 
     backbone = decoder()
     budget = LayerBudget(BUDGET * 5 // 8, BUDGET * 3 // 8)
@@ -140,7 +140,7 @@ def step(variant: str, chunks: int) -> dict[str, Any]:
             for number in range(count):
                 tape.step(chunk(number))
                 if number % 4 == 3:
-                    tape.ask(lambda number=number: loss(number))
+                    tape.add_loss(lambda number=number: loss(number))
             tape.backward()
 
         # What every process pays once (threads, kernels) is paid before.

@@ -16,7 +16,7 @@ MASS_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 SHAPES = pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 13), (8, 8), (7, 29)])
 TILES = pytest.mark.parametrize("tile", [1, 3, 256])
-HEADS = pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+HEADS = pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
 PADDED = pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 BATCH = 3
 

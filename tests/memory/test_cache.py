@@ -273,7 +273,7 @@ def test_bytes_are_flat_and_buffers_stay_put_over_a_twenty_times_longer_stream(m
     # The buffers hold the budget, the text and one chunk, no more; for probing methods the probe behind it.
     probe = 4 if cache.method.probes else 0
     for layer, budget in zip(cache.layers, budgets.layers, strict=True):
-        assert layer._keys.buffer.shape[2] <= 3 + budget.total + 8 + probe
+        assert layer.state.keys.storage.shape[2] <= 3 + budget.total + 8 + probe
 
 
 def test_the_functional_memory_is_as_small(model):

@@ -15,13 +15,14 @@ from clips import WEBB
 from omnimem.backbones import ChunkInputs
 from omnimem.budget import BudgetProfile
 from omnimem.forward import Stream
-from omnimem.memory import CompressedCache, TokenMetadata, attach
-from omnimem.memory.numbering import CompactPositionIds
+from omnimem.memory import CompressedCache, attach
+from omnimem.memory.compact_position_ids import CompactPositionIds
 from omnimem.memory.rotary import Rotary
 from omnimem.modality import AUDIO, TEXT, VISUAL
 from omnimem.selection import build_selection
 from omnimem.selection.base import PositionIdPolicy
 from omnimem.stream import StreamingSession, StreamSettings
+from omnimem.token_metadata import TokenMetadata
 from oracles import (
     WIDTH,
     batch_parts,
@@ -135,7 +136,7 @@ def rotated_by_hand(states: Tensor, ids: list[list[int]], theta: float = 1e4) ->
 
 @torch.no_grad()
 def test_keys_stored_under_original_are_raw_keys_rotated_to_their_ids(model):
-    cache, parts = new_cache(position_ids="original"), stream_parts(SIZES)
+    cache, parts = new_cache(positions="original"), stream_parts(SIZES)
     stream(model, cache, parts)
     raw, table, layer = raw_keys(model, parts), cache.token_metadata(0), cache.layers[0]
     index = table.index[0]
@@ -242,7 +243,7 @@ def test_after_every_chunk_all_layers_are_numbered_by_the_book(model, method, sa
             before[:] = tables
             return super().renumber(tables, batch)
 
-    cache._numbering = Watched()
+    cache._compact_ids = Watched()
     steps = batch_parts(*rows) if samples == 2 else rows[0]
     with torch.no_grad():
         cache.assign_position_ids(
@@ -460,7 +461,7 @@ def test_ids_stay_in_range_over_a_hundred_times_longer_stream(model, method):
 
 @torch.no_grad()
 def test_original_ids_would_have_left_it(model):
-    cache = new_cache(position_ids="original")
+    cache = new_cache(positions="original")
     run(model, cache, text_part(3, 0), text=True)
     for number in range(5):
         step(model, cache, long_part(number))
@@ -552,7 +553,7 @@ def test_questions_leave_no_trace_and_continue_behind_the_memory(model, method, 
     with torch.set_grad_enabled(grad):
         for cache in (asked, untouched):
             stream(model, cache, parts[:4])
-        before, numbers = held(asked), asked._numbering.state()
+        before, numbers = held(asked), asked._compact_ids.state()
         last = [
             max(ids[0] for ids, _ in facts(asked.token_metadata(0), row))
             for row in range(0, len(asked.token_metadata(0).index), len(asked.token_metadata(0).index) // samples)
@@ -572,7 +573,7 @@ def test_questions_leave_no_trace_and_continue_behind_the_memory(model, method, 
                 run(model, asked, ask(asked, samples), text=True)
                 assert asked.token_metadata(0).position_ids[0, -1].tolist() == [last[0] + 6] * 3
             assert same(before, held(asked))
-            assert all(a is b for a, b in zip(numbers, asked._numbering.state(), strict=True))
+            assert all(a is b for a, b in zip(numbers, asked._compact_ids.state(), strict=True))
         for part in parts[4:]:
             ours, theirs = (step(model, cache, part) for cache in (asked, untouched))
             assert torch.equal(ours, theirs)
@@ -685,9 +686,9 @@ def test_gradients_pass_exactly_through_a_compression(model, method, positions, 
     compress = cache.compress
     taken: list[Any] = []
 
-    def noted(replay=None, rewindable=False):
-        taken.append(cache.state())
-        return compress(replay, rewindable)
+    def noted(replay=None, log_evicted=False):
+        taken.append(cache.snapshot())
+        return compress(replay, log_evicted)
 
     cache.compress = noted
     decided = Stream(offline(model), cache).step(parts[1])

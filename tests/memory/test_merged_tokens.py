@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from omnimem.memory import CompressedCache, Eviction, TokenMetadata, attach
+from omnimem.memory import CompressedCache, Eviction, attach
 from omnimem.modality import VISUAL
 from omnimem.selection import build_selection
 from omnimem.selection.base import MergedTokens
+from omnimem.token_metadata import TokenMetadata
 from oracles import batch_parts, profile, stream, stream_parts, text_model
 
 SIZES = [(5, 2), (8, 4), (9, 3), (7, 5)]
@@ -42,15 +43,15 @@ def test_merged_states_are_means_without_rotation(method, positions, samples, gr
     cache: Any = CompressedCache(profile((6, 3), (2, 9), (8, 30)), build_selection(method, position_ids=positions))
     checked = 0
     for layer in cache.layers:
-        take = layer.take
+        apply = layer.apply
 
-        def checking(kept: Eviction | None, score=None, rewindable=False, layer=layer, take=take) -> Eviction | None:
+        def checking(kept: Eviction | None, score=None, log_evicted=False, layer=layer, apply=apply) -> Eviction | None:
             nonlocal checked
             keys, values = layer.rotated_keys().detach().clone(), layer.values.detach().clone()
             ids, stayed = layer.metadata.position_ids, 0 if kept is None else kept.columns.shape[1]
-            taken = take(kept, score, rewindable)
+            applied = apply(kept, score, log_evicted)
             if kept is None or kept.merged is None:
-                return taken
+                return applied
             merged = kept.merged
             for row in range(len(merged.into)):
                 raw = turned(keys[row], ids[row].tolist(), -1)
@@ -65,9 +66,9 @@ def test_merged_states_are_means_without_rotation(method, positions, samples, gr
                     assert (layer.rotated_keys()[row, :, stayed + slot] - key).abs().max() <= 2e-5
                     assert (layer.values[row, :, stayed + slot] - value).abs().max() <= 1e-12
                     checked += 1
-            return taken
+            return applied
 
-        layer.take = checking
+        layer.apply = checking
     with torch.set_grad_enabled(grad):
         stream(model, cache, batch_parts(*rows) if samples == 2 else rows[0])
     assert checked >= 3
@@ -81,7 +82,7 @@ def test_slots_that_no_row_fills_are_left_out():
     kinds = torch.full((2, 4), VISUAL, dtype=torch.int8)
     table = TokenMetadata(-1 - facts, facts[..., None].expand(-1, -1, 3), facts.float(), kinds, valid)
     weight = torch.tensor([[1.0, 0, 0.5, 0.5], [0.25, 0.75, 0, 0]])
-    kept = Eviction.of(torch.tensor([[True, False], [True, True]]), MergedTokens(into, weight, table))
+    kept = Eviction.from_mask(torch.tensor([[True, False], [True, True]]), MergedTokens(into, weight, table))
     assert kept.merged is not None
     assert kept.merged.into.tolist() == [[0, -1, 1, 1], [1, 1, -1, -1]]
     assert torch.equal(kept.merged.weight, weight)
@@ -89,6 +90,8 @@ def test_slots_that_no_row_fills_are_left_out():
     assert kept.merged.metadata.valid.tolist() == [[True, True], [False, True]]
     empty = TokenMetadata(table.index, table.position_ids, table.time, table.modality, torch.zeros_like(valid))
     assert (
-        Eviction.of(torch.ones(2, 2, dtype=torch.bool), MergedTokens(torch.full_like(into, -1), weight, empty)).merged
+        Eviction.from_mask(
+            torch.ones(2, 2, dtype=torch.bool), MergedTokens(torch.full_like(into, -1), weight, empty)
+        ).merged
         is None
     )

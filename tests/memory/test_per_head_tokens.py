@@ -301,7 +301,7 @@ def test_a_functional_memory_returns_to_any_of_its_moments(model, method, option
     parts = stream_parts(SIZES)
     cache = new_cache(method, **options)
     stream(model, cache, parts[:3])
-    moment, before = cache.state(), held(cache)
+    moment, before = cache.snapshot(), held(cache)
     futures = []
     for _ in range(2):
         for part in parts[3:]:

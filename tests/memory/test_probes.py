@@ -12,7 +12,7 @@ from omnimem.backbones import ChunkInputs
 from omnimem.budget import BudgetProfile
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache, attach
-from omnimem.memory.attention import probe_attention
+from omnimem.memory.scores import probe_attention
 from omnimem.selection import Candidates, Probe, SelectionMethod, build_selection
 from oracles import (
     batch_parts,
@@ -94,7 +94,7 @@ def attention_to_stored(query: Tensor, key: Tensor, valid: Tensor | None, scalin
 
 
 @pytest.mark.parametrize("attends", REACHES)
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
 def test_what_a_probe_reaches(attends, heads, groups, padded, dtype):
@@ -207,7 +207,7 @@ def test_a_probe_leaves_no_trace(model, method, grad, samples, length):
         # Room for a probe is made in the buffers once, and stays.
         assert len(set(room)) == 1
         for layer in cache.layers:
-            assert [tuple(one.shape) for one in layer._probed] == [(samples, len(layer.metadata))] * len(probes)
+            assert [tuple(one.shape) for one in layer._probe_scores] == [(samples, len(layer.metadata))] * len(probes)
 
 
 @GRAD
@@ -248,7 +248,7 @@ def test_probed_attention_is_of_use_once(model, method):
     cache = memory(build_selection(method))
     with torch.no_grad():
         stream(model, cache, stream_parts(SIZES))
-    assert [layer._probed for layer in cache.layers] == [[]] * 3
+    assert [layer._probe_scores for layer in cache.layers] == [[]] * 3
 
 
 # ---- the stream asks -------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_a_single_stream_holds_no_padding_and_is_never_masked(model, method, siz
         run(model, cache, parts[0], text=True)
         for number, part in enumerate(parts[1:], start=1):
             step(model, cache, part)
-            assert all(layer.valid is None and bool(layer.metadata.valid.all()) for layer in cache.layers)
+            assert all(layer.step.valid is None and bool(layer.metadata.valid.all()) for layer in cache.layers)
             seen = [sum(size[kind] for size in sizes[:number]) for kind in (0, 1)]
             for length, budget in zip(cache.lengths(), budgets.layers, strict=True):
                 assert length == 3 + min(seen[0], budget.visual) + min(seen[1], budget.audio)

@@ -14,13 +14,14 @@ from torch import Tensor
 from omnimem.budget import LayerBudget
 from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
-from omnimem.memory import SelectionGradient, TokenMetadata, lower_right_attention
+from omnimem.memory import SelectionGradient, lower_right_attention
 from omnimem.memory import margin as margin_module
 from omnimem.memory.margin import Margin
 from omnimem.modality import EVICTABLE, TEXT
 from omnimem.selection import SELECTION_METHODS, Candidates, build_selection
 from omnimem.selection.gates import gates
 from omnimem.selection.topk import topk_mask
+from omnimem.token_metadata import TokenMetadata
 from oracles import (
     batch_parts,
     held,
@@ -364,7 +365,7 @@ def test_the_zero_valued_term_has_the_gradient_of_its_formula(monkeypatch, batch
         return (output.square() * upstream + output.sin()).sum()
 
     output = lower_right_attention(query, key, value, valid, scale)
-    reached = Margin(keys, values, given.gates, gain).reach(output, query, key, valid, scale)
+    reached = Margin(keys, values, given.gates, gain).attach_gradient(output, query, key, valid, scale)
     assert torch.equal(reached, output)
     leaves = [given.gates, query, key, value]
     ours = torch.autograd.grad(loss(reached), leaves, retain_graph=True)
@@ -391,7 +392,7 @@ def test_a_gate_learns_by_how_much_the_output_changes_when_its_position_is_kept(
     scale = 8**-0.5
     upstream = torch.randn(query.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     output = lower_right_attention(query, key, value, None, scale).requires_grad_()
-    reached = Margin(given.keys, given.values, given.gates, 1.0).reach(output, query, key, None, scale)
+    reached = Margin(given.keys, given.values, given.gates, 1.0).attach_gradient(output, query, key, None, scale)
     (slope,) = torch.autograd.grad((reached * upstream).sum(), given.gates)
     for k in range(4):
         # At the very front every query sees it.
@@ -409,7 +410,7 @@ def test_a_position_that_every_query_would_have_looked_at_gives_a_bounded_gradie
     output = lower_right_attention(query, key, value, None, 1.0).requires_grad_()
     for factor, looked_at in ((1e5, 1.0), (-1e5, 0.0)):
         keys = torch.full_like(given.keys, factor)
-        reached = Margin(keys, given.values, given.gates, 1.0).reach(output, query, key, None, 1.0)
+        reached = Margin(keys, given.values, given.gates, 1.0).attach_gradient(output, query, key, None, 1.0)
         (slope,) = torch.autograd.grad(reached.sum(), given.gates)
         whole = (given.values.detach().repeat_interleave(3, 1) - output.detach()).sum()
         assert abs(float(slope - looked_at * whole)) <= 1e-9
@@ -426,7 +427,7 @@ def test_gates_of_half_precision_states_learn_in_float32(dtype):
         )
         gate = given.gates.detach().float().to(torch.promote_types(kind, torch.float32)).requires_grad_()
         output = lower_right_attention(query, key, value, None, scale).requires_grad_()
-        reached = Margin(keys, values, gate, 4.0).reach(output, query, key, None, scale)
+        reached = Margin(keys, values, gate, 4.0).attach_gradient(output, query, key, None, scale)
         (slope,) = torch.autograd.grad(reached.sum(), gate)
         assert slope.dtype == gate.dtype and reached.dtype == kind
         slopes.append(slope.double())
@@ -452,7 +453,7 @@ SURROGATES = [
 
 
 class Surrogate:
-    """`Margin.reach` as an ordinary function whose value does move: o + c·Σ (g − g0)·[σ(s − ℓ)·(v − o)].
+    """`Margin.attach_gradient` as an ordinary function whose value does move: o + c·Σ (g − g0)·[σ(s − ℓ)·(v − o)].
 
     The first stream records g0 and what stands in brackets; later ones, at other weights, use what was recorded.
     """
@@ -460,7 +461,7 @@ class Surrogate:
     def __init__(self, monkeypatch):
         self.recorded: list[tuple[Tensor, Tensor]] = []
         self.place: int | None = None
-        monkeypatch.setattr(Margin, "reach", lambda margin, *states: self(margin, *states))
+        monkeypatch.setattr(Margin, "attach_gradient", lambda margin, *states: self(margin, *states))
 
     def __call__(self, margin: Margin, output: Tensor, query, key, valid, scale) -> Tensor:
         if self.place is None:
@@ -472,7 +473,7 @@ class Surrogate:
         else:
             self.place += 1
             at, change = self.recorded[self.place - 1]
-        return output + margin.gain * torch.einsum("bm,bhqmd->bhqd", margin.gates - at, change)
+        return output + margin.gradient_scale * torch.einsum("bm,bhqmd->bhqd", margin.gates - at, change)
 
     def rewind(self):
         self.place = 0
@@ -522,8 +523,8 @@ def test_the_state_of_a_memory_names_all_that_gradients_flow_through(model, samp
     assert cache.differentiable_state.keys() == {(layer, name) for layer in range(3) for name in names}
     run(model, cache, parts[3])
     for layer in cache.layers:
-        layer.accumulate()
-    before = cache.state()
+        layer.pad_scores()
+    before = cache.snapshot()
     decided = cache.compress()
 
     def opened(*states: Tensor) -> tuple[Tensor, ...]:
@@ -632,7 +633,7 @@ def test_the_margin_holds_the_evicted_positions_nearest_to_being_kept(model, sam
     for part in parts[1:]:
         run(model, cache, part)
         for layer in cache.layers:
-            layer.accumulate()
+            layer.pad_scores()
         before = [layer.candidates() for layer in cache.layers]
         keys = [layer.keys.detach().clone() for layer in cache.layers]
         scores = [cache.method.score(one).detach() for one in before]
@@ -644,7 +645,7 @@ def test_the_margin_holds_the_evicted_positions_nearest_to_being_kept(model, sam
                 continue
             margin = layer.margin
             assert (
-                margin.gain == gradient.gradient_scale
+                margin.gradient_scale == gradient.gradient_scale
                 and not margin.keys.requires_grad
                 and not margin.values.requires_grad
             )
@@ -761,7 +762,7 @@ def test_a_selection_that_no_gradient_can_reach_is_refused(method, options):
 
 @pytest.mark.parametrize("options", [{"variant": "release"}, {"lambda": 0.0}], ids=str)
 def test_a_gradient_through_a_mass_that_has_none_is_refused(options):
-    with pytest.raises(OmniMemError, match=r"takes selection\.lambda above 0 and selection\.attention_scores=heads"):
+    with pytest.raises(OmniMemError, match=r"needs selection\.lambda above 0 and selection\.attention_scores=heads"):
         new_cache(SelectionGradient(through_attention=True), **options)
 
 
@@ -772,7 +773,7 @@ def test_a_gradient_through_a_mass_that_has_none_is_refused(options):
         ({"temperature": -1.0}, "temperature must be above 0"),
         ({"temperature": math.nan}, "temperature must be above 0"),
         ({"margin": 0}, "margin must be at least 1"),
-        ({"gain": -1.0}, "gain must be at least 0"),
+        ({"gradient_scale": -1.0}, "gradient_scale must be at least 0"),
         ({"threshold": "bisect"}, "threshold must be boundary or bisection"),
     ],
     ids=str,

@@ -11,6 +11,7 @@ from torch import Tensor
 from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache, SelectionGradient
+from omnimem.memory.selection_gradient import soft_attention_inputs
 from omnimem.modality import EVICTABLE, TEXT
 from omnimem.selection import build_selection
 from omnimem.selection.gates import gates
@@ -39,7 +40,7 @@ def test_the_memory_holds_the_budget_and_the_margin_and_no_more(model, samples, 
                 assert {k: int((found == kind).sum()) for k, kind in EVICTABLE.items()} == {
                     k: counted[k][row] for k in EVICTABLE
                 }
-    assert any(sum(layer.counts[0][k] for k in EVICTABLE) > layer.budget.total for layer in cache.layers)
+    assert any(sum(layer.token_counts[0][k] for k in EVICTABLE) > layer.budget.total for layer in cache.layers)
 
 
 def test_biases_are_the_logarithms_of_the_gates_summed_over_the_chunks(model):
@@ -50,7 +51,7 @@ def test_biases_are_the_logarithms_of_the_gates_summed_over_the_chunks(model):
     for number, part in enumerate(parts):
         run(model, cache, part, text=number == 0)
         for i, layer in enumerate(cache.layers):
-            layer.accumulate()
+            layer.pad_scores()
             if not layer.over_budget:
                 continue
             candidates = layer.candidates()
@@ -65,9 +66,9 @@ def test_biases_are_the_logarithms_of_the_gates_summed_over_the_chunks(model):
         for i, layer in enumerate(cache.layers):
             for column, index in enumerate(layer.metadata.index[0].tolist()):
                 expected = 0.0 if layer.metadata.modality[0, column] == TEXT else known[i].get(index, 0.0)
-                found = 0.0 if layer.bias is None else layer.bias[0, column].item()
+                found = 0.0 if layer.state.bias is None else layer.state.bias[0, column].item()
                 assert found == pytest.approx(expected, abs=1e-9)
-    assert all(layer.bias is not None and layer.bias.min() < -0.1 for layer in cache.layers)
+    assert all(layer.state.bias is not None and layer.state.bias.min() < -0.1 for layer in cache.layers)
 
 
 @pytest.mark.parametrize("scale", [0.2, 1.0])
@@ -77,10 +78,10 @@ def test_a_biased_product_is_the_product_and_the_bias(model, scale):
     layer: Any = cache.layers[1]
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, 5, 8, generator=generator, dtype=torch.float64)
-    wide_query, wide_key = layer.biased(query, layer.keys, scale)
+    wide_query, wide_key = soft_attention_inputs(layer.state, query, layer.keys, scale)
     assert wide_query.shape[-1] == wide_key.shape[-1] == 16
     for head in range(4):
-        expected = scale * query[0, head] @ layer.keys[0, head // 2].T + layer.bias[0]
+        expected = scale * query[0, head] @ layer.keys[0, head // 2].T + layer.state.bias[0]
         found = scale * wide_query[0, head] @ wide_key[0, head // 2].T
         assert (found - expected).abs().max() <= 1e-12
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omnimem.memory.columns import TILE, TokenBuffer
+from omnimem.memory.token_buffer import TILE, TokenBuffer
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -20,14 +20,14 @@ def test_more_columns_than_a_tile_are_kept_in_place_as_by_a_gather(rows, dim, sh
         size = [rows, *(step if length == -1 else length for length in shape)]
         new = torch.randn(size, generator=generator)
         with torch.no_grad():
-            inplace.append(new, lambda: None)
-        functional.append(new, lambda: None)
+            inplace = inplace.append(new, lambda: None)
+        functional = functional.append(new, lambda: None)
         count = functional.tensor.shape[dim]
         columns = torch.stack([torch.randperm(count, generator=generator)[:kept].sort().values for _ in range(rows)])
         with torch.no_grad():
-            inplace.compact(columns)
-        functional.compact(columns)
-        assert inplace.buffer is not None and functional.buffer is None, "one in place, the other not"
+            inplace = inplace.compact(columns)
+        functional = functional.compact(columns)
+        assert inplace.storage is not None and functional.storage is None, "one in place, the other not"
         assert torch.equal(inplace.tensor, functional.tensor)
         # And both give what indexing gives, row by row.
         everything = new if before is None else torch.cat((before, new), dim)

@@ -34,7 +34,7 @@ from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
 from omnimem.media import Chunk
 from omnimem.memory import CompressedCache, attach, lower_right_attention
-from omnimem.memory.attention import ATTENTION_NAME
+from omnimem.memory.attach import ATTENTION_NAME
 from omnimem.modality import AUDIO, VISUAL
 from omnimem.selection import build_selection
 from omnimem.stream import StreamingSession, StreamSettings

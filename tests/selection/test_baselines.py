@@ -20,7 +20,7 @@ from torch import Tensor
 from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache, attach
-from omnimem.memory.attention import compressed_attention
+from omnimem.memory.attach import compressed_attention
 from omnimem.memory.rotary import Rotary
 from omnimem.modality import AUDIO, TEXT, VISUAL
 from omnimem.selection import SELECTION_METHODS, build_selection
@@ -159,7 +159,7 @@ class Simulated:
         self.budgets, self.method = budgets, method
         self.options = {**DEFAULTS[method], **options}
         self.rows = GROUPS if method in PER_HEAD else 1
-        self.compact = options.get("positions", "compact" if method in REINDEXED else "original") == "compact"
+        self.compact = options.get("position_ids", "compact" if method in REINDEXED else "original") == "compact"
         self.memory = [[[[] for _ in range(self.rows)] for _ in range(batch)] for _ in budgets]
         self.start, self.next, self.shift = [None] * batch, [None] * batch, [None] * batch
 
@@ -729,7 +729,7 @@ def test_recorded_settings_rebuild_the_same_method(method, options):
         ("attention_only", {"query_stride": 0}),
         ("similarity_only", {"redundancy": "hiden"}),
         ("similarity_only", {"neighbours": "modal"}),
-        ("h2o", {"positions": "reindex"}),
+        ("h2o", {"position_ids": "reindex"}),
     ],
     ids=name,
 )
@@ -737,7 +737,7 @@ def test_a_bad_option_is_one_line_that_names_it(method, options):
     with pytest.raises(OmniMemError) as error:
         build_selection(method, **options)
     ((option, value),) = options.items()
-    assert ("position policy" if option == "positions" else option) in str(error.value)
+    assert option in str(error.value)
     assert str(value) in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from clips import ROOT
 from omnimem.budget import LayerBudget
 from omnimem.memory import CompressedCache
-from omnimem.memory.attention import compressed_attention
+from omnimem.memory.attach import compressed_attention
 from omnimem.memory.layer import CompressedLayer
 from omnimem.modality import VISUAL
 from omnimem.selection import build_selection
@@ -40,7 +40,7 @@ def prefilled(method: str, **options) -> CompressedCache:
         for number, layer in enumerate(cache.layers):
             query, key, value = (RECORDED[f"layer{number}.{part}"] for part in ("query", "key", "value"))
             compressed_attention(torch.nn.Identity(), query, *layer.update(key, value), None, memory=layer)
-            layer.accumulate()
+            layer.pad_scores()
     return cache
 
 

@@ -12,12 +12,13 @@ from test_baselines import METHODS as RIVALS
 
 from omnimem.budget import LayerBudget
 from omnimem.errors import OmniMemError
-from omnimem.memory import CompressedCache, TokenMetadata
-from omnimem.memory.attention import compressed_attention
+from omnimem.memory import CompressedCache
+from omnimem.memory.attach import compressed_attention
 from omnimem.modality import AUDIO, TEXT, VISUAL
 from omnimem.selection import SELECTION_METHODS, Candidates, build_selection
 from omnimem.selection.redundancy import sketch
 from omnimem.selection.topk import keep_mask
+from omnimem.token_metadata import TokenMetadata
 from oracles import (
     Position,
     best_of,
@@ -285,13 +286,13 @@ def test_a_still_picture_keeps_its_latest_positions():
     assert keep[0].nonzero().flatten().tolist() == [6, 7, 8]
 
 
-@pytest.mark.parametrize("lambda", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("lambda_", [0.0, 0.02, 1.0])
 @pytest.mark.parametrize("variant", ["paper", "release"])
-def test_scores_are_finite_where_nobody_attends_and_states_repeat_or_vanish(variant, lam):
+def test_scores_are_finite_where_nobody_attends_and_states_repeat_or_vanish(variant, lambda_):
     candidates = random_candidates(visual=9, audio=3, text=2, budget=LayerBudget(3, 1))
     for features in (torch.zeros(1, 14, WIDTH), torch.ones(1, 14, WIDTH), candidates.features):
         changed = Candidates(**{**vars(candidates), "features": features, "attention_scores": torch.zeros(1, 14)})
-        score = build_selection("omnimem", variant=variant, lambda_=lam).score(changed)
+        score = build_selection("omnimem", variant=variant, lambda_=lambda_).score(changed)
         assert score.isfinite().all()
         assert keep_mask(score, changed.metadata, changed.budget).sum() == 3 + 1 + 2
 
@@ -459,7 +460,7 @@ def test_sketches_are_the_same_in_every_run_and_blind_to_scale():
         ("omnimem", {"neighbors": "modality"}, "neighbors", "did you mean 'neighbours'"),
         ("omnimem", {"variant": "relase"}, "relase", "did you mean 'release'"),
         ("random", {"sed": 1}, "sed", "did you mean 'seed'"),
-        ("uniform", {"seed": 1}, "seed", "known: positions"),
+        ("uniform", {"seed": 1}, "seed", "known: position_ids"),
         ("zzz", {}, "zzz", "known: attention_only, full, h2o"),
     ],
 )

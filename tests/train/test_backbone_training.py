@@ -23,16 +23,17 @@ import omnimem.backbones.qwen3_omni.stream_encoder as qwen3_omni_encoder
 import omnimem.backbones.qwen3_vl.stream_encoder as qwen3_vl_encoder
 from omnimem.backbones import Backbone, ChunkInputs, backbone_class, load_backbone
 from omnimem.backbones.vision import Patches
+from omnimem.bptt import ChunkwiseBPTT
 from omnimem.budget import BudgetProfile
 from omnimem.cli import main as omnimem
 from omnimem.forward import Stream
 from omnimem.media import Chunk
-from omnimem.memory import CompressedCache, SelectionGradient, TokenMetadata
-from omnimem.memory.numbering import CompactPositionIds
-from omnimem.memory.store import DiskStore, Store
+from omnimem.memory import CompressedCache, SelectionGradient
+from omnimem.memory.compact_position_ids import CompactPositionIds
+from omnimem.memory.offload_store import DiskStore, Store
 from omnimem.modality import TEXT, VISUAL
 from omnimem.selection import build_selection
-from omnimem.tape import ChunkwiseBPTT
+from omnimem.token_metadata import TokenMetadata
 from small_runs import (
     HALF,
     PLAIN,

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from omnimem.budget import BudgetProfile, LayerBudget
-from omnimem.memory.store import DiskStore, Store
+from omnimem.memory.offload_store import DiskStore, Store
 from small_runs import ROWS, adapter, arguments, main, metrics, trained_run
 from train.budgets import profile_at
 from train.config import load_recipe

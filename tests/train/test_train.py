@@ -29,7 +29,7 @@ from omnimem.budget import BudgetProfile, ModelFingerprint
 from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache
-from omnimem.memory.store import DiskStore
+from omnimem.memory.offload_store import DiskStore
 from omnimem.stream import StreamSettings
 from small_runs import (
     AUDIO,
@@ -412,14 +412,14 @@ class Watched:
                 watched.caches.append(self)
 
         class Recorded(Stream):
-            def step(self, inputs, rewindable=False):
+            def step(self, inputs, log_evicted=False):
                 watched.steps += 1
-                return super().step(inputs, rewindable)
+                return super().step(inputs, log_evicted)
 
             def answer_logits(self, *args):
-                before = self.cache.state()
+                before = self.cache.snapshot()
                 result = super().answer_logits(*args)
-                after = self.cache.state()
+                after = self.cache.snapshot()
                 for one, other in zip(before.layers, after.layers, strict=True):
                     assert all(torch.equal(one[name][0], other[name][0]) for name in ("_keys", "_values"))
                     assert torch.equal(one["table"].index, other["table"].index)

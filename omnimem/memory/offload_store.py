@@ -1,4 +1,4 @@
-"""Where the records of a stream wait until the way back needs them: on the device, in host memory, on disk."""
+"""Where the records of a stream are kept for the backward pass: on the device, in host memory, on disk."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from torch import Tensor
 from omnimem.files import explained_disk_errors
 
 ALIGNMENT = 64
-"""Bytes at whose multiples a tensor begins in a block."""
+"""Bytes to whose multiples tensors are aligned in a block."""
 
 
 class Handle(NamedTuple):
-    """A stored record: what it is like without its tensors, and where they are."""
+    """A stored record: its structure without tensors, and where the tensors are."""
 
     skeleton: Any
     tensors: Any
 
 
 class _Slot(NamedTuple):
-    """The place of a tensor in a skeleton, and of its bytes in the block of a record."""
+    """Stands for a tensor in a skeleton, and says where its bytes are in the block."""
 
     start: int
     shape: torch.Size
@@ -36,22 +36,22 @@ class _Slot(NamedTuple):
 
 
 class Store:
-    """Keeps records as they are; a record is any nesting of tuples, lists, dicts and dataclasses with tensors."""
+    """Keeps records on the device. A record is any nesting of tuples, lists, dicts and dataclasses with tensors."""
 
     def put(self, record: Any) -> Handle:
-        """Store a record and return what `get` takes."""
+        """Store a record and return the handle that `fetch` takes."""
         return Handle(record, None)
 
     def prefetch(self, handle: Handle) -> None:
-        """Say that this record is wanted next."""
+        """Start to load the record that is fetched next."""
 
-    def get(self, handle: Handle) -> Any:
+    def fetch(self, handle: Handle) -> Any:
         """Return a record, once."""
         return handle.skeleton
 
 
 class _BlockStore(Store):
-    """Moves a record as one block of bytes: one copy, and one object however many tensors there are."""
+    """Offloads a record as one block of bytes: one copy and one object, however many tensors it has."""
 
     def put(self, record: Any) -> Handle:
         parts: list[Tensor] = []
@@ -70,10 +70,10 @@ class _BlockStore(Store):
         device = next((part.device for part in parts if part.device.type != "cpu"), torch.device("cpu"))
         block = torch.cat([part.to(device) for part in parts]) if parts else torch.zeros(0, dtype=torch.uint8)
         # Pickled, because thousands of small objects a step would weigh more than some tensors.
-        return Handle(pickle.dumps(skeleton), self._away(block))
+        return Handle(pickle.dumps(skeleton), self._offload(block))
 
-    def get(self, handle: Handle) -> Any:
-        block = self._back(handle.tensors)
+    def fetch(self, handle: Handle) -> Any:
+        block = self._load(handle.tensors)
 
         def tensor(slot: _Slot) -> Tensor:
             size = slot.shape.numel() * slot.dtype.itemsize
@@ -82,16 +82,16 @@ class _BlockStore(Store):
         return _mapped(pickle.loads(handle.skeleton), _Slot, tensor)
 
     @abstractmethod
-    def _away(self, block: Tensor) -> Any:
-        """Put a block away; returns what `_back` takes."""
+    def _offload(self, block: Tensor) -> Any:
+        """Move a block off the device; returns what `_load` takes."""
 
     @abstractmethod
-    def _back(self, kept: Any) -> Tensor:
-        """Fetch a block to where it was."""
+    def _load(self, offloaded: Any) -> Tensor:
+        """Move a block back to its device."""
 
 
 class HostStore(_BlockStore):
-    """Copies records to pinned host memory while the device computes, and fetches the next one early.
+    """Copies records to pinned host memory while the device computes, and prefetches the next one.
 
     Parameters
     ----------
@@ -102,33 +102,33 @@ class HostStore(_BlockStore):
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies = torch.Stream(device)
-        self._early: tuple[Tensor, Tensor] | None = None
+        self._prefetched: tuple[Tensor, Tensor] | None = None
 
-    def _away(self, block: Tensor) -> Tensor:
+    def _offload(self, block: Tensor) -> Tensor:
         host = torch.empty(block.shape, dtype=block.dtype, pin_memory=True)
         self._copies.wait_stream(torch.accelerator.current_stream(self._device))
         with self._copies:
             host.copy_(block, non_blocking=True)
         if block.device.type != "cpu":
-            # Its memory may be used again only when the copy is done.
+            # Its memory may be reused only when the copy is done.
             block.record_stream(self._copies)  # pyright: ignore[reportArgumentType]
         return host
 
     def prefetch(self, handle: Handle) -> None:
-        """Begin to copy a record back."""
-        # Allocated where it will be used: blocks of the copying stream would serve nobody else.
+        """Start to copy a record back to the device."""
+        # Allocated on the computing stream: the allocator does not reuse memory of the copying stream there.
         block = torch.empty(handle.tensors.shape, dtype=torch.uint8, device=self._device)
         self._copies.wait_stream(torch.accelerator.current_stream(self._device))
         with self._copies:
             block.copy_(handle.tensors, non_blocking=True)
         block.record_stream(self._copies)  # pyright: ignore[reportArgumentType]
-        self._early = handle.tensors, block
+        self._prefetched = handle.tensors, block
 
-    def _back(self, kept: Tensor) -> Tensor:
-        if self._early is None or self._early[0] is not kept:
-            self.prefetch(Handle(None, kept))
-        assert self._early is not None
-        (_, block), self._early = self._early, None
+    def _load(self, offloaded: Tensor) -> Tensor:
+        if self._prefetched is None or self._prefetched[0] is not offloaded:
+            self.prefetch(Handle(None, offloaded))
+        assert self._prefetched is not None
+        (_, block), self._prefetched = self._prefetched, None
         torch.accelerator.current_stream(self._device).wait_stream(self._copies)
         return block
 
@@ -139,27 +139,27 @@ class DiskStore(_BlockStore):
     Parameters
     ----------
     folder : Path
-        An existing folder on a disk that has room for the states of a whole stream.
+        An existing folder on a disk with room for the keys and values of a whole stream.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._written = folder, 0
 
-    def _away(self, block: Tensor) -> Path:
+    def _offload(self, block: Tensor) -> Path:
         path = self._folder / f"{self._written}.bin"
         self._written += 1
         with explained_disk_errors(path):
             block.cpu().numpy().tofile(path)
         return path
 
-    def _back(self, kept: Path) -> Tensor:
-        block = torch.from_numpy(np.fromfile(kept, dtype=np.uint8))
-        kept.unlink()
+    def _load(self, offloaded: Path) -> Tensor:
+        block = torch.from_numpy(np.fromfile(offloaded, dtype=np.uint8))
+        offloaded.unlink()
         return block
 
 
 def _mapped(tree: Any, leaf: type, change: Callable[[Any], Any]) -> Any:
-    """The same nesting with every leaf changed."""
+    """The same structure with `change` applied to every leaf."""
     if isinstance(tree, leaf):
         return change(tree)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):

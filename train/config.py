@@ -196,7 +196,7 @@ class Recipe:
 
     recipe: str = ""  # the name or path it came from
     output_dir: str = ""  # empty: runs/<recipe name>
-    resume: bool = True  # continue from the newest checkpoint in output_dir, if there is one
+    resume_from_checkpoint: bool = True  # continue from the newest checkpoint in output_dir, if there is one
     dry_run: bool = False  # print the token, memory and step plan; load no weights
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -192,7 +192,7 @@ def train(
             "epoch": round(schedule.epoch(step + 1), 4),
             "loss": loss_value if math.isfinite(loss_value) else None,
             "distilled": distilled if recipe.distill.weight > 0 else None,
-            "lr": rate * recipe.train.learning_rate,
+            "learning_rate": rate * recipe.train.learning_rate,
             "temperature": None if gradient is None else gradient.temperature,
             "grad_norm": norm if math.isfinite(norm) else None,
             "skipped": not finite,
@@ -244,7 +244,7 @@ def _agreed(found: Any) -> Any:
 
 
 def rate_at(step: int, steps: int, train: TrainConfig) -> float:
-    """Learning rate of a step (0-based) as a part of the peak: linear warm-up, then a cosine to ``min_lr_ratio``."""
+    """Learning rate of a step (0-based) as a part of the peak: linear warm-up, then a cosine to ``min_lr_rate``."""
     warmup = math.ceil(train.warmup_ratio * steps)
     if step < warmup:
         return (step + 1) / warmup

@@ -84,7 +84,7 @@ class Metrics:
         """Show that a step is done: its record on the bar, or as a line."""
         step, kept = record["step"], record["retained"]
         shown = (
-            f"loss {'not finite' if record['loss'] is None else format(record['loss'], '.3f')} lr {record['lr']:.1e} "
+            f"loss {'not finite' if record['loss'] is None else format(record['loss'], '.3f')} lr {record['learning_rate']:.1e} "
             f"kept {kept['visual']:.0f}v+{kept['audio']:.0f}a {record['tokens_per_second']:.0f} tokens/s "
             f"{record['peak_gib']:.2f} GiB"
         )

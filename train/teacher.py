@@ -54,7 +54,7 @@ class TeacherAnswers:
         data = {
             key: value
             for key, value in asdict(recipe.data).items()
-            if key not in ("path", "root", "shuffle", "decode_ahead", "on_bad_row")
+            if key not in ("path", "root", "shuffle", "prefetch_chunks", "on_bad_row")
         }
         assert recipe.distill.cache_dir is not None
         return cls(Path(recipe.distill.cache_dir), {"model": model, "data": data})

@@ -230,7 +230,7 @@ def test_a_job_trains(tmp_path, alone):
 
 @pytest.mark.slow
 def test_a_job_near_its_end_saves_is_queued_again_and_goes_on(tmp_path):
-    """No step is lost and none is made twice; the checkpoint it goes on from is not one of `save_every`."""
+    """No step is lost and none is made twice; the checkpoint it goes on from is not one of `train.save_steps`."""
     env = fake(tmp_path / "fakes")
     args = arguments(tmp_path, "train.optim=sgd", "train.max_steps=5", "train.save_steps=5")
     first = submit(env, *args)

@@ -75,7 +75,7 @@ def test_arguments_override_and_the_last_one_wins(recipe):
             "train.learning_rate=1e-4",
             "train.learning_rate=2e-4",
             "output_dir=out/1e5",
-            "resume=false",
+            "resume_from_checkpoint=false",
             "data.short_side=null",
             "train={num_train_epochs: 2, adam_beta1: 0.8}",
             "finish.media=clip.mp4",
@@ -84,7 +84,7 @@ def test_arguments_override_and_the_last_one_wins(recipe):
     )
     assert (loaded.train.max_steps, loaded.train.learning_rate, loaded.train.num_train_epochs) == (3, 2e-4, 2.0)
     assert loaded.lora.target_modules == ["q_proj", "v_proj"] and loaded.train.adam_beta1 == 0.8
-    assert (loaded.output_dir, loaded.resume, loaded.data.short_side) == ("out/1e5", False, None)
+    assert (loaded.output_dir, loaded.resume_from_checkpoint, loaded.data.short_side) == ("out/1e5", False, None)
     assert loaded.finish.question == "Which one: a=b, or [c]? # not a comment"
     assert loaded.data.time_scale == 2.0 and isinstance(loaded.data.time_scale, float)
 
@@ -148,7 +148,7 @@ def test_recipe_names():
         ("lora.target_modules.0=a", "unknown key lora.target_modules.0; did you mean lora.target_modules?"),
         ("lora.zzz=a", "unknown key lora.zzz; lora has r, lora_alpha, lora_dropout, target_modules"),
         ("zzz=[1", "zzz takes something else, cannot read '[1'"),
-        ("zzz=1", "unknown key zzz; a recipe has recipe, output_dir, resume, dry_run, data,"),
+        ("zzz=1", "unknown key zzz; a recipe has recipe, output_dir, resume_from_checkpoint, dry_run, data,"),
         ("=1", "unknown key ; a recipe has"),
         ("train.max_steps=foo", "train.max_steps takes a whole number or null, got 'foo'"),
         ("train.max_steps=1.5", "train.max_steps takes a whole number or null, got 1.5"),

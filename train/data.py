@@ -22,8 +22,8 @@ from data_prep.prepared_reader import PreparedReader
 from omnimem.backbones import Backbone, StreamEncoder
 from omnimem.errors import OmniMemError
 from omnimem.media import Chunk, MediaInfo
+from omnimem.recipe import DataConfig, TrainConfig
 from omnimem.stream import StreamSettings
-from train.config import DataConfig, TrainConfig
 
 log = logging.getLogger("omnimem.train")
 

@@ -9,8 +9,8 @@ from data_prep.manifest import Row, manifest_fingerprint
 from omnimem.backbones.adapter import ADAPTER_CONFIG, RECIPE_FILE
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, remove_directory
+from omnimem.recipe import Recipe, load_recipe, to_dict
 from train.checkpoint import checkpoints
-from train.config import Recipe, load_recipe, to_dict
 
 DATA_FILE = "data.json"
 

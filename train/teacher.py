@@ -20,7 +20,7 @@ from torch import Tensor
 from omnimem.backbones import TINY
 from omnimem.backbones.adapter import BASE_FOLDER
 from omnimem.files import atomic_file, file_digest
-from train.config import Recipe
+from omnimem.recipe import Recipe
 from train.data import Sample, TokenizedQuestion
 
 LOGITS = "logits"

@@ -19,8 +19,8 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
+from omnimem.recipe import list_recipes
 from small_runs import ROOT, adapter, arguments, environment, free_port, largest_difference, lines, main, metrics
-from train.config import list_recipes
 
 LAUNCH = ROOT / "launch"
 SCRIPT, CONTAINER = LAUNCH / "slurm.sh", LAUNCH / "Containerfile"

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from omnimem.backbones import load_backbone
+from omnimem.recipe import load_recipe
 from small_runs import (
     HALF,
     PLAIN,
@@ -28,7 +29,6 @@ from small_runs import (
     metrics,
     start,
 )
-from train.config import load_recipe
 from train.data import Schedule, load_rows, tokenise
 
 UNEQUAL = [

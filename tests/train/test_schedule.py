@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_prep.manifest import Question, Row
-from train.config import TrainConfig
+from omnimem.recipe import TrainConfig
 from train.data import Sample, Samples, Schedule, tokenise
 
 SHAPES = [

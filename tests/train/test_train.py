@@ -30,6 +30,7 @@ from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache
 from omnimem.memory.store import DiskStore
+from omnimem.recipe import TrainConfig, load_recipe
 from omnimem.stream import StreamSettings
 from small_runs import (
     AUDIO,
@@ -50,7 +51,6 @@ from small_runs import (
     tree,
 )
 from train.checkpoint import checkpoints
-from train.config import TrainConfig, load_recipe
 from train.data import Sample, Schedule, TokenizedQuestion, load_rows, tokenise
 from train.loop import MAX_SKIPPED, rate_at
 from train.objective import StreamObjective
@@ -58,8 +58,8 @@ from train.setup import add_lora, profile_of, selection_of, settings_of
 
 STEPS = 18
 FIELDS = {
-    "step", "epoch", "loss", "learning_rate", "grad_norm", "skipped", "targets", "tokens", "tokens_per_second", "seconds",
-    "retained", "memory_bytes", "peak_gib",
+    "step", "epoch", "loss", "learning_rate", "grad_norm", "skipped", "targets", "tokens", "tokens_per_second",
+    "seconds", "retained", "memory_bytes", "peak_gib",
     "mean_budget", "temperature", "distilled", "retention", "gates",
 }  # fmt: skip
 
@@ -690,7 +690,9 @@ def test_tensorboard_shows_the_metrics_when_installed(trained):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(trained.run / "tensorboard"))
     events.Reload()
-    assert {"train/loss", "train/lr", "train/grad_norm", "train/retained/visual"} <= set(events.Tags()["scalars"])
+    assert {"train/loss", "train/learning_rate", "train/grad_norm", "train/retained/visual"} <= set(
+        events.Tags()["scalars"]
+    )
     shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert shown == [(record["step"], pytest.approx(record["loss"], rel=1e-6)) for record in metrics(trained.run)]
 

@@ -10,9 +10,9 @@ from clips import MEDIA, RABBIT
 from data_prep.manifest import read_manifest
 from data_prep.prepare import prepare
 from data_prep.prepared import PrepareSettings
-from data_prep.stats import count, durations, stats
 from omnimem.cli import main
 from omnimem.errors import OmniMemError
+from train.data_stats import count, durations, stats
 from train.plan import WAITING, StreamPlan
 
 TIMECODE = "speech_burned_in_timecode_42s.mp4"

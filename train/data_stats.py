@@ -22,7 +22,7 @@ from data_prep.manifest import rejected_answers
 from omnimem.backbones import Backbone
 from omnimem.budget import ModelFingerprint
 from omnimem.files import atomic_write_json
-from train.config import FinishConfig, load_recipe
+from omnimem.recipe import FinishConfig, load_recipe
 from train.data import load_rows
 from train.plan import RETAINED, WAITING, StreamPlan, memory_plan, plan_stream
 from train.setup import check_recipe, selection_of, settings_of

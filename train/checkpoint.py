@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_directory, atomic_write_json, remove_directory, sweep
-from train.processes import ParallelStrategy
+from train.parallel import ParallelStrategy
 
 FOLDER = "checkpoints"
 ADAPTER = ".adapter"
@@ -52,14 +52,14 @@ def save_checkpoint(
     step: int,
     accelerator: Accelerator,
     model: PeftModel,
-    processes: ParallelStrategy,
+    strategy: ParallelStrategy,
     profile: BudgetProfile,
     keep: int,
 ) -> Path:
     """Save after `step` optimiser steps and drop all but the newest `keep` checkpoints; every rank calls it."""
     target = output_dir / FOLDER / f"step-{step:08d}"
     random_states = gather_object([_rng_state(accelerator.device)])
-    weights, known = processes.weights(), processes.optimizer_state()
+    weights, known = strategy.weights(), strategy.optimizer_state()
     if accelerator.is_main_process:
         with atomic_directory(target, overwrite=True) as folder:
             save_adapter(folder, model, profile, weights)
@@ -109,7 +109,7 @@ def load_weights(folder: Path, accelerator: Accelerator, model: PeftModel) -> in
         return state["step"]
 
 
-def load_progress(folder: Path, accelerator: Accelerator, processes: ParallelStrategy) -> None:
+def load_progress(folder: Path, accelerator: Accelerator, strategy: ParallelStrategy) -> None:
     """Bring the optimiser's and this rank's random state back.
 
     Raises
@@ -118,7 +118,7 @@ def load_progress(folder: Path, accelerator: Accelerator, processes: ParallelStr
         A file is missing or damaged.
     """
     with _explained(folder):
-        processes.load_optimizer_state(load_file(folder / "optimizer.safetensors"))
+        strategy.load_optimizer_state(load_file(folder / "optimizer.safetensors"))
         _set_rng_state(load_file(folder / f"rng-{accelerator.process_index}.safetensors"), accelerator.device)
 
 

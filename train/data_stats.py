@@ -24,8 +24,9 @@ from omnimem.budget import ModelFingerprint
 from omnimem.files import atomic_write_json
 from omnimem.recipe import FinishConfig, load_recipe
 from train.data import load_rows
-from train.plan import RETAINED, WAITING, StreamPlan, memory_plan, plan_stream
-from train.setup import check_recipe, selection_of, settings_of
+from train.memory_plan import RETAINED, device_bytes, memory_plan
+from train.setup import check_recipe, selection_method, stream_settings
+from train.stream_plan import StreamPlan, plan_stream
 
 HOUR = 3600.0
 
@@ -91,10 +92,9 @@ def stats(
     read = load_rows(settled.data, backbone.supports_audio)
     console = Console(stderr=True)
     rows = track(read.rows, "planning", console=console, disable=not console.is_terminal, transient=True)
-    streams = [plan_stream(row, backbone, settings_of(settled)) for row in rows]
+    streams = [plan_stream(row, backbone, stream_settings(settled)) for row in rows]
     position = bytes_per_position(backbone)  # before the adapter is added below
-    parts = memory_plan(settled, backbone, profile, selection_of(settled), streams)
-    on_device = [size for name, size in parts.items() if WAITING not in name or settled.train.offload == "none"]
+    parts = memory_plan(settled, backbone, profile, selection_method(settled), streams)
     return {
         "manifest": str(manifest),
         "recipe": recipe,
@@ -114,7 +114,7 @@ def stats(
             "full_cache_per_hour": round(_per_hour(sum(s.tokens for s in streams), streams) * position),
             "full_cache_of_longest": max(s.tokens for s in streams) * position,
             "retained": parts[RETAINED] // settled.train.per_device_train_batch_size,
-            "training_step": sum(on_device),
+            "training_step": device_bytes(settled, parts),
             "training_step_parts": parts,
         },
     }

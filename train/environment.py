@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from train.processes import zero_stage
+from train.deepspeed_strategy import zero_stage
 
 PACKAGES = (
     "omnimem", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "omegaconf", "av", "numpy",

@@ -25,8 +25,9 @@ from omnimem.budget import BudgetProfile
 from omnimem.files import atomic_directory, atomic_write_json, remove_directory
 from omnimem.recipe import Recipe
 from train.checkpoint import save_adapter
-from train.data import Samples, load_rows
+from train.data import load_rows
 from train.objective import StreamObjective
+from train.samples import Samples
 
 BEST = "best"
 NUMBERS = "evaluation.json"
@@ -75,9 +76,9 @@ class Evaluation:
         rounds = range(0, len(self.samples), accelerator.num_processes)
         for number in (first + accelerator.process_index for first in rounds):
             # All processes go through equally many streams; what is left over is not counted.
-            outcome = objective([self.samples[number % len(self.samples)]])
+            result = objective([self.samples[number % len(self.samples)]])
             if number < len(self.samples):
-                totals += torch.tensor([outcome.loss.item(), outcome.targets], dtype=torch.float64)
+                totals += torch.tensor([result.loss.item(), result.answer_tokens], dtype=torch.float64)
         objective.model.train(training)
         summed: Any = accelerator.reduce(totals.float().to(accelerator.device), "sum")
         loss, targets = summed.tolist()

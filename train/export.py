@@ -22,10 +22,10 @@ from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_directory
 from omnimem.recipe import Recipe, load_recipe
-from train.card import model_card
 from train.checkpoint import FOLDER as CHECKPOINTS
-from train.host_memory import reset_peak
 from train.merge import Verification, merge_adapter, verify
+from train.model_card import model_card
+from train.peak_memory import reset_peak
 
 log = logging.getLogger("omnimem.train")
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from omnimem.backbones import Backbone
 from omnimem.backbones.adapter import PREFIX, load_adapter, modules_to_save
 from omnimem.errors import OmniMemError
-from train.host_memory import peak_bytes
+from train.peak_memory import peak_bytes
 
 PROBE = "What is seen, what is heard, and what happened first? " * 4
 """Text whose logits are compared."""

@@ -97,7 +97,7 @@ def check_same(run: Path, alone: Path) -> None:
     assert largest_difference(adapter(run), adapter(alone)) <= 1e-6
     assert all(value.abs().max() > 1e-4 for name, value in adapter(run).items() if "lora_B" in name), "it moved"
     (found,), (wanted,) = metrics(run), metrics(alone)
-    assert (found["targets"], found["tokens"]) == (wanted["targets"], wanted["tokens"])
+    assert (found["answer_tokens"], found["tokens"]) == (wanted["answer_tokens"], wanted["tokens"])
     assert json.loads((run / "checkpoints" / "step-00000001" / "state.json").read_text())["processes"] == 2
 
 

@@ -48,10 +48,12 @@ from small_runs import (
     metrics,
     trained_run,
 )
-from train.data import Sample, load_rows, tokenise
+from train.data import load_rows
+from train.memory_plan import memory_plan
 from train.objective import StreamObjective
-from train.plan import memory_plan, plan_stream
-from train.setup import add_lora, check_recipe, profile_of, selection_of, settings_of
+from train.samples import Sample, tokenize_row
+from train.setup import add_lora, budget_profile, check_recipe, selection_method, stream_settings
+from train.stream_plan import plan_stream
 
 TIMECODE = "speech_burned_in_timecode_42s.mp4"
 LONG = {
@@ -112,16 +114,16 @@ class Setup:
     def objective(self, **options: Any) -> StreamObjective:
         learn = bool(self.recipe.lora.modules_to_save)
         return StreamObjective(
-            self.backbone, self.model, self.profile, self.method, self.settings, encoders_learn=learn, **options
+            self.backbone, self.model, self.profile, self.method, self.settings, train_encoders=learn, **options
         )
 
     @property
     def method(self):
-        return selection_of(self.recipe)
+        return selection_method(self.recipe)
 
     @property
     def settings(self):
-        return settings_of(self.recipe)
+        return stream_settings(self.recipe)
 
     @property
     def trained(self) -> dict[str, Tensor]:
@@ -139,13 +141,13 @@ def setup(tmp_path: Path, tiny_of, name: str, *overrides: str, rows: list[dict])
     recipe = load_recipe(arguments(tmp_path, *settings, rows=rows))
     backbone = load_backbone(tiny_of(name), dtype="float64", device="cpu")
     backbone.model.requires_grad_(False)
-    profile = profile_of(recipe, backbone, selection_of(recipe), settings_of(recipe))
+    profile = budget_profile(recipe, backbone, selection_method(recipe), stream_settings(recipe))
     model = add_lora(recipe, backbone)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "lora_B" in parameter_name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
-    samples = [tokenise(row, backbone) for row in load_rows(recipe.data, backbone.supports_audio).rows]
+    samples = [tokenize_row(row, backbone) for row in load_rows(recipe.data, backbone.supports_audio).rows]
     model.train()
     return Setup(recipe, backbone, model, profile, samples)
 
@@ -155,7 +157,7 @@ def plain(one: Setup, sample: Sample, gradient: SelectionGradient | None = None)
     stream = Stream(one.backbone, CompressedCache(one.profile, one.method, gradient))
     reader, encoder = one.settings.open(sample.row.media, one.backbone)
     stream.forward(encoder.prefix(), text=True)
-    losses, waiting = [], list(sample.asked)
+    losses, waiting = [], list(sample.questions)
 
     def ask() -> None:
         asked = waiting.pop(0)
@@ -641,9 +643,9 @@ def test_a_step_holds_what_the_plan_says(tmp_path, monkeypatch, name, more):
     quiet = ("data.audio=false",) if name == "video_salmonn2" else ()
     recipe = load_recipe(arguments(tmp_path, *settings, *quiet, *more, rows=PLANNED))
     skeleton, profile = check_recipe(recipe)
-    streams = [plan_stream(row, skeleton, settings_of(recipe)) for row in load_rows(recipe.data).rows]
+    streams = [plan_stream(row, skeleton, stream_settings(recipe)) for row in load_rows(recipe.data).rows]
     assert (streams[0].text > 0) == (name == "video_salmonn2")
-    parts = memory_plan(recipe, skeleton, profile, selection_of(recipe), streams)
+    parts = memory_plan(recipe, skeleton, profile, selection_method(recipe), streams)
     of_a_step = sum(size for part, size in parts.items() if part not in ("weights", "adapter, gradients, optimizer"))
     assert 0.75 <= of_a_step / measured(recipe, profile, tmp_path, monkeypatch) <= 1.33
 
@@ -654,7 +656,7 @@ def test_planned_text_is_what_stays(tmp_path, timestamps):
     run = trained_run(tmp_path, *settings, "train.max_steps=1", rows=PLANNED)
     recipe = load_recipe(arguments(tmp_path, *settings, rows=PLANNED))
     skeleton, _ = check_recipe(recipe)
-    planned = plan_stream(load_rows(recipe.data, False).rows[0], skeleton, settings_of(recipe)).text
+    planned = plan_stream(load_rows(recipe.data, False).rows[0], skeleton, stream_settings(recipe)).text
     opening = skeleton.text_ids("<|im_start|>user\n").shape[1]
     # The last group is open: its end comes with the question.
     assert metrics(run)[0]["retained"]["text"] - opening == planned - 1

@@ -13,7 +13,8 @@ from data_prep.prepared import PrepareSettings
 from omnimem.cli import main
 from omnimem.errors import OmniMemError
 from train.data_stats import count, durations, stats
-from train.plan import WAITING, StreamPlan
+from train.memory_plan import EVICTED
+from train.stream_plan import StreamPlan
 
 TIMECODE = "speech_burned_in_timecode_42s.mp4"
 
@@ -57,7 +58,7 @@ def test_memory_of_the_clip(tmp_path, tiny):
     features = text.num_hidden_layers * text.hidden_size * 4  # what the selection compares
     assert memory["retained"] == 96 * (position + features)
     parts = memory["training_step_parts"]
-    waiting = [size for name, size in parts.items() if WAITING in name]
+    waiting = [size for name, size in parts.items() if EVICTED in name]
     assert len(waiting) == 1
     assert memory["training_step"] == sum(parts.values()) - sum(waiting)
 
@@ -93,7 +94,7 @@ def test_several_streams_and_rows_left_out(tmp_path):
 def test_what_cannot_be_read_under_the_recipe_is_left_out(tmp_path):
     path = manifest(tmp_path, {"media": RABBIT.name}, {"media": "audio_speech_jfk_11s.flac"})
     found = stats(path, MEDIA, overrides=["data.audio=false"])
-    assert found["rows"]["used"] == 1 and "neither picture nor (wanted) sound" in found["rows"]["left_out"][0]
+    assert found["rows"]["used"] == 1 and "no video and no audio that is read" in found["rows"]["left_out"][0]
 
 
 def test_a_prepared_folder_gives_the_same(tmp_path):

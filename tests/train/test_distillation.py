@@ -12,9 +12,10 @@ from omnimem.memory import CompressedCache
 from omnimem.recipe import DistillConfig, load_recipe
 from omnimem.selection import build_selection
 from small_runs import adapter, arguments, main, metrics, trained_run
-from train.data import load_rows, tokenise
+from train.data import load_rows
 from train.objective import StreamObjective
-from train.setup import add_lora, build_base, load_base, selection_of, settings_of
+from train.samples import tokenize_row
+from train.setup import add_lora, build_tiny_base, load_base, selection_method, stream_settings
 
 AMPLE, SMALL = LayerBudget(2000, 2000), LayerBudget(8, 4)
 
@@ -24,7 +25,7 @@ def bench(tmp_path_factory):
     """A tiny model in float64 whose adapter has been disturbed, and the two clips of the small runs."""
     folder = tmp_path_factory.mktemp("distillation")
     recipe = load_recipe(arguments(folder, "model.dtype=float64"))
-    build_base(recipe, folder / "run")
+    build_tiny_base(recipe, folder / "run")
     backbone = load_base(recipe, folder / "run", torch.device("cpu"))
     model = add_lora(recipe, backbone)
     generator = torch.Generator().manual_seed(0)
@@ -32,7 +33,7 @@ def bench(tmp_path_factory):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    samples = [tokenise(row, backbone) for row in load_rows(recipe.data).rows]
+    samples = [tokenize_row(row, backbone) for row in load_rows(recipe.data).rows]
     return recipe, backbone, model, samples
 
 
@@ -42,8 +43,8 @@ def outcome(bench, budget: LayerBudget, distill: DistillConfig | None, batch: sl
         backbone,
         model,
         BudgetProfile((budget,) * 3),
-        selection_of(recipe),
-        settings_of(recipe),
+        selection_method(recipe),
+        stream_settings(recipe),
         distill=distill,
     )
     return objective(samples[batch])
@@ -61,7 +62,7 @@ def test_a_teacher_that_sees_the_same_has_nothing_to_teach(bench, batch):
     """With room for everything and the same adapter, student and teacher are one, and so is the gradient."""
     plain = outcome(bench, AMPLE, None, batch)
     taught = outcome(bench, AMPLE, DistillConfig(weight=3.0, teacher_adapter=True), batch)
-    assert taught.distilled.abs() <= 1e-10
+    assert taught.distillation_loss.abs() <= 1e-10
     assert abs((taught.loss - plain.loss).item()) <= 1e-10
     for one, other in zip(gradients(bench, plain), gradients(bench, taught), strict=True):
         assert (one - other).abs().max() <= 1e-8
@@ -76,12 +77,12 @@ def test_the_divergence_is_that_of_two_separate_streams(bench, temperature, with
     plain = outcome(bench, SMALL, None)
 
     def answers(method: str, budget: LayerBudget) -> torch.Tensor:
-        reader, encoder = settings_of(recipe).open(sample.row.media, backbone)
+        reader, encoder = stream_settings(recipe).open(sample.row.media, backbone)
         stream = Stream(backbone, CompressedCache(BudgetProfile((budget,) * 3), build_selection(method)))
         stream.forward(encoder.prefix(), text=True)
         for chunk in reader:
             stream.step(encoder.encode(chunk))
-        (asked,) = sample.asked
+        (asked,) = sample.questions
         return stream.answer_logits(encoder.closing(), [asked.question], [asked.answer])[0]
 
     with torch.no_grad():
@@ -94,7 +95,7 @@ def test_the_divergence_is_that_of_two_separate_streams(bench, temperature, with
     p = F.softmax(teacher / temperature, -1)
     q = F.softmax(student / temperature, -1)
     expected = (p * (p.log() - q.log())).sum() * temperature**2
-    assert taught.distilled.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert taught.distillation_loss.item() == pytest.approx(expected.item(), rel=1e-9)
     assert taught.loss.item() == pytest.approx(plain.loss.item() + 0.5 * expected.item(), rel=1e-9)
     assert expected > 1e-6
 
@@ -112,11 +113,11 @@ def test_the_teacher_leaves_the_adapter_as_it_was(bench):
 def test_a_distilled_run_logs_its_divergence_and_learns_otherwise(tmp_path):
     plain = trained_run(tmp_path, out="plain")
     taught = trained_run(tmp_path, "distill.weight=1.0", out="taught")
-    assert [record["distilled"] for record in metrics(plain)] == [None] * 4
-    distilled = [record["distilled"] for record in metrics(taught)]
+    assert [record["distillation_loss"] for record in metrics(plain)] == [None] * 4
+    distilled = [record["distillation_loss"] for record in metrics(taught)]
     assert all(value > 0 for value in distilled)
     first = metrics(taught)[0]
-    assert first["loss"] == pytest.approx(metrics(plain)[0]["loss"] + first["distilled"], rel=1e-5)
+    assert first["loss"] == pytest.approx(metrics(plain)[0]["loss"] + first["distillation_loss"], rel=1e-5)
     assert any(not torch.equal(one, adapter(taught)[name]) for name, one in adapter(plain).items())
 
 
@@ -148,7 +149,7 @@ def test_answers_of_the_teacher_are_given_once(tmp_path, monkeypatch):
     warm = trained_run(tmp_path, *settings, cache, out="warm")
     for run in (cold, warm):
         assert all(torch.equal(value, adapter(run)[name]) for name, value in adapter(none).items())
-        assert [r["distilled"] for r in metrics(run)] == [r["distilled"] for r in metrics(none)]
+        assert [r["distillation_loss"] for r in metrics(run)] == [r["distillation_loss"] for r in metrics(none)]
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "teacher").iterdir()}
 
 

@@ -29,7 +29,9 @@ from small_runs import (
     metrics,
     start,
 )
-from train.data import Schedule, load_rows, tokenise
+from train.data import load_rows
+from train.samples import tokenize_row
+from train.schedule import Schedule
 
 UNEQUAL = [
     *ROWS,
@@ -71,7 +73,7 @@ def test_two_processes_train_what_one_trains(two, one):
     assert max((trained[name] - expected[name]).abs().max().item() for name in expected) <= 1e-6
     assert all(value.any() for name, value in trained.items() if "lora_B" in name)
     for found, wanted in zip(metrics(run), metrics(one), strict=True):
-        for name in ("step", "epoch", "learning_rate", "targets", "tokens", "skipped"):
+        for name in ("step", "epoch", "learning_rate", "answer_tokens", "tokens", "skipped"):
             assert found[name] == wanted[name]
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
         assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-6)
@@ -82,7 +84,7 @@ def test_the_streams_of_the_ranks_were_unequal(two):
     args, _, _ = two
     recipe = load_recipe(args)
     backbone = load_backbone("tiny", device="meta", dtype="float32")
-    samples = [tokenise(row, backbone) for row in load_rows(recipe.data).rows]
+    samples = [tokenize_row(row, backbone) for row in load_rows(recipe.data).rows]
     schedule = Schedule(samples, recipe.train, recipe.data.shuffle, processes=2)
     for step in range(2):
         first, second = (schedule.step(step, rank)[0][0].row.name for rank in (0, 1))
@@ -177,8 +179,8 @@ def test_parameters_are_those_of_one_process(tmp_path, alone, launcher, extra):
     assert json.loads((run / "environment.json").read_text())["distributed"] == kind
     assert all(value.abs().max() > 1e-4 for name, value in adapter(run).items() if "lora_B" in name), "it moved"
     for found, wanted in zip(metrics(run), metrics(alone[extra]), strict=True):
-        assert (found["step"], found["targets"], found["tokens"]) == (
-            wanted["step"], wanted["targets"], wanted["tokens"],
+        assert (found["step"], found["answer_tokens"], found["tokens"]) == (
+            wanted["step"], wanted["answer_tokens"], wanted["tokens"],
         )  # fmt: skip
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
         assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
@@ -217,14 +219,14 @@ def test_every_process_group_waits_as_long_as_the_recipe_says(tmp_path, launcher
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "import train.loop\n"
         "from torch.distributed.distributed_c10d import _world\n"
-        "genuine = train.loop.new_processes\n"
+        "genuine = train.loop.new_strategy\n"
         "def started(*args):\n"
         "    genuine(*args)\n"
         "    backends = [group._get_backend(torch.device('cpu')) for group in _world.pg_map]\n"
         "    seconds = ' '.join(str(backend.options._timeout.total_seconds()) for backend in backends)\n"
         f"    pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(seconds)\n"
         "    sys.exit()\n"
-        "train.loop.new_processes = started\n"
+        "train.loop.new_strategy = started\n"
         f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
     )
     done = configured(launcher, *arguments(tmp_path, *PLAIN, "train.ddp_timeout=4321", rows=UNEQUAL), script=script)

@@ -40,7 +40,7 @@ class Objective:
         (number,) = samples
         assert not self.model.training
         self.run.append(number)
-        return SimpleNamespace(loss=torch.tensor(LOSSES[number]), targets=TARGETS[number])
+        return SimpleNamespace(loss=torch.tensor(LOSSES[number]), answer_tokens=TARGETS[number])
 
 
 def measured(streams: int, processes: int) -> tuple[float, list[list[int]]]:

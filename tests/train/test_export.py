@@ -27,7 +27,7 @@ from omnimem.cli import main as omnimem
 from omnimem.errors import OmniMemError
 from small_runs import MEDIA, RABBIT, ROOT, copy_run, lines, start, trained_run, tree
 from train.export import export_run
-from train.host_memory import peak_bytes, reset_peak
+from train.peak_memory import peak_bytes, reset_peak
 from train.setup import load_base
 
 Stock = Qwen2_5OmniThinkerForConditionalGeneration

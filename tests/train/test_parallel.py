@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from train.processes import ParallelStrategy
+from train.parallel import ParallelStrategy
 
 
 @pytest.mark.parametrize(("limit", "moved"), [(1.0, 1.0), (0.25, 0.25), (20.0, 13.0), (math.inf, 13.0)])
@@ -20,7 +20,7 @@ def test_the_norm_over_all_parameters_is_limited_and_reported_as_it_was(limit, m
     }
     processes = ParallelStrategy(parameters, torch.optim.SGD(parameters.values(), lr=1.0), limit)
     parameters["a"].grad, parameters["b"].grad = torch.tensor([3.0, -4.0]), torch.tensor([12.0])  # norm 13; c has none
-    assert processes.step(wanted=True) == pytest.approx(13.0)
+    assert processes.step(apply=True) == pytest.approx(13.0)
     step = torch.cat([parameters["a"].detach(), parameters["b"].detach()])
     assert step.norm().item() == pytest.approx(moved, rel=1e-5)
     assert torch.allclose(step / step.norm(), -torch.tensor([3.0, -4.0, 12.0]) / 13)

@@ -13,8 +13,9 @@ from omnimem.cli import main as omnimem
 from omnimem.recipe import load_recipe
 from small_runs import ROWS, adapter, arguments, main, metrics, trained_run
 from train.data import load_rows
-from train.plan import memory_plan, plan_stream
-from train.setup import check_recipe, selection_of, settings_of
+from train.memory_plan import memory_plan
+from train.setup import check_recipe, selection_method, stream_settings
+from train.stream_plan import plan_stream
 
 pytest.importorskip("bitsandbytes")
 QLORA = "model.load_in_4bit=true"
@@ -72,7 +73,7 @@ def test_evaluation_says_which_weights_it_used(tmp_path, caplog):
     held_out = f"eval.path={tmp_path / 'data.jsonl'}", f"eval.root={arguments(tmp_path)[2].split('=')[1]}"
     with caplog.at_level("INFO", "omnimem.train"):
         trained_run(tmp_path, QLORA, *held_out, "train.max_steps=1", rows=ROWS[:1])
-    assert any("held-out" in message and "nf4" in message for message in caplog.messages)
+    assert any("held-out" in message and "NF4" in message for message in caplog.messages)
 
 
 def test_the_plan_counts_four_bits(tmp_path):
@@ -80,8 +81,8 @@ def test_the_plan_counts_four_bits(tmp_path):
     for load_in_4bit in (False, True):
         recipe = load_recipe(arguments(tmp_path, f"model.load_in_4bit={load_in_4bit}"))
         skeleton, profile = check_recipe(recipe)
-        streams = [plan_stream(row, skeleton, settings_of(recipe)) for row in load_rows(recipe.data).rows]
-        parts[load_in_4bit] = memory_plan(recipe, skeleton, profile, selection_of(recipe), streams)["weights"]
+        streams = [plan_stream(row, skeleton, stream_settings(recipe)) for row in load_rows(recipe.data).rows]
+        parts[load_in_4bit] = memory_plan(recipe, skeleton, profile, selection_method(recipe), streams)["weights"]
     skeleton, _ = check_recipe(recipe)
     projections = sum(p.numel() for p in skeleton.language_model.layers.parameters() if p.ndim == 2)
     assert parts[False] - parts[True] == pytest.approx(projections * (4 - 0.516), rel=1e-3)

@@ -40,7 +40,7 @@ def test_every_recipe_parses_and_can_be_planned(name, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     assert main([f"recipe={name}", "dry_run=true"]) == 0
     shown = capsys.readouterr().out
-    assert "optimiser steps" in shown and "activations" in shown
+    assert "optimizer steps" in shown and "activations" in shown
     assert not list(tmp_path.iterdir())
 
 

@@ -40,7 +40,7 @@ def test_a_run_says_once_how_many_are_not_trained_on(tmp_path, caplog):
     args = arguments(tmp_path, "dry_run=true", rows=with_rejected("A blue one.", "A dog."))
     assert main(args) == 0
     (line,) = [line for line in caplog.messages if "rejected" in line]
-    assert "2 rejected answers are not trained on" in line and "data.jsonl" in line
+    assert "2 rejected answers are ignored" in line and "data.jsonl" in line
     caplog.clear()
     assert main(arguments(tmp_path, "dry_run=true", rows=ROWS)) == 0
     assert not [line for line in caplog.messages if "rejected" in line]

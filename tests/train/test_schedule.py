@@ -9,7 +9,8 @@ import torch
 
 from data_prep.manifest import Question, Row
 from omnimem.recipe import TrainConfig
-from train.data import Sample, Samples, Schedule, tokenise
+from train.samples import Sample, Samples, tokenize_row
+from train.schedule import Schedule
 
 SHAPES = [
     # rows, batch, accumulation, processes, seed
@@ -68,7 +69,7 @@ def test_one_permutation_is_drawn_an_epoch(permutations):
     made = schedule([Sample(row(i), ()) for i in range(64)], 2, 2, 2, 0)
     assert made.samples_per_step == 8
     for step in range(8):
-        made.targets(step)
+        made.answer_tokens(step)
         for rank in range(2):
             made.step(step, rank)
     assert permutations == [64]
@@ -78,10 +79,10 @@ def test_steps_across_two_epochs_draw_each_of_them_once(permutations):
     made = schedule([Sample(row(i), ()) for i in range(60)], 7, 1, 2, 0)
     steps = 13  # 182 samples: the fourth epoch has begun
     for step in range(steps):
-        made.targets(step)
+        made.answer_tokens(step)
         for rank in range(2):
             made.step(step, rank)
-        made.targets(step)
+        made.answer_tokens(step)
     assert permutations == [60] * 4
 
 
@@ -102,16 +103,16 @@ def test_rows_are_tokenised_when_a_step_needs_them(tiny, monkeypatch):
     made = schedule(Samples(rows, tiny), 2, 2, 2, 0)
     assert len(made.samples) == 40 and made.steps == 20 and made.epoch(5) == 1.0
     assert not answers, "nothing is tokenised before the first step"
-    targets = made.targets(0)
+    targets = made.answer_tokens(0)
     numbers = [expected_number(i, 40, 0) for i in range(8)]
     assert sorted(answers) == sorted(q.answer for n in numbers for q in rows[n].questions)
     assert targets == sum(genuine(tiny, q.answer).shape[1] for n in numbers for q in rows[n].questions)
 
     answers.clear()
     found = [sample for rank in range(2) for one in made.step(0, rank) for sample in one]
-    assert not answers, "what a step has counted it does not tokenise again"
+    assert not answers, "what a step has counted it does not tokenize_row again"
     assert [sample.row for sample in found] == [rows[n] for n in numbers]
     for sample, number in zip(found, numbers, strict=True):
-        for ours, theirs in zip(sample.asked, tokenise(rows[number], tiny).asked, strict=True):
+        for ours, theirs in zip(sample.questions, tokenize_row(rows[number], tiny).questions, strict=True):
             assert torch.equal(ours.question, theirs.question) and torch.equal(ours.answer, theirs.answer)
             assert ours.time == theirs.time

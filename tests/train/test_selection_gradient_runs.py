@@ -14,7 +14,7 @@ from omnimem.memory.store import DiskStore, Store
 from omnimem.recipe import load_recipe
 from small_runs import ROWS, adapter, arguments, main, metrics, trained_run
 from train.budgets import profile_at
-from train.setup import gradient_of, store_of
+from train.setup import offload_store, selection_gradient
 
 TAUGHT, HARD = "selection.gradient=straight_through", "selection.gradient=none"
 
@@ -57,7 +57,7 @@ def test_records_are_offloaded_to_where_the_recipe_says(tmp_path):
     kinds = {"none": Store, "disk": DiskStore, "host": Store}
     for place, kind in kinds.items():
         accelerator = Accelerator(cpu=True)
-        assert type(store_of(recipe_of(tmp_path, f"train.offload={place}"), tmp_path, accelerator)) is kind
+        assert type(offload_store(recipe_of(tmp_path, f"train.offload={place}"), tmp_path, accelerator)) is kind
 
 
 def test_gradients_end_where_they_are_told_to(tmp_path):
@@ -109,7 +109,7 @@ def test_temperatures_go_from_start_to_end(tmp_path, schedule):
     )
     found = []
     for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
-        gradient = gradient_of(recipe, progress)
+        gradient = selection_gradient(recipe, progress)
         assert gradient is not None
         found.append(gradient.temperature)
     assert found[0] == pytest.approx(1.0) and found[-1] == pytest.approx(0.01)

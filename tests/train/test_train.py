@@ -51,16 +51,18 @@ from small_runs import (
     tree,
 )
 from train.checkpoint import checkpoints
-from train.data import Sample, Schedule, TokenizedQuestion, load_rows, tokenise
+from train.data import load_rows
 from train.loop import MAX_SKIPPED, rate_at
 from train.objective import StreamObjective
-from train.setup import add_lora, profile_of, selection_of, settings_of
+from train.samples import Sample, TokenizedQuestion, tokenize_row
+from train.schedule import Schedule
+from train.setup import add_lora, budget_profile, selection_method, stream_settings
 
 STEPS = 18
 FIELDS = {
-    "step", "epoch", "loss", "learning_rate", "grad_norm", "skipped", "targets", "tokens", "tokens_per_second",
+    "step", "epoch", "loss", "learning_rate", "grad_norm", "skipped", "answer_tokens", "tokens", "tokens_per_second",
     "seconds", "retained", "memory_bytes", "peak_gib",
-    "mean_budget", "temperature", "distilled", "retention", "gates",
+    "mean_budget", "temperature", "distillation_loss", "retention", "gates",
 }  # fmt: skip
 
 
@@ -111,7 +113,7 @@ def test_a_run_leaves_what_is_needed_to_use_and_to_repeat_it(trained):
 
     profile = BudgetProfile.load(trained.run / "budget_profile.json")
     assert [(layer.visual, layer.audio) for layer in profile.layers] == [(VISUAL, AUDIO)] * 3
-    assert profile.selection == {"method": "omnimem", **selection_of(recipe).recorded()}
+    assert profile.selection == {"method": "omnimem", **selection_method(recipe).recorded()}
     assert profile.selection["variant"] == "paper"
     assert profile.stream["chunk_seconds"] == 2.0 and profile.stream["fps"] == 1.0 and profile.stream["audio"] is True
     assert profile.model == ModelFingerprint("qwen2_5_omni_text", 3, 2, 16)
@@ -183,8 +185,8 @@ class Bench:
         self.recipe = load_recipe(arguments(folder, "model.dtype=float64", *overrides, rows=rows))
         self.backbone = load_backbone("tiny", backbone="qwen2_5_omni", dtype="float64", device="cpu")
         self.backbone.model.requires_grad_(False)
-        self.method, self.settings = selection_of(self.recipe), settings_of(self.recipe)
-        self.profile = profile_of(self.recipe, self.backbone, self.method, self.settings)
+        self.method, self.settings = selection_method(self.recipe), stream_settings(self.recipe)
+        self.profile = budget_profile(self.recipe, self.backbone, self.method, self.settings)
         self.model = add_lora(self.recipe, self.backbone)
         generator = torch.Generator().manual_seed(1)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -193,7 +195,7 @@ class Bench:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.1)
         self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.model.train()
-        self.samples = [tokenise(row, self.backbone) for row in load_rows(self.recipe.data).rows]
+        self.samples = [tokenize_row(row, self.backbone) for row in load_rows(self.recipe.data).rows]
 
     def reset(self) -> None:
         with torch.no_grad():
@@ -207,7 +209,7 @@ class Bench:
         """Mean loss and its gradient as the loop takes them: summed over batches, divided by all answer tokens."""
         self.model.zero_grad(set_to_none=True)
         objective, total = self.objective(**options), 0.0
-        targets = sum(sample.targets for batch in batches for sample in batch)
+        targets = sum(sample.answer_tokens for batch in batches for sample in batch)
         torch.manual_seed(7)
         for batch in batches:
             outcome = objective(batch)
@@ -273,7 +275,7 @@ def plain_gradients(bench: Bench, sample: Sample, row: dict[str, Any]) -> tuple[
     bench.model.zero_grad(set_to_none=True)
     stream = Stream(bench.backbone, CompressedCache(bench.profile, bench.method))
     reader, encoder = replace(bench.settings, audio=row.get("audio", True)).open(sample.row.media, bench.backbone)
-    losses, waiting = [], list(sample.asked)
+    losses, waiting = [], list(sample.questions)
 
     def ask(asked: TokenizedQuestion) -> None:
         logits, targets = stream.answer_logits(encoder.closing(), [asked.question], [asked.answer])
@@ -297,8 +299,8 @@ def test_the_gradient_is_that_of_plain_autograd(bench, number):
     sample = bench.samples[number]
     loss, expected = plain_gradients(bench, sample, UNEQUAL[number])
     value, found = bench.gradients([[sample]])
-    assert value * sample.targets == pytest.approx(loss, rel=1e-12)
-    assert distance({name: p * sample.targets for name, p in found.items()}, expected) <= 1e-6
+    assert value * sample.answer_tokens == pytest.approx(loss, rel=1e-12)
+    assert distance({name: p * sample.answer_tokens for name, p in found.items()}, expected) <= 1e-6
 
 
 def test_dropout_falls_alike_on_both_ways_wherever_records_wait(bench, tmp_path):
@@ -361,7 +363,7 @@ def test_loss_is_the_mean_over_all_answer_tokens(bench):
         by_hand = [answers_by_hand(bench, s, row) for s, row in zip(bench.samples, UNEQUAL, strict=True)]
         for answers, sample in zip(by_hand, bench.samples, strict=True):
             outcome = bench.objective()([sample])
-            assert outcome.targets == sample.targets == sum(length for _, length in answers)
+            assert outcome.answer_tokens == sample.answer_tokens == sum(length for _, length in answers)
             assert outcome.loss.item() == pytest.approx(sum(nll for nll, _ in answers), rel=1e-12)
         nll = sum(nll for answers in by_hand for nll, _ in answers)
         count = sum(length for answers in by_hand for _, length in answers)
@@ -380,17 +382,17 @@ def test_the_loop_logs_the_mean_over_the_answer_tokens_of_a_step(trained, tmp_pa
     recipe = load_recipe(arguments(tmp_path, "train.per_device_train_batch_size=2", "train.max_steps=1"))
     run = trained_run(tmp_path, "train.per_device_train_batch_size=2", "train.max_steps=1")
     backbone = load_backbone(run / "base", dtype="float32", device="cpu")
-    method, settings = selection_of(recipe), settings_of(recipe)
-    profile = profile_of(recipe, backbone, method, settings)
+    method, settings = selection_method(recipe), stream_settings(recipe)
+    profile = budget_profile(recipe, backbone, method, settings)
     objective = StreamObjective(backbone, backbone.model, profile, method, settings)
     total = count = 0
     with torch.no_grad():
         for row in load_rows(recipe.data).rows:
-            sample = tokenise(row, backbone)
+            sample = tokenize_row(row, backbone)
             total += objective([sample]).loss.item()
-            count += sample.targets
+            count += sample.answer_tokens
     (record,) = metrics(run)
-    assert record["targets"] == count
+    assert record["answer_tokens"] == count
     assert record["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
@@ -433,8 +435,8 @@ class Watched:
 
 
 def with_times(sample: Sample, *times: float | None) -> Sample:
-    asked = sample.asked[0]
-    return replace(sample, asked=tuple(replace(asked, time=time) for time in times))
+    asked = sample.questions[0]
+    return replace(sample, questions=tuple(replace(asked, time=time) for time in times))
 
 
 def test_a_question_is_asked_after_its_chunk_and_leaves_no_trace(bench, monkeypatch):
@@ -460,7 +462,7 @@ def test_questions_of_a_batch_are_asked_in_their_own_streams_time(bench, monkeyp
     watched = Watched(monkeypatch)
     together = bench.objective()(pairs)
     assert together.loss.item() == pytest.approx(sum(alone), rel=1e-12)
-    assert together.targets == sum(sample.targets for sample in pairs)
+    assert together.answer_tokens == sum(sample.answer_tokens for sample in pairs)
     # 1 s after chunk 1; 3 s with 4 s, then 4 s, after chunk 2; 6 s after chunk 3; the ends after chunk 4.
     assert [steps for steps, _ in watched.asked] == [1, 2, 2, 3, 4]
 
@@ -521,7 +523,7 @@ def test_the_same_samples_in_the_same_step_on_any_number_of_ranks():
     two = schedule(5, gradient_accumulation_steps=2, processes=2)
     for step in range(10):
         assert names(one.step(step, 0)) == names(two.step(step, 0)) + names(two.step(step, 1))
-        assert one.targets(step) == two.targets(step)
+        assert one.answer_tokens(step) == two.answer_tokens(step)
 
 
 def test_steps_follow_from_epochs_unless_given():
@@ -585,7 +587,7 @@ def test_a_run_of_them_ends_the_training_with_one_line(tmp_path, monkeypatch, ca
     assert main(arguments(tmp_path, "train.max_steps=20", "train.save_steps=100")) != 0
     shown = lines(capsys.readouterr().err)
     assert "Traceback" not in " ".join(shown)
-    assert len([line for line in shown if f"{MAX_SKIPPED} steps in a row" in line]) == 1
+    assert len([line for line in shown if f"{MAX_SKIPPED} consecutive steps" in line]) == 1
     assert shown[-1].startswith("train: ") and (FLOWER in shown[-1] or RABBIT in shown[-1])
     # Step 1 and four skipped ones; the fifth in a row ends the run.
     assert [record["skipped"] for record in metrics(tmp_path / "run")] == [False] + [True] * (MAX_SKIPPED - 1)
@@ -613,7 +615,7 @@ def test_a_dry_run_plans_without_weights_and_writes_nothing(tmp_path, monkeypatc
     assert tree(tmp_path) == before and not (tmp_path / "job" / "run").exists()
     shown = capsys.readouterr().out
     assert FLOWER in shown and RABBIT in shown
-    assert "4 optimiser steps" in shown and "2.00 epochs" in shown
+    assert "4 optimizer steps" in shown and "2.00 epochs" in shown
     assert "24 positions a layer" in shown and "weights" in shown and "sum" in shown
 
 
@@ -660,7 +662,7 @@ def test_a_log_file_gets_a_line_every_few_steps(tmp_path, capsys, caplog):
     records = {record["step"]: record for record in metrics(run)}
     assert list(records) == [2, 4, 5]
     for line, (step, record) in zip(shown, records.items(), strict=True):
-        learned = f"step {step}/5 loss {record['loss']:.3f} lr 3.0e-04 kept {VISUAL}v+{AUDIO}a"
+        learned = f"step {step}/5 loss {record['loss']:.3f} lr 3.0e-04 retained {VISUAL}v+{AUDIO}a"
         spent = f"{record['tokens_per_second']:.0f} tokens/s {record['peak_gib']:.2f} GiB"
         assert re.fullmatch(rf"{re.escape(f'{learned} {spent}')} eta 0:0\d:\d\d", line), line
     assert shown[-1].endswith("eta 0:00:00")
@@ -679,7 +681,7 @@ def test_a_terminal_gets_a_bar(tmp_path, monkeypatch, caplog):
         text = os.read(reader, 100_000).decode()
     os.close(reader)
     assert "\rtrain:  67%| 2/3 [" in text
-    assert "loss not finite lr 1.0e-03 kept 80v+16a 1234 tokens/s 0.91 GiB]" in text
+    assert "loss not finite lr 1.0e-03 retained 80v+16a 1234 tokens/s 0.91 GiB]" in text
     assert not caplog.messages
 
 
@@ -843,9 +845,9 @@ def test_training_ends_at_once_when_all_steps_are_done(trained, tmp_path):
 
 def test_settings_of_a_recipe_reach_the_reader(tmp_path):
     recipe = load_recipe(arguments(tmp_path, "data.fps=2", "data.audio=false", "data.max_seconds=4"))
-    assert settings_of(recipe) == StreamSettings(fps=2.0, chunk_seconds=2.0, audio=False, max_seconds=4.0)
+    assert stream_settings(recipe) == StreamSettings(fps=2.0, chunk_seconds=2.0, audio=False, max_seconds=4.0)
     with pytest.raises(OmniMemError, match="multiple of 2"):
-        settings_of(load_recipe(arguments(tmp_path, "data.chunk_seconds=5"))).open(
+        stream_settings(load_recipe(arguments(tmp_path, "data.chunk_seconds=5"))).open(
             load_rows(recipe.data).rows[0].media, load_backbone("tiny", device="meta", dtype="float32")
         )
 

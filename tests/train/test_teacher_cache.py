@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from data_prep.manifest import Row
-from train.data import Sample, TokenizedQuestion
-from train.teacher import TeacherAnswers
+from train.samples import Sample, TokenizedQuestion
+from train.teacher_cache import TeacherCache
 
 SETTINGS = {"model": {"path": "tiny"}, "data": {"fps": 1.0}}
 
@@ -28,18 +28,18 @@ def sample(tmp_path) -> Sample:
     return Sample(row, (TokenizedQuestion(ids(1, 2), ids(3, 4, 5), 2.0), TokenizedQuestion(ids(6), ids(7, 8), None)))
 
 
-def saved(folder: Path, sample: Sample) -> tuple[TeacherAnswers, list[torch.Tensor]]:
+def saved(folder: Path, sample: Sample) -> tuple[TeacherCache, list[torch.Tensor]]:
     """Both answers of a sample, given after one another, as in training."""
-    logits = [torch.randn(len(asked.answer), 11) for asked in sample.asked]
-    answers = TeacherAnswers(folder / "teacher", SETTINGS)
-    for asked, given in zip(sample.asked, logits, strict=True):
+    logits = [torch.randn(len(asked.answer), 11) for asked in sample.questions]
+    answers = TeacherCache(folder / "teacher", SETTINGS)
+    for asked, given in zip(sample.questions, logits, strict=True):
         answers.save([sample], [asked], given)
     return answers, logits
 
 
 def changed(sample: Sample, **fields) -> Sample:
     """The sample with another first question."""
-    return Sample(sample.row, (replace(sample.asked[0], **fields), sample.asked[1]))
+    return Sample(sample.row, (replace(sample.questions[0], **fields), sample.questions[1]))
 
 
 def test_the_same_questions_are_found_in_another_run_and_place(sample, tmp_path):
@@ -49,9 +49,9 @@ def test_the_same_questions_are_found_in_another_run_and_place(sample, tmp_path)
     row = replace(sample.row, media=moved / "a.mp4", sound=moved / "b.wav", line=7, name="a.mp4")
     row.media.write_bytes(sample.row.media.read_bytes())
     row.sound.write_bytes(sample.row.sound.read_bytes())
-    found = TeacherAnswers(tmp_path / "teacher", SETTINGS).load([Sample(row, sample.asked)])
+    found = TeacherCache(tmp_path / "teacher", SETTINGS).load([Sample(row, sample.questions)])
     assert found is not None
-    for asked, given in zip(sample.asked, logits, strict=True):
+    for asked, given in zip(sample.questions, logits, strict=True):
         assert torch.equal(found[asked], given)
 
 
@@ -73,22 +73,22 @@ def test_another_clip_or_sound_is_not_known(sample, tmp_path, what):
         "no sound file": {"sound": None},
         "not heard": {"audio": False},
     }[what]
-    assert answers.load([Sample(replace(sample.row, **other), sample.asked)]) is None
+    assert answers.load([Sample(replace(sample.row, **other), sample.questions)]) is None
 
 
 @pytest.mark.parametrize("settings", [{**SETTINGS, "model": {"path": "7b"}}, {**SETTINGS, "data": {"fps": 2.0}}])
 def test_another_model_or_way_of_reading_is_not_known(sample, tmp_path, settings):
     saved(tmp_path, sample)
-    assert TeacherAnswers(tmp_path / "teacher", settings).load([sample]) is None
+    assert TeacherCache(tmp_path / "teacher", settings).load([sample]) is None
 
 
 def test_a_batch_is_known_only_as_a_whole_and_each_stream_has_its_own(sample, tmp_path):
     other = Sample(replace(sample.row, sound=None), (TokenizedQuestion(ids(1), ids(2, 3), 1.0),))
-    answers = TeacherAnswers(tmp_path / "teacher", SETTINGS)
+    answers = TeacherCache(tmp_path / "teacher", SETTINGS)
     logits = torch.randn(5, 11)
-    answers.save([sample, other], [sample.asked[0], other.asked[0]], logits)
+    answers.save([sample, other], [sample.questions[0], other.questions[0]], logits)
     assert answers.load([sample, other]) is None, "the second question of the first stream has no answer yet"
-    answers.save([sample, other], [sample.asked[1], None], torch.zeros(2, 11))
+    answers.save([sample, other], [sample.questions[1], None], torch.zeros(2, 11))
     found = answers.load([sample, other])
     assert found is not None
-    assert torch.equal(found[sample.asked[0]], logits[:3]) and torch.equal(found[other.asked[0]], logits[3:])
+    assert torch.equal(found[sample.questions[0]], logits[:3]) and torch.equal(found[other.questions[0]], logits[3:])

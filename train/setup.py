@@ -26,7 +26,7 @@ from omnimem.recipe import Recipe
 from omnimem.selection import SelectionMethod, build_selection, options_of
 from omnimem.stream import StreamSettings
 from omnimem.tape import Truncation
-from train.checkpoint import RECORDS
+from train.checkpoint import EVICTED
 from train.objective import StreamObjective
 from train.parallel import ParallelStrategy
 from train.teacher_cache import TeacherCache
@@ -202,7 +202,7 @@ def selection_gradient(recipe: Recipe, progress: float) -> SelectionGradient | N
 def offload_store(recipe: Recipe, output_dir: Path, accelerator: Accelerator) -> Store:
     """Store of evicted tokens for the backward pass; on the CPU, device and host memory are the same."""
     if recipe.train.offload == "disk":
-        folder = output_dir / RECORDS / str(accelerator.process_index)
+        folder = output_dir / EVICTED / str(accelerator.process_index)
         folder.mkdir(parents=True, exist_ok=True)
         return DiskStore(folder)
     if recipe.train.offload == "none" or accelerator.device.type == "cpu":

@@ -121,7 +121,7 @@ def test_command_line(tmp_path, capsys):
     target = tmp_path / "stats.json"
     assert main(["data", "stats", "quickstart", "data.chunk_seconds=2", "--json", str(target)]) == 0
     shown = capsys.readouterr().out
-    for words in ("6 streams, 13 questions", "visual tokens an hour", "full cache, an hour", "sum on the device"):
+    for words in ("6 streams, 13 questions", "visual tokens per hour", "full cache, per hour", "sum on the device"):
         assert words in shown
     assert json.loads(target.read_text())["chunk_seconds"] == 2
     assert main(["data", "stats", "quickstart", "--recipe", "quickstart", "data.fps=2"]) == 0

@@ -100,7 +100,7 @@ def test_profile_and_model_card_are_there(run, export):
     assert profile == BudgetProfile.load(run / "budget_profile.json")
     card = (export / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n") and "base_model: " in card and "library_name: transformers" in card
-    assert "24 positions a layer (20 visual + 4 audio)" in card and "`float32`" not in card.split("---")[1]
+    assert "24 tokens per layer (20 visual + 4 audio)" in card and "`float32`" not in card.split("---")[1]
     assert "StreamingSession.from_pretrained" in card and '"omnimem"' in card
     assert {path.suffix for path in export.iterdir()} <= {".safetensors", ".json", ".jinja", ".md", ".txt"}
 

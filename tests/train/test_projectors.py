@@ -106,7 +106,7 @@ def test_a_run_with_projectors_resumes_to_the_same_bits(tmp_path):
 def test_an_unknown_projector_is_one_line(tmp_path, capsys):
     assert main(arguments(tmp_path, "lora.modules_to_save=[qformer]")) == 2
     error = capsys.readouterr().err
-    assert "lora.modules_to_save: 'qformer' is none of visual, audio" in error and error.count("\n") == 1
+    assert "lora.modules_to_save: 'qformer' must be one of visual, audio" in error and error.count("\n") == 1
 
 
 def test_a_base_whose_projectors_change_does_not_teach(tmp_path, capsys):

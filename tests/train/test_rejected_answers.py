@@ -59,6 +59,6 @@ def test_stats_count_them(tmp_path):
         found = stats(str(write_manifest(tmp_path / f"{name}.jsonl", rows)), MEDIA)
         console = Console(file=io.StringIO(), width=200)
         print_stats(found, console)
-        said = "1 rejected answers, which nothing trains on" in console.file.getvalue()
+        said = "1 rejected answers, which training ignores" in console.file.getvalue()
         shown[name] = found["rows"]["rejected"], said
     assert shown == {"with": (1, True), "without": (0, False)}

@@ -69,4 +69,4 @@ with StopRequest() as stop:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
                           preexec_fn=before, capture_output=True, text=True)  # fmt: skip
     assert (done.returncode, done.stdout) == (-number, ""), done.stderr
-    assert "again to stop at once" in done.stderr
+    assert "a second signal stops at once" in done.stderr

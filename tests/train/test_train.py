@@ -616,7 +616,7 @@ def test_a_dry_run_plans_without_weights_and_writes_nothing(tmp_path, monkeypatc
     shown = capsys.readouterr().out
     assert FLOWER in shown and RABBIT in shown
     assert "4 optimizer steps" in shown and "2.00 epochs" in shown
-    assert "24 positions a layer" in shown and "weights" in shown and "sum" in shown
+    assert "24 tokens per layer" in shown and "weights" in shown and "sum" in shown
 
 
 def test_a_dry_run_counts_what_the_run_streams(trained, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Recipes: one source of defaults, key=value on top, and one line for every mistake."""
+"""Recipes: one source of defaults, key=value overrides, and one line for every mistake."""
 
 import dataclasses
 import random

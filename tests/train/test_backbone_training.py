@@ -79,7 +79,7 @@ CHUNKED = {
     "llava_onevision": (),
     "qwen3_vl": (),
 }
-"""Its sound is read in segments of 30 s; others have four chunks of the shorter clip."""
+"""Its audio is encoded in segments of 30 s; the other models have four chunks of the shorter clip."""
 
 MERGERS = {
     "video_salmonn2": "lora.modules_to_save=[visual,audio]",
@@ -103,7 +103,7 @@ def tiny_of(tmp_path_factory) -> Any:
 
 @dataclass
 class Setup:
-    """A model with an adapter that is not zero, and what it is trained on."""
+    """A model with an adapter that is not zero, and its training samples."""
 
     recipe: Recipe
     backbone: Backbone
@@ -153,7 +153,7 @@ def setup(tmp_path: Path, tiny_of, name: str, *overrides: str, rows: list[dict])
 
 
 def plain(one: Setup, sample: Sample, gradient: SelectionGradient | None = None) -> Tensor:
-    """The loss of one stream with the graph of everything, encoders included."""
+    """Loss of one stream with a full autograd graph, encoders included."""
     stream = Stream(one.backbone, CompressedCache(one.profile, one.method, gradient))
     reader, encoder = one.settings.open(sample.row.media, one.backbone)
     stream.forward(encoder.prefix(), text=True)
@@ -181,13 +181,13 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], limit: f
         assert (found[name] - one).abs().max() <= limit * max(own, 1e-6 * scale), name
 
 
-# ---- the way back ----------------------------------------------------------------------------------------------------
+# ---- backward pass ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trained", [DECODER, EVERYTHING])
 @pytest.mark.parametrize("name", list(MERGERS))
-def test_gradients_are_those_of_plain_autograd(tmp_path, tiny_of, name, trained):
-    """Through embeddings and deepstack maps, replayed from disk or, where they learn, encoded again."""
+def test_gradients_equal_plain_autograd(tmp_path, tiny_of, name, trained):
+    """Through embeddings and deepstack maps, read from disk or, if they are trained, recomputed."""
     overrides = (MERGERS[name],) if trained == EVERYTHING else ()
     one = setup(tmp_path, tiny_of, name, *overrides, rows=[LONG if name == "video_salmonn2" else SHORT])
     loss = plain(one, one.samples[0])
@@ -209,8 +209,8 @@ def test_gradients_are_those_of_plain_autograd(tmp_path, tiny_of, name, trained)
             assert any(part in key and one.abs().max() > 1e-3 for key, one in expected.items()), part
 
 
-def test_sound_that_waits_for_a_later_chunk_teaches_its_connector(tmp_path, tiny_of):
-    """A group of pictures is open where a chunk ends; its sound comes with the next one, or with the question."""
+def test_audio_that_is_encoded_with_a_later_chunk_trains_its_connector(tmp_path, tiny_of):
+    """A group of frames spans two chunks; its audio is encoded with the second one, or with the question."""
     one = setup(tmp_path, tiny_of, "video_salmonn2", MERGERS["video_salmonn2"], "data.timestamps=4", rows=[LONG])
     plain(one, one.samples[0]).backward()
     expected = one.gradients()
@@ -219,7 +219,7 @@ def test_sound_that_waits_for_a_later_chunk_teaches_its_connector(tmp_path, tiny
 
 
 @pytest.mark.parametrize("form", ["straight_through", "soft"])
-def test_the_selection_learns_where_chunks_bring_deepstack(tmp_path, tiny_of, form):
+def test_the_selection_receives_gradients_with_deepstack_chunks(tmp_path, tiny_of, form):
     one = setup(tmp_path, tiny_of, "video_salmonn2", rows=[LONG])
     gradient = SelectionGradient(form)
     plain(one, one.samples[0], gradient).backward()
@@ -233,7 +233,7 @@ def test_the_selection_learns_where_chunks_bring_deepstack(tmp_path, tiny_of, fo
 
 
 def test_encoders_have_no_dropout(tmp_path, tiny_of):
-    """That of the Q-Former would fall otherwise when its chunk is encoded again, and is nothing inference knows."""
+    """Dropout of the Q-Former would differ when its chunk is recomputed, and inference has none."""
     one = setup(tmp_path, tiny_of, "video_salmonn2", MERGERS["video_salmonn2"], rows=[LONG])
     dropouts = [m for m in one.backbone.model.model.audio.modules() if isinstance(m, torch.nn.Dropout)]
     assert any(module.p > 0 for module in dropouts)
@@ -243,7 +243,7 @@ def test_encoders_have_no_dropout(tmp_path, tiny_of):
     assert torch.equal(one.objective()(one.samples).loss, losses[0])
 
 
-def test_records_keep_deepstack_and_fractional_ids(tmp_path):
+def test_the_offload_store_keeps_deepstack_and_fractional_ids(tmp_path):
     generator = torch.Generator().manual_seed(0)
     inputs = ChunkInputs(
         embeds=torch.randn(2, 5, 8, generator=generator).bfloat16(),
@@ -274,7 +274,7 @@ def test_records_keep_deepstack_and_fractional_ids(tmp_path):
         ("llava_onevision", [SEEN, SHORT]),
     ],
 )
-def test_streams_side_by_side_train_as_each_alone(tmp_path, tiny_of, name, rows):
+def test_a_batch_trains_like_its_streams_alone(tmp_path, tiny_of, name, rows):
     more = (MERGERS[name],)
     one = setup(tmp_path, tiny_of, name, *more, rows=rows)
     objective = one.objective()
@@ -289,7 +289,7 @@ def test_streams_side_by_side_train_as_each_alone(tmp_path, tiny_of, name, rows)
     assert_equal(one.gradients(), expected, 1e-5)
 
 
-def test_a_sample_that_waits_brings_no_deepstack(tiny_of):
+def test_padding_of_an_ended_stream_has_no_deepstack(tiny_of):
     backbone = load_backbone(tiny_of("video_salmonn2"), dtype="float32", device="cpu")
     brings = ChunkInputs(
         embeds=torch.zeros(1, 2, 64), position_ids=torch.zeros(3, 1, 2, dtype=torch.int64),
@@ -322,7 +322,7 @@ RUN = ("model.backbone=video_salmonn2", *CHUNKED["video_salmonn2"])
     ],
     ids=["taught", "soft", "projectors", "compact"],
 )
-def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, more):
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, more):
     settings = [*RUN, "train.max_steps=2", "train.save_steps=1", *(one for one in more if one != "eval")]
     if "eval" in more:
         settings += [f"eval.path={tmp_path / 'data.jsonl'}", f"eval.root={arguments(tmp_path)[2].split('=')[1]}"]
@@ -340,7 +340,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, more):
     assert "eval" not in more or all(record["eval_loss"] > 0 for record in metrics(whole))
 
 
-def test_the_quantised_recipe_trains_and_exports_into_full_precision(tmp_path, capsys):
+def test_the_quantized_recipe_trains_and_exports_into_full_precision(tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     out = tmp_path / "out"
     settings = ("model.name_or_path=tiny", "train.max_steps=2", "data.max_seconds=6", "lora.r=4", "lora.lora_alpha=8")
@@ -360,7 +360,7 @@ def test_the_quantised_recipe_trains_and_exports_into_full_precision(tmp_path, c
 
 
 @pytest.mark.parametrize("name", ["video_salmonn2", "qwen3_omni"])
-def test_nothing_but_projections_of_the_decoder_is_quantised(tiny_of, name):
+def test_only_projections_of_the_decoder_are_quantized(tiny_of, name):
     pytest.importorskip("bitsandbytes")
     quantised = load_backbone(tiny_of(name), dtype="float32", device="cpu", load_in_4bit=True)
     linear = [name for name, module in quantised.model.named_modules() if type(module).__name__ == "Linear4bit"]
@@ -385,8 +385,8 @@ UNEQUAL = {"video_salmonn2": [LONG, HEARD, SEEN, SHORT], "qwen3_omni": [SHORT, H
 @pytest.mark.parametrize(
     "more", [HARD, TAUGHT, (*HARD, "selection.method=streammem")], ids=["hard", "taught", "probed"]
 )
-def test_two_processes_train_what_one_trains_however_weights_are_held(tmp_path, name, more):
-    """Shards of experts, which are no linear layers, and chunks that bring deepstack to one process alone."""
+def test_two_processes_equal_one_with_every_sharding(tmp_path, name, more):
+    """Shards of experts, which are not linear layers, and deepstack inputs in only one of the processes."""
     settings = (*PLAIN, "train.max_steps=2", "train.save_steps=2", f"model.backbone={name}", *CHUNKED[name], *more)
     rows = UNEQUAL[name]
     assert main(arguments(tmp_path, *settings, "train.gradient_accumulation_steps=2", rows=rows, out="alone")) == 0
@@ -402,8 +402,8 @@ def test_two_processes_train_what_one_trains_however_weights_are_held(tmp_path, 
 
 
 @pytest.mark.long
-def test_a_process_whose_clip_breaks_before_the_first_picture_keeps_nobody_waiting(tmp_path):
-    """Nothing ends a media that has not begun: what it does in step with the others is no empty pass."""
+def test_a_clip_that_breaks_before_its_first_frame_does_not_block_other_processes(tmp_path):
+    """Media that have not begun have no closing tokens; in lockstep the process still makes its passes."""
     rows = [{"media": SILENT, "question": "What?", "answer": "A mirror."}, {**HEARD, "media": HALF}]
     settings = (*PLAIN, *RUN, "distill.weight=0.5", "data.on_bad_row=skip", "data.shuffle=false", "train.max_steps=2")
     done = configured("deepspeed_zero3", *arguments(tmp_path, *settings, rows=rows))
@@ -412,8 +412,8 @@ def test_a_process_whose_clip_breaks_before_the_first_picture_keeps_nobody_waiti
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "video_salmonn2"])
-def test_a_question_before_the_first_picture(tiny_of, name):
-    """There is nothing to close yet."""
+def test_a_question_before_the_first_frame(tiny_of, name):
+    """There are no media to close yet."""
     backbone = load_backbone(tiny_of(name), dtype="float32", device="cpu")
     profile = BudgetProfile.uniform(backbone.config, 24, 5.0 if backbone.supports_audio else float("inf"))
     stream = Stream(backbone, CompressedCache(profile, build_selection("omnimem")))
@@ -430,11 +430,11 @@ def test_a_question_before_the_first_picture(tiny_of, name):
     assert logits.isfinite().all()
 
 
-# ---- dense numbers ---------------------------------------------------------------------------------------------------
+# ---- compact position ids --------------------------------------------------------------------------------------------
 
 
 def by_hand(rows: list[list[Any]], start: float, anchored: bool) -> tuple[list[list[Any]], float]:
-    """One sample: rows of ((time, height, width), kind), one a layer → their new ids, and the next.
+    """One sample: rows of ((time, height, width), kind), one per layer → their new ids, and the next.
 
     Walk through the ids from `start` on and leave out those that nothing stands on; a picture that moves with its time
     stands on all of its sides.
@@ -474,7 +474,7 @@ SPAN, SIDE, PATCHES = 2.0, 3, 4
 
 
 def stubbed(monkeypatch, backbone: Backbone, seed: int = 0) -> Any:
-    """An encoder whose towers make noise: chunks of 2 s are four temporal patches of 3×3 and, if it hears, sound."""
+    """An encoder whose towers return noise: chunks of 2 s are four temporal patches of 3×3 and, if supported, audio."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
@@ -507,7 +507,7 @@ def fake_chunk(number: int, sound: bool) -> Chunk:
 
 
 def streamed(monkeypatch, backbone: Backbone, method: str, budget: int, chunks: int, positions: Any = "compact") -> Any:
-    """A long stream; the memory, and of every step the tables before they were numbered and the largest id in use."""
+    """A long stream; its cache, and for each step the metadata before renumbering and the largest id in use."""
     hears = backbone.name == "qwen3_omni"
     profile = BudgetProfile.uniform(backbone.config, budget, 2.0 if hears else float("inf"))
     cache = CompressedCache(profile, build_selection(method, position_ids=positions))
@@ -542,7 +542,7 @@ METHODS = ("omnimem", "streaming_llm", "h2o", "snapkv", "infinipot_v")
 
 @pytest.mark.parametrize("name", ["video_salmonn2", "qwen3_omni"])
 @pytest.mark.parametrize("method", METHODS)
-def test_ids_of_a_long_stream_stay_bounded_and_are_those_by_hand(monkeypatch, tiny_of, name, method):
+def test_ids_of_a_long_stream_stay_bounded_and_equal_a_reference(monkeypatch, tiny_of, name, method):
     backbone = load_backbone(tiny_of(name), dtype="float32", device="cpu")
     seen = streamed(monkeypatch, backbone, method, budget=24, chunks=16)
     start = float(seen.cache._numbering.start[0])
@@ -565,7 +565,7 @@ def test_ids_of_a_long_stream_stay_bounded_and_are_those_by_hand(monkeypatch, ti
 
 
 def assert_layout(table: TokenMetadata, row: int, following: float, start: float, anchored: bool) -> None:
-    """Order as streamed, nothing past the next id, text behind the pictures before it, pictures inside as they were."""
+    """Order as streamed, no id past the next one, text after the frames before it, frames unchanged inside."""
     real = table.valid[row]
     position, kind, time = table.position_ids[row][real], table.modality[row][real], table.time[row][real]
     ids = position[:, 0]
@@ -588,8 +588,8 @@ def assert_layout(table: TokenMetadata, row: int, following: float, start: float
 
 
 @pytest.mark.parametrize("name", ["video_salmonn2", "qwen3_omni"])
-def test_with_budgets_that_suffice_nothing_is_numbered_anew(monkeypatch, tiny_of, name):
-    """No id of these layouts is without a position; so ids are those of the model itself, however many chunks."""
+def test_with_large_budgets_no_id_changes(monkeypatch, tiny_of, name):
+    """These layouts have no gaps in their ids, so the ids equal those of the model, however many chunks."""
     backbone = load_backbone(tiny_of(name), dtype="float32", device="cpu")
     ours = streamed(monkeypatch, backbone, "omnimem", 5000, 8)
     theirs = streamed(monkeypatch, backbone, "omnimem", 5000, 8, "original")
@@ -602,8 +602,8 @@ def test_with_budgets_that_suffice_nothing_is_numbered_anew(monkeypatch, tiny_of
     assert bool(fractions.any()) == (name == "qwen3_omni")
 
 
-def test_an_anchored_example_spelt_out():
-    """Prefix 0, 1; text 2, 3; a picture of 2×3 at 4; text 7; a picture at 8; text 11: the first row of each stays."""
+def test_a_frame_anchored_example():
+    """Prefix 0, 1; text 2, 3; a frame of 2×3 at 4; text 7; a frame at 8; text 11: the first row of each is retained."""
     picture = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     ids = [(n,) * 3 for n in (0, 1, 2, 3)] + [(4, 4 + h, 4 + w) for h, w in picture] + [(7,) * 3]
     ids += [(8, 8 + h, 8 + w) for h, w in picture] + [(11,) * 3]
@@ -637,8 +637,8 @@ def test_an_anchored_example_spelt_out():
 
 @pytest.mark.parametrize("more", [("selection.gradient=none",), (), ("distill.weight=1.0",)])
 @pytest.mark.parametrize("name", ["video_salmonn2", "qwen3_omni"])
-def test_a_step_holds_what_the_plan_says(tmp_path, monkeypatch, name, more):
-    """Times between the pictures stay in memory, deepstack waits with the embeddings, experts have wide tensors too."""
+def test_a_step_takes_the_planned_memory(tmp_path, monkeypatch, name, more):
+    """Timestamps stay in the cache, deepstack inputs are stored with the embeddings, experts have wide tensors too."""
     settings = (f"model.backbone={name}", "data.fps=4", "data.chunk_seconds=4", "train.offload=none")
     quiet = ("data.audio=false",) if name == "video_salmonn2" else ()
     recipe = load_recipe(arguments(tmp_path, *settings, *quiet, *more, rows=PLANNED))
@@ -651,7 +651,7 @@ def test_a_step_holds_what_the_plan_says(tmp_path, monkeypatch, name, more):
 
 
 @pytest.mark.parametrize("timestamps", ["null", "2"])
-def test_planned_text_is_what_stays(tmp_path, timestamps):
+def test_planned_text_equals_the_text_in_the_cache(tmp_path, timestamps):
     settings = ("model.backbone=qwen3_vl", "data.chunk_seconds=4", f"data.timestamps={timestamps}")
     run = trained_run(tmp_path, *settings, "train.max_steps=1", rows=PLANNED)
     recipe = load_recipe(arguments(tmp_path, *settings, rows=PLANNED))

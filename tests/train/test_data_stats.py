@@ -1,4 +1,4 @@
-"""`omnimem data stats`: numbers that can be worked out by hand for one clip."""
+"""`omnimem data stats`: numbers that can be computed by hand for one clip."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_overrides_change_what_is_counted(tmp_path):
     assert 2 * short["memory"]["per_token"] == base["memory"]["per_token"]
 
 
-def test_several_streams_and_rows_left_out(tmp_path):
+def test_several_streams_and_skipped_rows(tmp_path):
     path = manifest(
         tmp_path,
         {"media": RABBIT.name},
@@ -91,7 +91,7 @@ def test_several_streams_and_rows_left_out(tmp_path):
         stats(manifest(tmp_path, {"media": "broken_truncated_no_moov_nasa.mp4"}), MEDIA)
 
 
-def test_what_cannot_be_read_under_the_recipe_is_left_out(tmp_path):
+def test_rows_without_a_usable_track_are_skipped(tmp_path):
     path = manifest(tmp_path, {"media": RABBIT.name}, {"media": "audio_speech_jfk_11s.flac"})
     found = stats(path, MEDIA, overrides=["data.audio=false"])
     assert found["rows"]["used"] == 1 and "no video and no audio that is read" in found["rows"]["left_out"][0]
@@ -111,7 +111,7 @@ def test_headers_without_a_duration_do_not_divide_by_zero():
     assert found["tokens"]["visual_per_hour"] == 0 and found["chunks"]["mean_tokens"] is None
 
 
-def test_bins():
+def test_duration_bins():
     assert durations([]) == {}
     assert durations([9.9, 10.0, 59.0, 20000.0])["30 to 60 s"] == 1
     assert durations([20000.0]) == {"3 h and more": 1}

@@ -1,4 +1,4 @@
-"""Distillation: the same model with everything in view teaches what the small memory should have answered."""
+"""Distillation: the same model with a full cache teaches the answers to the model with the compressed cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AMPLE, SMALL = LayerBudget(2000, 2000), LayerBudget(8, 4)
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """A tiny model in float64 whose adapter has been disturbed, and the two clips of the small runs."""
+    """A tiny model in float64 with a random adapter, and the two clips of the small runs."""
     folder = tmp_path_factory.mktemp("distillation")
     recipe = load_recipe(arguments(folder, "model.dtype=float64"))
     build_tiny_base(recipe, folder / "run")
@@ -58,8 +58,8 @@ def gradients(bench, result) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("batch", [slice(0, 1), slice(0, 2)], ids=["one", "two"])
-def test_a_teacher_that_sees_the_same_has_nothing_to_teach(bench, batch):
-    """With room for everything and the same adapter, student and teacher are one, and so is the gradient."""
+def test_a_teacher_with_the_same_cache_has_no_divergence(bench, batch):
+    """With a budget that holds the stream and the same adapter, student and teacher agree, and so do gradients."""
     plain = outcome(bench, AMPLE, None, batch)
     taught = outcome(bench, AMPLE, DistillConfig(weight=3.0, teacher_adapter=True), batch)
     assert taught.distillation_loss.abs() <= 1e-10
@@ -70,7 +70,7 @@ def test_a_teacher_that_sees_the_same_has_nothing_to_teach(bench, batch):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("with_adapter", [False, True])
-def test_the_divergence_is_that_of_two_separate_streams(bench, temperature, with_adapter):
+def test_the_divergence_equals_that_of_two_separate_streams(bench, temperature, with_adapter):
     recipe, backbone, model, samples = bench
     sample = samples[0]
     taught = outcome(bench, SMALL, DistillConfig(weight=0.5, temperature=temperature, teacher_adapter=with_adapter))
@@ -100,7 +100,7 @@ def test_the_divergence_is_that_of_two_separate_streams(bench, temperature, with
     assert expected > 1e-6
 
 
-def test_the_teacher_leaves_the_adapter_as_it_was(bench):
+def test_the_teacher_does_not_change_the_adapter(bench):
     _, _, model, _ = bench
     before = {name: (p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
     result = outcome(bench, SMALL, DistillConfig(weight=1.0))
@@ -110,7 +110,7 @@ def test_the_teacher_leaves_the_adapter_as_it_was(bench):
         assert torch.equal(parameter, before[name][1])
 
 
-def test_a_distilled_run_logs_its_divergence_and_learns_otherwise(tmp_path):
+def test_a_distilled_run_logs_its_divergence_and_trains_another_adapter(tmp_path):
     plain = trained_run(tmp_path, out="plain")
     taught = trained_run(tmp_path, "distill.weight=1.0", out="taught")
     assert [record["distillation_loss"] for record in metrics(plain)] == [None] * 4
@@ -133,8 +133,8 @@ def test_wrong_settings_are_one_line(tmp_path, capsys, override, words):
     assert words in capsys.readouterr().err
 
 
-def test_answers_of_the_teacher_are_given_once(tmp_path, monkeypatch):
-    """The same bits with a cold folder, a warm one and none; a warm one spares the teacher's stream altogether."""
+def test_logits_of_the_teacher_are_computed_once(tmp_path, monkeypatch):
+    """The same bits with an empty cache, a filled one and none; with a filled one the teacher does not run."""
     cache = f"distill.cache_dir={tmp_path / 'teacher'}"
     settings = ("distill.weight=1.0", "train.max_steps=3", "train.per_device_train_batch_size=2")
     none = trained_run(tmp_path, *settings, out="none")
@@ -143,7 +143,7 @@ def test_answers_of_the_teacher_are_given_once(tmp_path, monkeypatch):
     assert len(files) == 3, "one file a question"
 
     def never(*_):
-        raise AssertionError("the teacher was asked again")
+        raise AssertionError("the teacher ran again")
 
     monkeypatch.setattr("train.objective.Full", never)
     warm = trained_run(tmp_path, *settings, cache, out="warm")
@@ -153,8 +153,8 @@ def test_answers_of_the_teacher_are_given_once(tmp_path, monkeypatch):
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "teacher").iterdir()}
 
 
-def test_other_settings_have_other_answers(tmp_path):
-    """What the answers depend on is in the name of the file, and a damaged one is given again."""
+def test_other_settings_have_other_cached_logits(tmp_path):
+    """The file name is a hash of everything the logits depend on; damaged files are replaced."""
     settings = ("distill.weight=1.0", "train.max_steps=2", f"distill.cache_dir={tmp_path / 'teacher'}")
     one = trained_run(tmp_path, *settings, out="one")
     count = len(list((tmp_path / "teacher").iterdir()))
@@ -167,6 +167,6 @@ def test_other_settings_have_other_answers(tmp_path):
     assert all(torch.equal(value, adapter(again)[name]) for name, value in adapter(one).items())
 
 
-def test_answers_that_change_are_not_kept(tmp_path, capsys):
+def test_logits_of_a_changing_teacher_are_not_cached(tmp_path, capsys):
     assert main(arguments(tmp_path, "distill.teacher_adapter=true", "distill.cache_dir=teacher")) == 2
     assert "distill.cache_dir" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The optimiser step of a process that has all weights."""
+"""The optimizer step of a process with a full copy of the weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.parallel import ParallelStrategy
 
 
 @pytest.mark.parametrize(("limit", "moved"), [(1.0, 1.0), (0.25, 0.25), (20.0, 13.0), (math.inf, 13.0)])
-def test_the_norm_over_all_parameters_is_limited_and_reported_as_it_was(limit, moved):
+def test_the_norm_over_all_parameters_is_clipped_and_reported_unclipped(limit, moved):
     parameters = {
         "a": nn.Parameter(torch.zeros(2)),
         "b": nn.Parameter(torch.zeros(1)),
@@ -29,7 +29,7 @@ def test_the_norm_over_all_parameters_is_limited_and_reported_as_it_was(limit, m
 
 
 @pytest.mark.parametrize(("gradient", "wanted"), [(1.0, False), (math.nan, True), (math.inf, True)])
-def test_a_step_that_is_not_wanted_or_not_finite_changes_nothing(gradient, wanted):
+def test_a_step_that_is_not_applied_or_not_finite_changes_nothing(gradient, wanted):
     weight = nn.Parameter(torch.ones(2))
     processes = ParallelStrategy({"weight": weight}, torch.optim.SGD([weight], lr=1.0), 1.0)
     weight.grad = torch.tensor([gradient, 0.0])

@@ -1,4 +1,4 @@
-"""The memory plan of `dry_run=true` against what a step really holds: live tensor bytes, counted at every operation."""
+"""The memory plan of `dry_run=true` against the measured peak: live tensor bytes, counted at every operation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROWS = [{"media": RABBIT, "questions": [{"question": "What is seen?", "answer": 
 
 
 class Live(TorchDispatchMode):
-    """Most bytes of storages alive at once, of those made inside."""
+    """Peak bytes of live storages that were allocated inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Live(TorchDispatchMode):
 
 
 def measured(recipe, profile, tmp_path, monkeypatch) -> int:
-    """Bytes a step makes beside the weights."""
+    """Bytes that a step allocates besides the weights."""
     build_tiny_base(recipe, tmp_path / "run")
     backbone = load_base(recipe, tmp_path / "run", torch.device("cpu"))
     model = add_lora(recipe, backbone)
@@ -73,7 +73,7 @@ def measured(recipe, profile, tmp_path, monkeypatch) -> int:
     encode = train.batch_encoder.encode_chunks
 
     def outside(*args):
-        """Encoders and what they are given are no part of the plan."""
+        """Encoders and their inputs are not part of the plan."""
         with _disable_current_modes():
             return encode(*args)
 
@@ -88,8 +88,8 @@ def measured(recipe, profile, tmp_path, monkeypatch) -> int:
     [("selection.gradient=none",), (), ("distill.weight=1.0",), ("memory.mean_budget=200",)],
     ids=["hard", "taught", "distilled", "larger"],
 )
-def test_a_step_holds_what_the_plan_says(tmp_path, monkeypatch, more):
-    """Within a third: the plan knows nothing of temporary copies, and counts only the wide tensors of a layer."""
+def test_a_step_takes_the_planned_memory(tmp_path, monkeypatch, more):
+    """Within a third: the plan ignores temporary copies and counts only the wide tensors of a layer."""
     recipe = load_recipe(
         arguments(tmp_path, "data.fps=4", "data.chunk_seconds=4", "train.offload=none", *more, rows=ROWS)
     )

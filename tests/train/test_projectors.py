@@ -1,4 +1,4 @@
-"""Training the projectors between encoders and decoder: exact gradients, weights of their own learning rate."""
+"""Training the projectors between encoders and decoder: exact gradients, their own learning rate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from train.setup import add_lora, budget_profile, selection_method, stream_setti
 BOTH = "lora.modules_to_save=[visual,audio]"
 
 
-def test_gradients_of_projectors_are_those_of_plain_autograd(tmp_path):
+def test_gradients_of_projectors_equal_plain_autograd(tmp_path):
     recipe = load_recipe(arguments(tmp_path, BOTH, "model.dtype=float64"))
     backbone = load_backbone("tiny", dtype="float64", device="cpu")
     backbone.model.requires_grad_(False)
@@ -66,7 +66,7 @@ def loss_of(stream, closing, asked):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_trains_saves_and_exports_them(tmp_path, dtype):
+def test_a_run_trains_saves_and_exports_projectors(tmp_path, dtype):
     run = trained_run(tmp_path, BOTH, f"model.dtype={dtype}", "train.modules_to_save_learning_rate=1e-3")
     saved = adapter(run)
     whole = {name: value for name, value in saved.items() if "lora" not in name}
@@ -79,8 +79,8 @@ def test_a_run_trains_saves_and_exports_them(tmp_path, dtype):
     assert projectors & changed and all("language_model" in name for name in changed - projectors)
 
 
-def test_their_learning_rate_is_their_own(tmp_path):
-    """With SGD a step is the rate times the gradient: at a rate of zero nothing moves."""
+def test_projectors_have_their_own_learning_rate(tmp_path):
+    """With SGD a step is the rate times the gradient: at a rate of zero nothing changes."""
     settings = (BOTH, "train.optim=sgd", "train.max_steps=1", "train.save_steps=1", "model.dtype=float64")
     still = adapter(trained_run(tmp_path, *settings, "train.modules_to_save_learning_rate=0.0", out="still"))
     moved = adapter(trained_run(tmp_path, *settings, "train.modules_to_save_learning_rate=1e-2", out="moved"))
@@ -109,7 +109,7 @@ def test_an_unknown_projector_is_one_line(tmp_path, capsys):
     assert "lora.modules_to_save: 'qformer' must be one of visual, audio" in error and error.count("\n") == 1
 
 
-def test_a_base_whose_projectors_change_does_not_teach(tmp_path, capsys):
+def test_a_base_with_trained_projectors_cannot_be_the_teacher(tmp_path, capsys):
     assert main(arguments(tmp_path, BOTH, "distill.weight=1.0")) == 2
     assert (
         "the base model cannot be the teacher while lora.modules_to_save trains its projectors"

@@ -1,4 +1,4 @@
-"""QLoRA: the base in NF4 while adapters train on it; the export belongs to the full-precision base."""
+"""QLoRA: the adapter is trained on the base in NF4 and merged into the full-precision base."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(tmp_path_factory):
     return trained_run(tmp_path_factory.mktemp("qlora"), QLORA, "train.max_steps=20", "train.save_steps=10")
 
 
-def test_the_base_is_quantised_and_the_rest_is_not():
+def test_the_base_is_quantized_and_the_rest_is_not():
     quantised = load_backbone("tiny", dtype="float32", device="cpu", load_in_4bit=True)
     kinds = {name: type(module).__name__ for name, module in quantised.model.named_modules()}
     linear = {name for name, kind in kinds.items() if kind == "Linear4bit"}
@@ -42,7 +42,7 @@ def test_the_loss_falls(run):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_export_is_the_full_precision_base_and_the_adapter(run, tmp_path, capsys, dtype):
-    """Not what training saw, which rounded the base; the export says so and is checked against base + adapter."""
+    """Training used the quantized base; the export says so and is checked against full-precision base + adapter."""
     out = tmp_path / "merged"
     assert omnimem(["export", str(run), "--out", str(out), "--dtype", dtype]) == 0
     assert "verified against base + adapter" in capsys.readouterr().out
@@ -57,7 +57,7 @@ def test_the_export_is_the_full_precision_base_and_the_adapter(run, tmp_path, ca
     assert "NF4" in card
 
 
-def test_a_quantised_run_resumes_to_the_same_bits(run, tmp_path):
+def test_a_quantized_run_resumes_to_the_same_bits(run, tmp_path):
     again = trained_run(tmp_path, QLORA, "train.max_steps=20", "train.save_steps=10", out="again")
     assert all(torch.equal(value, adapter(again)[name]) for name, value in adapter(run).items())
     for name in ("adapter_model.safetensors", "checkpoints/step-00000020/state.json"):

@@ -1,4 +1,4 @@
-"""Which rows a step trains on: an order that follows from seed and step, drawn once an epoch, tokenised on demand."""
+"""Which rows a step trains on: an order given by seed and step, drawn once per epoch, tokenized on demand."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def schedule(samples, batch: int, accumulation: int, processes: int, seed: int, 
 
 
 def expected_number(number: int, rows: int, seed: int) -> int:
-    """Row of the `number`-th sample of a run, drawn anew for every sample."""
+    """Row of the `number`-th sample of a run, with a new permutation for every sample."""
     epoch, place = divmod(number, rows)
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()[place]
 
@@ -55,7 +55,7 @@ def permutations(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize(("rows", "batch", "accumulation", "processes", "seed"), SHAPES)
-def test_the_order_is_that_of_a_permutation_drawn_for_every_sample(rows, batch, accumulation, processes, seed):
+def test_the_order_equals_that_of_a_permutation_drawn_for_every_sample(rows, batch, accumulation, processes, seed):
     made = schedule([Sample(row(i), ()) for i in range(rows)], batch, accumulation, processes, seed)
     per_rank = batch * accumulation
     for step in (*range(made.steps), 0, made.steps - 1):  # backwards too: a resumed run begins anywhere
@@ -65,7 +65,7 @@ def test_the_order_is_that_of_a_permutation_drawn_for_every_sample(rows, batch, 
             assert found == [expected_number(first + i, rows, seed) for i in range(per_rank)]
 
 
-def test_one_permutation_is_drawn_an_epoch(permutations):
+def test_one_permutation_is_drawn_per_epoch(permutations):
     made = schedule([Sample(row(i), ()) for i in range(64)], 2, 2, 2, 0)
     assert made.samples_per_step == 8
     for step in range(8):
@@ -75,7 +75,7 @@ def test_one_permutation_is_drawn_an_epoch(permutations):
     assert permutations == [64]
 
 
-def test_steps_across_two_epochs_draw_each_of_them_once(permutations):
+def test_steps_across_two_epochs_draw_each_permutation_once(permutations):
     made = schedule([Sample(row(i), ()) for i in range(60)], 7, 1, 2, 0)
     steps = 13  # 182 samples: the fourth epoch has begun
     for step in range(steps):
@@ -94,7 +94,7 @@ def test_no_permutation_is_drawn_for_the_order_of_the_manifest(permutations):
     assert not permutations
 
 
-def test_rows_are_tokenised_when_a_step_needs_them(tiny, monkeypatch):
+def test_rows_are_tokenized_when_a_step_needs_them(tiny, monkeypatch):
     rows = [row(i, questions=1 + i % 3) for i in range(40)]
     answers: list[str] = []
     genuine = type(tiny).answer_ids

@@ -1,4 +1,4 @@
-"""Answers of the teacher on disk: found again for the same question about the same clip, and for no other."""
+"""Cached logits of the teacher: found for the same question about the same clip, and for no other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ids(*numbers: int) -> torch.Tensor:
 
 @pytest.fixture
 def sample(tmp_path) -> Sample:
-    """A clip with a sound file of its own and two questions."""
+    """A clip with a separate audio file and two questions."""
     for name in ("clip.mp4", "talk.wav", "other.bin"):
         (tmp_path / name).write_bytes(name.encode())
     row = Row(tmp_path / "clip.mp4", (), True, 1, "clip.mp4", tmp_path / "talk.wav")
@@ -29,7 +29,7 @@ def sample(tmp_path) -> Sample:
 
 
 def saved(folder: Path, sample: Sample) -> tuple[TeacherCache, list[torch.Tensor]]:
-    """Both answers of a sample, given after one another, as in training."""
+    """Cache with the logits of both answers of a sample, saved one after the other as in training."""
     logits = [torch.randn(len(asked.answer), 11) for asked in sample.questions]
     answers = TeacherCache(folder / "teacher", SETTINGS)
     for asked, given in zip(sample.questions, logits, strict=True):
@@ -42,7 +42,7 @@ def changed(sample: Sample, **fields) -> Sample:
     return Sample(sample.row, (replace(sample.questions[0], **fields), sample.questions[1]))
 
 
-def test_the_same_questions_are_found_in_another_run_and_place(sample, tmp_path):
+def test_the_same_questions_are_found_in_another_run_and_folder(sample, tmp_path):
     _, logits = saved(tmp_path, sample)
     moved = tmp_path / "moved"
     moved.mkdir()
@@ -58,14 +58,14 @@ def test_the_same_questions_are_found_in_another_run_and_place(sample, tmp_path)
 @pytest.mark.parametrize(
     "fields", [{"question": ids(1, 9)}, {"answer": ids(3, 4, 9)}, {"time": 2.5}, {"time": None}], ids=str
 )
-def test_another_question_answer_or_time_is_not_known(sample, tmp_path, fields):
+def test_another_question_answer_or_time_is_not_found(sample, tmp_path, fields):
     answers, _ = saved(tmp_path, sample)
     assert answers.load([sample]) is not None
     assert answers.load([changed(sample, **fields)]) is None
 
 
 @pytest.mark.parametrize("what", ["media", "sound", "no sound file", "not heard"])
-def test_another_clip_or_sound_is_not_known(sample, tmp_path, what):
+def test_another_clip_or_audio_file_is_not_found(sample, tmp_path, what):
     answers, _ = saved(tmp_path, sample)
     other = {
         "media": {"media": tmp_path / "other.bin"},
@@ -77,12 +77,12 @@ def test_another_clip_or_sound_is_not_known(sample, tmp_path, what):
 
 
 @pytest.mark.parametrize("settings", [{**SETTINGS, "model": {"path": "7b"}}, {**SETTINGS, "data": {"fps": 2.0}}])
-def test_another_model_or_way_of_reading_is_not_known(sample, tmp_path, settings):
+def test_another_model_or_media_setting_is_not_found(sample, tmp_path, settings):
     saved(tmp_path, sample)
     assert TeacherCache(tmp_path / "teacher", settings).load([sample]) is None
 
 
-def test_a_batch_is_known_only_as_a_whole_and_each_stream_has_its_own(sample, tmp_path):
+def test_a_batch_is_found_only_if_complete_and_each_stream_has_its_own_logits(sample, tmp_path):
     other = Sample(replace(sample.row, sound=None), (TokenizedQuestion(ids(1), ids(2, 3), 1.0),))
     answers = TeacherCache(tmp_path / "teacher", SETTINGS)
     logits = torch.randn(5, 11)

@@ -1,4 +1,4 @@
-"""Training: what a run leaves behind, what it changes and what it does not, and how it refuses."""
+"""Training runs: files, objective, schedule, skipped steps, plans, progress, refusals."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def trained(tmp_path_factory) -> Trained:
     return Trained(tmp_path_factory.mktemp("trained"))
 
 
-# ---- what a run leaves behind ----------------------------------------------------------------------------------------
+# ---- files of a run --------------------------------------------------------------------------------------------------
 
 
 def test_loss_falls(trained):
@@ -99,7 +99,7 @@ def test_loss_falls(trained):
     assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
 
 
-def test_a_run_leaves_what_is_needed_to_use_and_to_repeat_it(trained):
+def test_a_run_leaves_all_files_to_use_and_repeat_it(trained):
     present = {path.name for path in trained.run.iterdir()}
     assert {
         "adapter_model.safetensors", "adapter_config.json", "budget_profile.json", "recipe.yaml", "metrics.jsonl",
@@ -125,7 +125,7 @@ def test_a_run_leaves_what_is_needed_to_use_and_to_repeat_it(trained):
     assert shlex.split(environment["command"]) == sys.orig_argv
 
 
-def test_metrics_have_a_line_a_step_with_every_field(trained):
+def test_metrics_have_a_line_per_step_with_every_field(trained):
     records = metrics(trained.run)
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     recipe = load_recipe(trained.args)
@@ -163,14 +163,14 @@ def test_only_adapters_on_the_language_model_train(trained):
         assert torch.equal(after[inside], value), name
 
 
-def test_saved_checkpoints_are_adapters_too(trained):
+def test_checkpoints_are_complete_adapters(trained):
     last = checkpoints(trained.run)[-1]
     assert last.name == f"step-{STEPS:08d}"
     final, saved = adapter(trained.run), adapter(last)
     assert final.keys() == saved.keys() and all(torch.equal(final[name], saved[name]) for name in final)
 
 
-def test_only_the_newest_checkpoints_stay(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
     run = trained_run(tmp_path, "train.max_steps=3", "train.save_steps=1", "train.save_total_limit=2")
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000002", "step-00000003"]
 
@@ -179,7 +179,7 @@ def test_only_the_newest_checkpoints_stay(tmp_path):
 
 
 class Bench:
-    """Objective and samples of a recipe in float64; adapters start away from zero, so that all of them have a say."""
+    """Objective and samples of a recipe in float64; adapters are not zero, so that all of them have an effect."""
 
     def __init__(self, folder: Path, rows: list[dict[str, Any]], *overrides: str) -> None:
         self.recipe = load_recipe(arguments(folder, "model.dtype=float64", *overrides, rows=rows))
@@ -235,7 +235,7 @@ UNEQUAL = [
     {"media": SPEECH, "question": "What is heard?", "answer": "Two sentences."},
     {"media": SILENT, "audio": False, "question": "What is seen?", "answer": "A mirror.", "time": 2},
 ]
-"""Picture and sound of 5 s and 8 s, sound alone, picture alone; questions at the end and before it."""
+"""Video with audio of 5 s and 8 s, audio only, video only; questions at the end and before it."""
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def ample(tmp_path_factory) -> Bench:
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """Largest difference, in units of the largest entry."""
+    """Largest difference relative to the largest entry."""
     assert one.keys() == other.keys()
     scale = max(value.abs().max().item() for value in one.values())
     return max((one[name] - other[name]).abs().max().item() for name in one) / scale
@@ -271,7 +271,7 @@ def test_accumulated_batches_equal_one_batch(bench, ample, budget):
 
 
 def plain_gradients(bench: Bench, sample: Sample, row: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Summed loss of a stream and its gradient, by one backward through everything."""
+    """Summed loss of a stream and its gradient by one backward pass of autograd."""
     bench.model.zero_grad(set_to_none=True)
     stream = Stream(bench.backbone, CompressedCache(bench.profile, bench.method))
     reader, encoder = replace(bench.settings, audio=row.get("audio", True)).open(sample.row.media, bench.backbone)
@@ -294,8 +294,8 @@ def plain_gradients(bench: Bench, sample: Sample, row: dict[str, Any]) -> tuple[
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
-def test_the_gradient_is_that_of_plain_autograd(bench, number):
-    """Real clips, questions before the end and behind it (stock norms round to float32 inside; exact: `test_tape`)."""
+def test_the_gradient_equals_plain_autograd(bench, number):
+    """Real clips, questions before and at the end (norms of transformers compute in float32; exact: `test_bptt`)."""
     sample = bench.samples[number]
     loss, expected = plain_gradients(bench, sample, UNEQUAL[number])
     value, found = bench.gradients([[sample]])
@@ -303,7 +303,7 @@ def test_the_gradient_is_that_of_plain_autograd(bench, number):
     assert distance({name: p * sample.answer_tokens for name, p in found.items()}, expected) <= 1e-6
 
 
-def test_dropout_falls_alike_on_both_ways_wherever_records_wait(bench, tmp_path):
+def test_dropout_is_the_same_in_forward_and_recompute_with_every_store(bench, tmp_path):
     layers = [module for module in bench.model.modules() if hasattr(module, "lora_dropout")]
     batches = [[bench.samples[1]], bench.samples[:3]]
     without, _ = bench.gradients(batches)
@@ -378,7 +378,7 @@ def test_the_loss_of_a_float64_model_is_float64(bench):
 
 
 def test_the_loop_logs_the_mean_over_the_answer_tokens_of_a_step(trained, tmp_path):
-    """The first logged loss is that of the fresh adapter, which is the base's own."""
+    """The first logged loss is that of a new adapter, which equals the base's."""
     recipe = load_recipe(arguments(tmp_path, "train.per_device_train_batch_size=2", "train.max_steps=1"))
     run = trained_run(tmp_path, "train.per_device_train_batch_size=2", "train.max_steps=1")
     backbone = load_backbone(run / "base", dtype="float32", device="cpu")
@@ -400,7 +400,7 @@ def test_the_loop_logs_the_mean_over_the_answer_tokens_of_a_step(trained, tmp_pa
 
 
 class Watched:
-    """Records what the memory held whenever a question was asked, and at the end."""
+    """Records the cache at every question and at the end."""
 
     def __init__(self, monkeypatch) -> None:
         self.asked: list[tuple[int, float]] = []  # steps taken, latest second in the memory's stream
@@ -439,7 +439,7 @@ def with_times(sample: Sample, *times: float | None) -> Sample:
     return replace(sample, questions=tuple(replace(asked, time=time) for time in times))
 
 
-def test_a_question_is_asked_after_its_chunk_and_leaves_no_trace(bench, monkeypatch):
+def test_a_question_is_asked_after_its_chunk_and_leaves_the_cache_unchanged(bench, monkeypatch):
     watched = Watched(monkeypatch)
     rabbit = bench.samples[1]  # chunks end at 2, 4, 6 and 7.8 s
     objective = bench.objective()
@@ -454,8 +454,8 @@ def test_a_question_is_asked_after_its_chunk_and_leaves_no_trace(bench, monkeypa
         )
 
 
-def test_questions_of_a_batch_are_asked_in_their_own_streams_time(bench, monkeypatch):
-    """Side by side or alone, a stream is asked when its own chunk has come; the end of one is not that of all."""
+def test_questions_of_a_batch_follow_the_time_of_their_own_stream(bench, monkeypatch):
+    """In a batch or alone, a question follows the chunk of its own stream; streams end at different times."""
     flower, rabbit = bench.samples[:2]
     pairs = [with_times(flower, 1.0, 4.0, None), with_times(rabbit, 3.0, 4.0, 6.0, 50.0)]
     alone = [bench.objective()([sample]).loss.item() for sample in pairs]
@@ -483,7 +483,7 @@ def names(batches: list[list[Sample]]) -> list[str]:
     ("rows", "batch", "accumulation", "processes"),
     [(7, 1, 1, 1), (7, 2, 1, 1), (5, 2, 3, 2), (3, 4, 2, 2), (1, 1, 1, 4)],
 )
-def test_every_row_comes_once_an_epoch(rows, batch, accumulation, processes):
+def test_every_row_occurs_once_per_epoch(rows, batch, accumulation, processes):
     epochs = batch * accumulation * processes  # so that whole steps end where an epoch ends
     made = schedule(
         rows,
@@ -536,7 +536,7 @@ def rates(steps: int, **settings: Any) -> list[float]:
     return [rate_at(step, steps, TrainConfig(**settings)) for step in range(steps + 1)]
 
 
-def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
+def test_learning_rate_has_linear_warmup_and_cosine_decay():
     found = rates(100, warmup_ratio=0.1, min_lr_rate=0.0)
     assert found[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert max(found) == found[9] == found[10] == 1.0
@@ -552,7 +552,7 @@ def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
 
 
 class Poisoned:
-    """Makes the objective's loss not finite at the given calls and keeps the adapter as each call found it."""
+    """Replaces the loss by a value that is not finite at the given calls; records the adapter at each call."""
 
     def __init__(self, monkeypatch, calls: set[int], value: float = math.nan) -> None:
         self.weights: list[list[torch.Tensor]] = []
@@ -582,7 +582,7 @@ def test_a_step_without_a_finite_loss_is_skipped(tmp_path, monkeypatch, value):
     assert all(torch.isfinite(value).all() for value in adapter(run).values())
 
 
-def test_a_run_of_them_ends_the_training_with_one_line(tmp_path, monkeypatch, capsys):
+def test_consecutive_skipped_steps_end_the_training_with_one_line(tmp_path, monkeypatch, capsys):
     Poisoned(monkeypatch, set(range(1, 100)))
     assert main(arguments(tmp_path, "train.max_steps=20", "train.save_steps=100")) != 0
     shown = lines(capsys.readouterr().err)
@@ -593,7 +593,7 @@ def test_a_run_of_them_ends_the_training_with_one_line(tmp_path, monkeypatch, ca
     assert [record["skipped"] for record in metrics(tmp_path / "run")] == [False] + [True] * (MAX_SKIPPED - 1)
 
 
-def test_steps_that_are_not_skipped_in_a_row_do_not_end_the_training(tmp_path, monkeypatch):
+def test_skipped_steps_that_are_not_consecutive_do_not_end_the_training(tmp_path, monkeypatch):
     skipped = [1, 2, 3, 4, 6, 7, 8, 9]
     assert len(skipped) > MAX_SKIPPED
     Poisoned(monkeypatch, set(skipped))
@@ -619,7 +619,7 @@ def test_a_dry_run_plans_without_weights_and_writes_nothing(tmp_path, monkeypatc
     assert "24 tokens per layer" in shown and "weights" in shown and "sum" in shown
 
 
-def test_a_dry_run_counts_what_the_run_streams(trained, tmp_path, capsys):
+def test_a_dry_run_counts_the_tokens_of_the_run(trained, tmp_path, capsys):
     assert main([*trained.args, "dry_run=true"]) == 0
     shown = capsys.readouterr().out
     planned = {}
@@ -709,7 +709,7 @@ def test_nothing_breaks_without_tensorboard(tmp_path, monkeypatch):
 
 
 def refused(args: list[str], capsys) -> str:
-    """The one line of a run that must not start, and must not touch what is there."""
+    """The error line of a run that must not start and must not change the folder."""
     capsys.readouterr()
     assert main(args) == 2
     (line,) = lines(capsys.readouterr().err)
@@ -733,7 +733,7 @@ def test_a_run_is_not_mixed_with_another(trained, capsys, override, words):
     assert tree(trained.run) == before
 
 
-def test_a_run_is_not_continued_on_other_data(trained, tmp_path, capsys):
+def test_a_run_is_not_resumed_on_other_data(trained, tmp_path, capsys):
     other = [{**ROWS[0], "questions": [{"question": "What is seen?", "answer": "A blue flower."}]}, ROWS[1]]
     before = tree(trained.run)
     args = [*trained.args, *arguments(tmp_path, rows=other)[1:2]]
@@ -742,7 +742,7 @@ def test_a_run_is_not_continued_on_other_data(trained, tmp_path, capsys):
     assert tree(trained.run) == before
 
 
-def test_a_checkpoint_of_more_processes_is_not_resumed_by_fewer(trained, tmp_path, capsys):
+def test_a_checkpoint_is_not_resumed_by_another_number_of_processes(trained, tmp_path, capsys):
     run = copy_run(trained.run, tmp_path / "run")
     state = checkpoints(run)[-1] / "state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "processes": 2}))
@@ -773,7 +773,7 @@ def test_a_checkpoint_of_more_processes_is_not_resumed_by_fewer(trained, tmp_pat
         ("data.path=" + "x" * 300, ["File name too long"]),
     ],
 )
-def test_wrong_settings_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch, override, words):
+def test_wrong_settings_are_one_line_and_write_nothing(tmp_path, capsys, monkeypatch, override, words):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     line = refused(arguments(tmp_path, *override.split()), capsys)
     assert all(word in line for word in words), line
@@ -787,13 +787,13 @@ def test_a_missing_clip_is_found_before_anything_is_written(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_clip_of_the_last_question_is_looked_for_before_training(tmp_path, capsys):
+def test_finish_media_is_checked_before_training(tmp_path, capsys):
     line = refused(arguments(tmp_path, "finish.question=What?", "finish.media=gone.mp4"), capsys)
     assert "gone.mp4" in line and "finish.media" in line
     assert not (tmp_path / "run").exists()
 
 
-def test_a_clip_that_breaks_off_ends_the_run_with_one_line_of_its_own(tmp_path, capsys):
+def test_a_truncated_clip_ends_the_run_with_one_line(tmp_path, capsys):
     rows = [ROWS[0], {"media": HALF, "question": "What is seen?", "answer": "A rabbit."}]
     assert main(arguments(tmp_path, "data.shuffle=false", rows=rows)) == 2
     shown = lines(capsys.readouterr().err)
@@ -802,7 +802,7 @@ def test_a_clip_that_breaks_off_ends_the_run_with_one_line_of_its_own(tmp_path, 
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
-def test_a_clip_that_breaks_off_can_be_used_up_to_there(tmp_path):
+def test_a_truncated_clip_can_be_used_with_max_seconds(tmp_path):
     rows = [ROWS[0], {"media": HALF, "question": "What is seen?", "answer": "A rabbit."}]
     run = trained_run(tmp_path, "data.on_bad_row=skip", "data.shuffle=false", "train.max_steps=2", rows=rows)
     assert [record["skipped"] for record in metrics(run)] == [False, False]
@@ -836,7 +836,7 @@ def test_every_selection_method_trains(tmp_path, method):
     assert BudgetProfile.load(run / "budget_profile.json").selection["method"] == method
 
 
-def test_training_ends_at_once_when_all_steps_are_done(trained, tmp_path):
+def test_a_finished_run_has_no_more_steps(trained, tmp_path):
     run = copy_run(trained.run, tmp_path / "run")
     assert main([*trained.args, f"output_dir={run}"]) == 0
     assert tree(run)["adapter_model.safetensors"] == tree(trained.run)["adapter_model.safetensors"]
@@ -852,7 +852,7 @@ def test_settings_of_a_recipe_reach_the_reader(tmp_path):
         )
 
 
-def test_a_clip_that_breaks_off_ends_the_run_or_is_left_out_of_the_loss(tmp_path, capsys):
+def test_a_truncated_clip_ends_the_run_or_is_skipped(tmp_path, capsys):
     rows = [
         {"media": "broken_truncated_half_toy_rabbit.mp4", "question": "What is seen?", "answer": "A rabbit."},
         {"media": FLOWER, "question": "What is seen?", "answer": "A red flower."},
@@ -878,7 +878,7 @@ def test_out_of_memory_names_the_three_settings_to_lower(tmp_path, capsys, monke
     assert "Traceback" not in error
 
 
-def test_keys_that_nothing_reads_are_named(tmp_path, caplog):
+def test_keys_without_effect_are_logged(tmp_path, caplog):
     with caplog.at_level("WARNING", "omnimem.train"):
         trained_run(
             *(
@@ -898,7 +898,7 @@ def test_keys_that_nothing_reads_are_named(tmp_path, caplog):
     ]
 
 
-def test_where_records_wait_may_change_when_a_run_goes_on(tmp_path):
+def test_the_offload_store_may_change_when_a_run_resumes(tmp_path):
     trained_run(tmp_path, "train.max_steps=2", "train.save_steps=2")
     more = ("train.max_steps=4", "train.offload=disk", "data.prefetch_chunks=0")
     assert main(arguments(tmp_path, *more)) == 0

@@ -1,4 +1,4 @@
-"""Experiment trackers (Weights & Biases, trackio): a run stays one tracked run when it is resumed."""
+"""Experiment trackers (Weights & Biases, trackio): a resumed run continues its tracked run."""
 
 from __future__ import annotations
 

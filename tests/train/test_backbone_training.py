@@ -268,7 +268,7 @@ def test_the_offload_store_keeps_deepstack_and_fractional_ids(tmp_path):
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
-        ("video_salmonn2", [HEARD, LONG]),  # sound alone, ended while the other still brings pictures
+        ("video_salmonn2", [HEARD, LONG]),  # audio only, ends while the other clip still has frames
         ("video_salmonn2", [LONG, SHORT]),
         ("qwen3_omni", [SEEN, SHORT]),
         ("llava_onevision", [SEEN, SHORT]),
@@ -304,7 +304,7 @@ def test_padding_of_an_ended_stream_has_no_deepstack(tiny_of):
     assert batch.row(0).deepstack.shape == (3, 1, 0, 64)  # pyright: ignore
 
 
-# ---- whole runs ------------------------------------------------------------------------------------------------------
+# ---- complete runs ---------------------------------------------------------------------------------------------------
 
 RUN = ("model.backbone=video_salmonn2", *CHUNKED["video_salmonn2"])
 
@@ -436,8 +436,8 @@ def test_a_question_before_the_first_frame(tiny_of, name):
 def by_hand(rows: list[list[Any]], start: float, anchored: bool) -> tuple[list[list[Any]], float]:
     """One sample: rows of ((time, height, width), kind), one per layer → their new ids, and the next.
 
-    Walk through the ids from `start` on and leave out those that nothing stands on; a picture that moves with its time
-    stands on all of its sides.
+    Walk through the ids from `start` on and skip those that no token has; a frame that moves with its time has the ids
+    of all its sides.
     """
     walked, ends = [], []
     for row in rows:
@@ -555,7 +555,7 @@ def test_ids_of_a_long_stream_stay_bounded_and_equal_a_reference(monkeypatch, ti
         for table in after:
             for row in range(heads):
                 assert_layout(table, row, following, start, backbone.frame_anchored)
-    # Text stays, and takes an id each; of a picture at least one position is left, and it has three sides.
+    # Text is retained with one id per token; of a frame at least one token is retained, which spans three sides.
     text = max(int((table.modality == TEXT).sum(1).max()) for table in seen.steps[-1][1])
     bound = text + 24 * SIDE + start + 150
     assert seen.used <= bound
@@ -621,11 +621,11 @@ def test_a_frame_anchored_example():
     whole = list(range(len(ids)))
     (same,) = numbering.renumber([table(whole)], 1)
     assert [tuple(one) for one in same.position_ids[0].tolist()] == ids and numbering.next.tolist() == [12]  # pyright: ignore
-    # Of the first picture its left column is left, which takes two ids; of the second nothing.
+    # Of the first frame the left column is retained, which has two ids; of the second nothing.
     (fewer,) = numbering.renumber([table([0, 1, 2, 3, 4, 7, 10, 17])], 1)
     expected = [(0,) * 3, (1,) * 3, (2,) * 3, (3,) * 3, (4, 4, 4), (4, 5, 4), (6,) * 3, (7,) * 3]
     assert [tuple(one) for one in fewer.position_ids[0].tolist()] == expected and numbering.next.tolist() == [8]  # pyright: ignore
-    # Beside a layer that kept everything both end at the same id.
+    # With a layer that retains everything both end at the same id.
     one, other = numbering.renumber([table([0, 1, 2, 3, 4, 7, 10, 17]), table(whole)], 1)
     moved = [*expected[:2], *(tuple(i + 4 for i in ids) for ids in expected[2:])]
     assert [tuple(x) for x in one.position_ids[0].tolist()] == moved

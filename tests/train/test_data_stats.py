@@ -27,7 +27,7 @@ def manifest(folder, *rows) -> str:
 
 def test_one_clip_by_hand(tmp_path):
     found = stats(manifest(tmp_path, {"media": RABBIT.name}), MEDIA)  # quickstart: 1 frame/s, chunks of 4 s
-    # 7.8 s of 320x240: 8 frames, two a temporal patch; the tiny model's frames are 112x84, 28x28 pixels a position.
+    # 7.8 s of 320x240: 8 frames, two per temporal patch; the tiny model's frames are 112x84, 28x28 pixels per token.
     visual = 4 * (112 // 28) * (84 // 28)
     audio = 4 * 25 + round(3.8 * 25)
     assert (found["tokens"]["visual"], found["tokens"]["audio"]) == (visual, audio) == (48, 195)

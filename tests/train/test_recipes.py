@@ -148,7 +148,7 @@ def test_a_full_disk_is_one_line_and_loses_no_checkpoint(
     assert tree(run / "checkpoints" / "step-00000002") == genuine["saved"], "the earlier checkpoint is as it was"
     assert not [path for path in run.rglob(".step-*")], "half a checkpoint left behind"
 
-    assert main(args) == 0  # with space again, the run goes on
+    assert main(args) == 0  # with free space the run continues
     assert weights_bytes(run) == weights_bytes(reference)
     assert [record["step"] for record in metrics(run)] == [1, 2, 3, 4]
 

@@ -152,7 +152,7 @@ def test_gates_and_retention_are_in_the_metrics(tmp_path):
     assert all(record["gates"] is None for record in hard)
     for record in taught:
         gates = record["gates"]
-        # A memory that has to choose: what stays has open gates, what goes has closed ones, some are between.
+        # The cache must evict: gates of retained tokens are open, gates of evicted ones closed, some are between.
         assert 0.5 < gates["kept"] <= 1 and 0 <= gates["evicted"] < 0.5 and 0 < gates["undecided"] < 1
     for record in (*hard, *taught):
         assert 0 < record["retention"]["visual"] < 1 and 0 <= record["retention"]["audio"] < 1

@@ -136,7 +136,7 @@ def test_metrics_have_a_line_per_step_with_every_field(trained):
         assert record["epoch"] == record["step"] / 2
         assert record["tokens"] > 0 and record["tokens_per_second"] > 0 and record["seconds"] > 0
         assert 0 < record["peak_gib"] < 20
-        # Both clips bring more of both modalities than a layer keeps.
+        # Both clips have more tokens of both modalities than a layer retains.
         assert (record["retained"]["visual"], record["retained"]["audio"]) == (VISUAL, AUDIO)
         stored = record["retained"]["text"] + VISUAL + AUDIO
         assert record["memory_bytes"] == 3 * stored * 2 * 2 * 16 * 4  # layers, K and V, groups, head size, float32
@@ -403,7 +403,7 @@ class Watched:
     """Records the cache at every question and at the end."""
 
     def __init__(self, monkeypatch) -> None:
-        self.asked: list[tuple[int, float]] = []  # steps taken, latest second in the memory's stream
+        self.asked: list[tuple[int, float]] = []  # steps so far, tokens streamed so far
         self.caches: list[CompressedCache] = []
         self.steps = 0
         watched = self
@@ -424,8 +424,8 @@ class Watched:
                 after = self.cache.state()
                 for one, other in zip(before.layers, after.layers, strict=True):
                     assert all(torch.equal(one[name][0], other[name][0]) for name in ("_keys", "_values"))
-                    assert torch.equal(one["table"].index, other["table"].index)
-                    assert torch.equal(one["mass"], other["mass"])
+                    assert torch.equal(one["metadata"].index, other["metadata"].index)
+                    assert torch.equal(one["attention_scores"], other["attention_scores"])
                 assert all(torch.equal(a, b) for a, b in zip(before.counters[:2], after.counters[:2], strict=True))
                 watched.asked.append((watched.steps, int(self.cache._next_index[0])))
                 return result
@@ -484,7 +484,7 @@ def names(batches: list[list[Sample]]) -> list[str]:
     [(7, 1, 1, 1), (7, 2, 1, 1), (5, 2, 3, 2), (3, 4, 2, 2), (1, 1, 1, 4)],
 )
 def test_every_row_occurs_once_per_epoch(rows, batch, accumulation, processes):
-    epochs = batch * accumulation * processes  # so that whole steps end where an epoch ends
+    epochs = batch * accumulation * processes  # so that the last step ends with an epoch
     made = schedule(
         rows,
         per_device_train_batch_size=batch,
@@ -802,7 +802,7 @@ def test_a_truncated_clip_ends_the_run_with_one_line(tmp_path, capsys):
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
-def test_a_truncated_clip_can_be_used_with_max_seconds(tmp_path):
+def test_a_truncated_clip_can_be_used_up_to_its_end(tmp_path):
     rows = [ROWS[0], {"media": HALF, "question": "What is seen?", "answer": "A rabbit."}]
     run = trained_run(tmp_path, "data.on_bad_row=skip", "data.shuffle=false", "train.max_steps=2", rows=rows)
     assert [record["skipped"] for record in metrics(run)] == [False, False]

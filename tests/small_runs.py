@@ -87,6 +87,15 @@ def trained_run(folder: Path, *overrides: str, **options: Any) -> Path:
     return folder / options.get("out", "run")
 
 
+def refused(args: list[str], capsys) -> str:
+    """The error line of a run that must not start and must not change the folder."""
+    capsys.readouterr()
+    assert main(args) == 2
+    (line,) = lines(capsys.readouterr().err)
+    assert line.startswith("train: ")
+    return line
+
+
 def environment(**more: str) -> dict[str, str]:
     """Environment of a child process: one thread, no network, nothing inherited from a launcher."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}

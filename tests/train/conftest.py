@@ -1,4 +1,4 @@
-"""A finished run that several test modules read; they copy it before they change it."""
+"""Shared by the tests of training: a finished run (tests copy it before they change it), tiny models by backbone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import train.loop
-import train.metrics
-import train.objective
+from omnimem.backbones import backbone_class
 from small_runs import (
     arguments,
     main,
@@ -44,3 +43,15 @@ class Trained:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Trained:
     return Trained(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def tiny_of(tmp_path_factory) -> Any:
+    built: dict[str, Path] = {}
+
+    def path(name: str) -> Path:
+        if name not in built:
+            built[name] = backbone_class(name).build_tiny(tmp_path_factory.mktemp("models") / name)
+        return built[name]
+
+    return path

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import train.loop
-import train.metrics
 import train.objective
 from data_prep.manifest import Question
 from omnimem.backbones import ChunkInputs, load_backbone

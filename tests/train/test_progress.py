@@ -11,9 +11,7 @@ import termios
 
 import pytest
 
-import train.loop
 import train.metrics
-import train.objective
 from omnimem.recipe import load_recipe
 from small_runs import (
     AUDIO,

@@ -3,9 +3,8 @@
     omnimem data convert train.json --to train.jsonl
     omnimem data validate train.jsonl
     omnimem data prepare train.jsonl --to prepared
-    omnimem data stats train.jsonl
 
-Nothing heavy is imported until an action runs.
+Nothing heavy is imported until an action runs. `stats` is added by `train.stats_command`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ def add_actions(actions: Any, shared: argparse.ArgumentParser) -> None:
     _add_convert(actions, shared)
     _add_validate(actions, shared)
     _add_prepare(actions, shared)
-    _add_stats(actions, shared)
 
 
 def _add_convert(actions: Any, shared: argparse.ArgumentParser) -> None:
@@ -157,21 +155,3 @@ def _quality(text: str) -> int:
     if not 1 <= number <= 95:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 95, got {text!r}")
     return number
-
-
-def _add_stats(actions: Any, shared: argparse.ArgumentParser) -> None:
-    stats = actions.add_parser("stats", parents=[shared], help="hours, tokens by modality, memory, from headers alone")
-    stats.description = "Count what a manifest becomes in a model: no weight is loaded, nothing is decoded."
-    stats.add_argument("manifest", metavar="MANIFEST", help="manifest, prepared folder, or `quickstart`")
-    stats.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, such as data.fps=2")
-    stats.add_argument("--root", type=Path, metavar="DIR", help="its media (default: beside it)")
-    named = "name or path (default: quickstart); further words are its key=value"
-    stats.add_argument("--recipe", nargs="+", default=["quickstart"], metavar=("NAME", "KEY=VALUE"), help=named)
-    stats.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as JSON as well")
-    stats.set_defaults(command=_stats)
-
-
-def _stats(args: argparse.Namespace) -> None:
-    from data_prep.stats import stats_command
-
-    stats_command(args)

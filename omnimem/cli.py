@@ -11,11 +11,7 @@ wrong usage or input (one line says what and what to do), 1 anything else (`--de
 from __future__ import annotations
 
 import argparse
-import errno
-import os
-import select
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -23,6 +19,8 @@ from typing import NoReturn
 from data_prep.commands import add_actions as add_data_actions
 from omnimem import __version__
 from omnimem.errors import OmniMemError, is_storable
+from omnimem.guard import run_guarded
+from train.stats_command import add_stats_action
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -42,63 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_guarded("omnimem", lambda: args.command(args), debug=args.debug)
 
 
-def run_guarded(program: str, work: Callable[[], object], debug: bool = False, quiet: bool = False) -> int:
-    """Call `work` and turn what it raises into one line on stderr and an exit status.
-
-    Parameters
-    ----------
-    program : str
-        Opens the line.
-    work : callable
-        The command.
-    debug : bool
-        Show the traceback as well.
-    quiet : bool
-        Leave an `OmniMemError` to another process, which prints the same one.
-
-    Returns
-    -------
-    int
-        0 done, 2 for `OmniMemError` and for a file name that is too long, 1 for an interruption or any other exception.
-    """
-    try:
-        work()
-        sys.stdout.flush()  # here and not at exit, where a closed pipe could no longer be caught
-        return 0
-    except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, BrokenPipeError) and _reader_has_left():
-            # What is still buffered must not raise once more at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        if debug:
-            traceback.print_exc()
-        line, status = f"internal error: {type(error).__name__}: {error}", 1
-        if isinstance(error, KeyboardInterrupt):
-            line = "interrupted"
-        elif isinstance(error, OmniMemError):
-            line, status = str(error), 2
-        elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            line, status = f"{error.filename}: {error.strerror}", 2
-        elif not debug:
-            line += " (run with --debug for the traceback)"
-    if not (quiet and status == 2):
-        text = f"{program}: {' '.join(line.split())}"
-        print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
-    return status
-
-
 def _check_text(arguments: Sequence[str]) -> None:
     """Refuse bytes that are no text: reports and recipes, which are UTF-8, could not name them."""
     for argument in arguments:
         if not is_storable(argument):
             raise OmniMemError(f"argument {argument!a} is not valid UTF-8 text; rename the file")
-
-
-def _reader_has_left() -> bool:
-    """Say whether it is our own stdout that is closed at the other end (`| head`), not some worker's pipe."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # a closed pipe is reported without being asked for
-    return bool(poll.poll(0))
 
 
 class Parser(argparse.ArgumentParser):
@@ -169,7 +115,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", parents=[everywhere], help="convert, validate, prepare, count")
     data.description = "Manifests and media: other formats in, every file checked, decoded once, counted."
-    add_data_actions(data.add_subparsers(title="actions", metavar="ACTION", required=True), everywhere)
+    actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
+    add_data_actions(actions, everywhere)
+    add_stats_action(actions, everywhere)
 
     profile = commands.add_parser("profile", parents=[everywhere], help="show, plot, compare, re-scale, convert")
     profile.description = "Budget profiles: how many visual and audio positions every layer keeps."
@@ -362,7 +310,7 @@ def _above_zero(text: str) -> float:
 
 
 def _recipes(_: argparse.Namespace) -> None:
-    from train.config import list_recipes, recipe_summary
+    from omnimem.recipe import list_recipes, recipe_summary
 
     names = list_recipes()
     width = max(map(len, names))

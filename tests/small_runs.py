@@ -1,6 +1,6 @@
-"""Small training runs for the tests: two short real clips, the tiny model, a memory that has to evict.
+"""Small training runs for the tests: two short real clips, the tiny model, a cache that must evict.
 
-One thread, so that a run in the test's process and one in a process of its own give the same bits.
+One thread, so that a run in the test's process and one in a separate process give the same bits.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ lora: {r: 4, lora_alpha: 8, lora_dropout: 0.0, target_modules: [q_proj, k_proj, 
 train: {max_steps: 4, learning_rate: 1.0e-2, save_steps: 2, threads: 1}
 """
 PLAIN = ("train.optim=sgd", "train.max_steps=3", "train.save_steps=3", "lora.lora_dropout=0.0", "model.dtype=float32")
-"""SGD shows errors of scale that Adam hides."""
+"""SGD shows errors of scale, to which Adam is invariant."""
 
-VISUAL, AUDIO = 20, 4  # 24 positions at the default ratio of 5
+VISUAL, AUDIO = 20, 4  # 24 tokens at the default ratio of 5
 
 
 def write_manifest(path: Path, rows: Sequence[dict[str, Any]] = ROWS) -> Path:
@@ -81,10 +81,19 @@ def main(args: Sequence[str]) -> int:
 
 
 def trained_run(folder: Path, *overrides: str, **options: Any) -> Path:
-    """A run that succeeds, inside this process; returns its folder."""
+    """Train inside this process, check that it succeeds, return the folder of the run."""
     args = arguments(folder, *overrides, **options)
     assert main(args) == 0
     return folder / options.get("out", "run")
+
+
+def refused(args: list[str], capsys) -> str:
+    """The error line of a run that must not start and must not change the folder."""
+    capsys.readouterr()
+    assert main(args) == 2
+    (line,) = lines(capsys.readouterr().err)
+    assert line.startswith("train: ")
+    return line
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -96,7 +105,7 @@ def environment(**more: str) -> dict[str, str]:
 def start(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
     """Run `python ...` from the repository's root."""
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment(**more), capture_output=True)
-    # Decoded here, because text mode would turn the carriage returns of a progress bar into new lines.
+    # Decoded here, because text mode would convert the carriage returns of a progress bar into newlines.
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
@@ -123,7 +132,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def lines(text: str) -> list[str]:
-    """Lines a terminal would show: what a progress bar overwrote is gone."""
+    """Lines that a terminal would show, without text that a progress bar has overwritten."""
     return [line.split("\r")[-1].rstrip() for line in text.split("\n") if line.split("\r")[-1].strip()]
 
 
@@ -134,7 +143,7 @@ def free_port() -> int:
 
 
 def configured(name: str, *args: str, script: Path = ROOT / "train.py"):
-    """Two processes by `accelerate launch` with one of the files in launch/."""
+    """Run two processes by `accelerate launch` with one of the files in launch/."""
     cpu = {"ACCELERATE_USE_CPU": "true"} if name == "multi_gpu" else {}
     launcher = ("-m", "accelerate.commands.launch", "--config_file", f"launch/{name}.yaml", "--num_processes", "2")
     return start(*launcher, "--main_process_port", str(free_port()), script, *args, PYTHONPATH=str(ROOT), **cpu)

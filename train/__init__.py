@@ -1,4 +1,4 @@
-"""Fine-tuning while the bounded cache is active: configuration, the loop, checkpoints, export.
+"""Fine-tuning with the compressed cache active: training loop, checkpoints, export.
 
-Command: `accelerate launch train.py recipe=quickstart`.
+Command: `accelerate launch train.py recipe=quickstart`; the guide is train/README.md.
 """

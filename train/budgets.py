@@ -1,9 +1,9 @@
-"""Budgets that change while a model is trained: a curriculum from large to target, or another one every step.
+"""Budgets that change during training: a curriculum from a large budget to the target, or a random one per step.
 
-    train.py recipe=… memory.start_budget=32768                 # falls to memory.mean_budget
-    train.py recipe=… memory.random_budget=[4096,49152]         # one adapter for all of them
+    train.py recipe=… memory.start_budget=32768                 # lowered to memory.mean_budget
+    train.py recipe=… memory.random_budget=[4096,49152]         # one adapter for this range
 
-Both depend on nothing but the step, so a run that is resumed, and every process of it, sees the same.
+Both depend on the seed and the step alone, so that resumed runs and all processes use the same budgets.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ import random
 
 from omnimem.budget import BudgetProfile
 from omnimem.budget.allocation import with_mean
-from train.config import Recipe
+from omnimem.recipe import Recipe
 
 
 def profile_at(recipe: Recipe, profile: BudgetProfile, step: int, steps: int) -> BudgetProfile:
-    """Budgets of a step (0-based) out of so many, in the proportions of the run's profile.
+    """Budgets of step `step` (0-based) of `steps`, in the proportions of the run's profile.
 
-    ``start_budget`` falls geometrically and reaches the profile's own mean after `memory.curriculum_ratio` of the
-    steps;
-    a ``random_budget`` is drawn evenly on a logarithmic scale.
+    The curriculum lowers ``start_budget`` geometrically to the profile's mean within `memory.curriculum_ratio` of the
+    steps. A ``random_budget`` is drawn from a log-uniform distribution.
 
     Raises
     ------
     OmniMemError
-        A mean budget cannot hold the profile's floors.
+        A mean budget is too small for the profile's floors.
     """
     memory = recipe.memory
     if memory.random_budget is not None:

@@ -1,10 +1,10 @@
-"""Checkpoints of a run: everything a killed run needs to go on to the same result, in safetensors and JSON.
+"""Checkpoints of a run: everything needed to continue to the same result, in safetensors and JSON.
 
     <output_dir>/checkpoints/step-00000040/
-        adapter_model.safetensors, adapter_config.json, budget_profile.json    usable as an adapter by itself
-        optimizer.safetensors, rng-0.safetensors (one a rank), state.json
+        adapter_model.safetensors, adapter_config.json, budget_profile.json    a complete adapter
+        optimizer.safetensors, rng-0.safetensors (one per rank), state.json
 
-A checkpoint folder appears under its name only when complete. No pickle is written or read.
+A checkpoint folder gets its name when it is complete. No pickle is written or read.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from safetensors.torch import load_file, save_file
 from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_directory, atomic_write_json, remove_directory, sweep
-from train.processes import ParallelStrategy
+from train.parallel import ParallelStrategy
 
 FOLDER = "checkpoints"
 ADAPTER = ".adapter"
-RECORDS = ".records"
+EVICTED = ".evicted"
 
 
 def save_adapter(
     folder: Path, model: PeftModel, profile: BudgetProfile, weights: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Write adapter and profile into an existing folder, each file complete or absent.
+    """Write adapter and profile into an existing folder; each file is complete or absent.
 
-    `weights` are those to write, by the names of the model's parameters; its own when left out.
+    `weights` maps the names of the model's parameters to the weights to write; the model's own when left out.
     """
     with atomic_directory(folder / ADAPTER, overwrite=True) as temporary:
         model.save_pretrained(str(temporary), state_dict=weights, safe_serialization=True, save_embedding_layers=False)
@@ -52,18 +52,18 @@ def save_checkpoint(
     step: int,
     accelerator: Accelerator,
     model: PeftModel,
-    processes: ParallelStrategy,
+    strategy: ParallelStrategy,
     profile: BudgetProfile,
     keep: int,
 ) -> Path:
-    """Save after `step` optimiser steps and drop all but the newest `keep` checkpoints; every rank calls it."""
+    """Save after `step` optimizer steps and delete all but the newest `keep` checkpoints; every rank calls it."""
     target = output_dir / FOLDER / f"step-{step:08d}"
     random_states = gather_object([_rng_state(accelerator.device)])
-    weights, known = processes.weights(), processes.optimizer_state()
+    weights, optimizer_state = strategy.weights(), strategy.optimizer_state()
     if accelerator.is_main_process:
         with atomic_directory(target, overwrite=True) as folder:
             save_adapter(folder, model, profile, weights)
-            save_file(known, folder / "optimizer.safetensors")
+            save_file(optimizer_state, folder / "optimizer.safetensors")
             for rank, random_state in enumerate(random_states):
                 save_file(random_state, folder / f"rng-{rank}.safetensors")
             atomic_write_json(folder / "state.json", {"step": step, "processes": accelerator.num_processes})
@@ -74,10 +74,10 @@ def save_checkpoint(
 
 
 def sweep_run(output_dir: Path) -> None:
-    """Delete what a killed run left of unfinished writes."""
+    """Delete unfinished files of a killed run."""
     for folder in (output_dir, output_dir / FOLDER):
         sweep(folder)
-    for name in (ADAPTER, RECORDS):
+    for name in (ADAPTER, EVICTED):
         if (output_dir / name).is_dir():
             shutil.rmtree(output_dir / name)
 
@@ -88,48 +88,49 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def load_weights(folder: Path, accelerator: Accelerator, model: PeftModel) -> int:
-    """Bring the adapter back, before it is sharded; returns the number of steps done.
+    """Load the adapter, before it is sharded; return the number of completed steps.
 
     Raises
     ------
     OmniMemError
         A file is missing or damaged, the adapter has another shape, or the number of processes differs.
     """
-    with _explained(folder):
+    with _readable_errors(folder):
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if state["processes"] != accelerator.num_processes:
             raise OmniMemError(
                 f"{folder}: saved by {state['processes']} processes, resumed by {accelerator.num_processes}; "
-                "use the same number or start anew in another output_dir"
+                "use the same number of processes or another output_dir"
             )
         weights = load_file(folder / "adapter_model.safetensors")
-        if odd := weights.keys() ^ get_peft_model_state_dict(model).keys():
-            raise ValueError(f"adapter weights missing or too many, such as {sorted(odd)[0]}")
+        if mismatch := weights.keys() ^ get_peft_model_state_dict(model).keys():
+            raise ValueError(f"adapter weights are missing or unexpected, such as {sorted(mismatch)[0]}")
         set_peft_model_state_dict(model, weights)
         return state["step"]
 
 
-def load_progress(folder: Path, accelerator: Accelerator, processes: ParallelStrategy) -> None:
-    """Bring the optimiser's and this rank's random state back.
+def load_progress(folder: Path, accelerator: Accelerator, strategy: ParallelStrategy) -> None:
+    """Load the optimizer state and this rank's random state.
 
     Raises
     ------
     OmniMemError
         A file is missing or damaged.
     """
-    with _explained(folder):
-        processes.load_optimizer_state(load_file(folder / "optimizer.safetensors"))
+    with _readable_errors(folder):
+        strategy.load_optimizer_state(load_file(folder / "optimizer.safetensors"))
         _set_rng_state(load_file(folder / f"rng-{accelerator.process_index}.safetensors"), accelerator.device)
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _readable_errors(folder: Path) -> Iterator[None]:
+    """Turn any error of loading into one line that names the checkpoint."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise OmniMemError(
-            f"{folder}: checkpoint does not load ({type(error).__name__}: {reason}); "
+            f"{folder}: cannot load the checkpoint ({type(error).__name__}: {reason}); "
             "delete it to resume from an older one"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Fine-tune with the bounded memory active, as a recipe says; every `key=value` overrides it.
+"""Fine-tune with the compressed cache active, as a recipe says; every `key=value` overrides it.
 
     accelerate launch train.py recipe=quickstart
     accelerate launch train.py recipe=quickstart train.max_steps=3 output_dir=runs/try
@@ -8,21 +8,18 @@
 train recipe=NAME` needs no checkout. `omnimem recipes` lists the recipes, `dry_run=true` prints the plan of a run.
 
 Exit status: 0 done, 2 wrong usage or input, 1 anything else; `--debug` shows tracebacks. The launcher reports 1 for
-every failure and adds a traceback of its own: `accelerate launch -q` leaves it out on one device, and `omnimem train
-recipe=NAME dry_run=true` checks a recipe, with status 2, before a long job is queued.
+every failure and adds its own traceback (`accelerate launch -q` leaves it out on one device). To check a recipe before
+a long job is queued, `omnimem train recipe=NAME dry_run=true` exits with status 2 if it is wrong.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 from collections.abc import Sequence
 
-from omnimem.cli import run_guarded
-from train.config import Recipe, list_recipes, load_recipe
-
-GRACE_SECONDS = 2.0
+from omnimem.guard import run_guarded
+from omnimem.recipe import Recipe, list_recipes, load_recipe
+from train.launcher import launched_rank, wait_for_error_message
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,16 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{__doc__}\nRecipes: {', '.join(list_recipes())}")
         return 0
     debug = "--debug" in args
-    rank = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
+    rank = launched_rank()
 
-    # Every rank finds the same error in a recipe, so rank 0 alone prints it. A later error may concern a single rank
+    # Every rank finds the same error in a recipe, so only rank 0 prints it. A later error may concern a single rank
     # (its clip, its disk), which prints it itself.
     recipes: list[Recipe] = []
-    parse = [arg for arg in args if arg != "--debug"]
-    status = run_guarded("train", lambda: recipes.append(load_recipe(parse)), debug, quiet=rank > 0)
+    pairs = [arg for arg in args if arg != "--debug"]
+    status = run_guarded("train", lambda: recipes.append(load_recipe(pairs)), debug, quiet=rank > 0)
     if status:
-        if rank:  # the launcher ends all ranks with the first that fails: rank 0 needs the time to say why
-            time.sleep(GRACE_SECONDS)
+        if rank:
+            wait_for_error_message()
         return status
     return run_guarded(f"train (rank {rank})" if rank else "train", lambda: _run(recipes[0]), debug)
 

@@ -1,4 +1,4 @@
-"""A record of what a run ran on and how it was started: versions, machine, source revision, processes, command line."""
+"""Environment of a run for environment.json: versions, machine, git commit, processes, command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from train.processes import zero_stage
+from train.deepspeed_strategy import zero_stage
 
 PACKAGES = (
     "omnimem", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "omegaconf", "av", "numpy",
@@ -22,7 +22,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Python, packages, platform, accelerator, git commit (null outside a checkout)."""
+    """Python, packages, platform, accelerator, git commit (None outside a checkout)."""
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -35,7 +35,7 @@ def environment() -> dict[str, Any]:
 
 
 def launch_of(accelerator: Accelerator) -> dict[str, Any]:
-    """How this process was started: command line, number of processes, how they share the work, and over what."""
+    """How the run was launched: command line, number of processes, parallel strategy, communication backend."""
     stage, processes = zero_stage(accelerator), accelerator.num_processes
     return {
         "command": shlex.join(sys.orig_argv),

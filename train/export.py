@@ -1,10 +1,10 @@
-"""Merge a run's adapter into its full-precision base and save a checkpoint that transformers loads.
+"""Merge a run's adapter into its full-precision base model and save a checkpoint that transformers loads.
 
     omnimem export runs/quickstart --out quickstart-merged
 
-It happens on the CPU unless told otherwise, and host memory holds the model once: base and adapter are merged in place
-and written in shards, everything is freed, and the written checkpoint is loaded by transformers and verified (see
-`train.merge`) before anything appears under the output's name.
+It runs on the CPU by default, with one copy of the model in host memory: the adapter is merged in place, the checkpoint
+is written in shards, the model is freed, and the written checkpoint is loaded by transformers and verified (see
+`train.merge`). The output folder gets its name only after that.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from omnimem.backbones.checkpoint import quiet_stock, read_config
 from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_directory
-from train.card import model_card
+from omnimem.recipe import Recipe, load_recipe
 from train.checkpoint import FOLDER as CHECKPOINTS
-from train.config import Recipe, load_recipe
-from train.host_memory import reset_peak
 from train.merge import Verification, merge_adapter, verify
+from train.model_card import model_card
+from train.peak_memory import reset_peak
 
 log = logging.getLogger("omnimem.train")
 
 SHARD = "2GB"
-"""Largest file of a checkpoint, and most that is converted to the published layout at a time."""
+"""Largest file of a checkpoint, and the most that is converted to the published layout at a time."""
 
 
 def export_run(
@@ -48,35 +48,35 @@ def export_run(
     run : str or Path
         Run directory (or any folder with an adapter and a budget profile).
     out : str or Path
-        Folder to write; appears only when everything has been verified.
+        Folder to write; it appears when the checkpoint is verified.
     overwrite : bool
         Replace a folder that is not empty.
     dtype : str, optional
-        Of the merged weights; by default as trained, or as the base's configuration says for an adapter without recipe.
+        Of the merged weights; by default that of the recipe, or of the base model for an adapter without a recipe.
     base : str or Path, optional
-        What the adapter is merged into; by default the model it names.
+        Model to merge into; by default the one that the adapter names.
     device : device or str
         Where the model is loaded, merged and verified.
 
     Returns
     -------
     Verification
-        What was compared, and the peak host memory of the process, counted from the start of the call. Where weights
-        are converted while they are loaded (to another `dtype`, or experts that are joined), the mapped pages of the
-        files count in addition to the model; the kernel can drop them.
+        Result of the comparison, and the peak host memory of the process since the start of the call. If weights are
+        converted while they are loaded (to another `dtype`, or experts that are joined), it includes mapped pages of
+        the files, which the kernel can drop.
 
     Raises
     ------
     OmniMemError
-        No adapter or profile, a base that does not load, an output folder that holds what is read, or a merged
+        No adapter or profile; a base that does not load; an output folder that contains the run or the base; a merged
         checkpoint that does not equal base + adapter.
     """
     reset_peak()
     run, out = Path(run), Path(out)
-    named, adapter = resolve_checkpoint(run, None)
-    base = named if base is None else base
+    named_base, adapter = resolve_checkpoint(run, None)
+    base = named_base if base is None else base
     if adapter is None:
-        raise OmniMemError(f"{run}: no adapter here; give the output_dir of a finished run")
+        raise OmniMemError(f"{run}: no adapter found; pass the output_dir of a finished run")
     _check_out(out, run, Path(base))
     recipe = _recipe_of(run)
     trained_dtype = _dtype_of(base) if recipe is None else parse_dtype(recipe.model.dtype)
@@ -85,7 +85,7 @@ def export_run(
         backbone = load_backbone(base, dtype=wanted, device=device)
         name, profile = backbone.name, _profile_of(Path(adapter), backbone)
         merged = merge_adapter(backbone, adapter)
-        # As if offloaded: weights are converted to the published layout shard by shard, not all before the first one.
+        # As for an offloaded model: weights are converted to the published layout shard by shard, not all at once.
         backbone.model.hf_device_map = {"": "cpu"}
         with quiet_stock():
             backbone.model.save_pretrained(folder, max_shard_size=SHARD)
@@ -94,7 +94,6 @@ def export_run(
         del backbone
         written = load_backbone(folder, backbone=name, dtype=wanted, device=device)
         checked = verify(merged, written)
-        # What an adapter is merged into is never quantised.
         quantized = recipe is not None and recipe.model.load_in_4bit
         card = model_card(run, base, written, profile, checked, quantized)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -102,32 +101,32 @@ def export_run(
 
 
 def _check_out(out: Path, run: Path, base: Path) -> None:
-    """Refuse an output that would replace what is read."""
+    """Refuse an output folder that would replace the run, its checkpoints or the base."""
     target = out.resolve()
     if run.resolve().is_relative_to(target):
-        raise OmniMemError(f"--out {out} holds the run itself; choose another folder")
+        raise OmniMemError(f"--out {out} contains the run itself; choose another folder")
     for place in (base, run / CHECKPOINTS):
         if place.is_dir() and (target.is_relative_to(place.resolve()) or place.resolve().is_relative_to(target)):
-            raise OmniMemError(f"--out {out} would replace {place}, which is still needed; choose another folder")
+            raise OmniMemError(f"--out {out} would replace {place}, which the export reads; choose another folder")
 
 
 def _profile_of(adapter: Path, backbone: Backbone) -> BudgetProfile:
-    """Budgets saved with an adapter; one that was trained elsewhere has none and gets the default ones."""
+    """Budgets saved with an adapter; default budgets for an adapter that was not trained with OmniMem."""
     file = adapter / PROFILE_FILE
     if file.is_file() or (adapter / RECIPE_FILE).is_file():
         return BudgetProfile.load(file)
-    log.warning("%s has no %s: the export gets 8192 positions a layer", adapter, PROFILE_FILE)
+    log.warning("%s has no %s: the export gets a budget of 8192 tokens per layer", adapter, PROFILE_FILE)
     return BudgetProfile.uniform(backbone.config, ratio=5.0 if backbone.supports_audio else math.inf)
 
 
 def _recipe_of(run: Path) -> Recipe | None:
-    """The recipe an adapter was trained with; a folder with an adapter alone has none."""
+    """The recipe that an adapter was trained with; None for an adapter without one."""
     file = run / RECIPE_FILE
     return load_recipe([f"recipe={file}"]) if file.is_file() else None
 
 
 def _dtype_of(base: str | Path) -> torch.dtype | str:
-    """The dtype that the configuration of a published model names, in its newer or older spelling."""
+    """The dtype in the configuration of a published model, under its newer or older key."""
     config = {} if str(base) == TINY else read_config(base)
     parts = (config, config.get("thinker_config") or {}, config.get("text_config") or {})
     names = [part.get("dtype") or part.get("torch_dtype") for part in parts]

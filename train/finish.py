@@ -1,4 +1,4 @@
-"""What a recipe asks for after the last step: a merged checkpoint, one question answered with it."""
+"""After the last step, as `finish` in the recipe says: export a merged checkpoint, answer a question."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import logging
 from pathlib import Path
 
 from data_prep.manifest import Row, media_root
+from omnimem.recipe import Recipe
 from omnimem.stream import StreamingSession
-from train.config import Recipe
 from train.data import open_row
 from train.export import export_run
 
@@ -18,11 +18,11 @@ MERGED_FOLDER = "merged"
 
 
 def finish(recipe: Recipe, output_dir: Path, rows: list[Row]) -> None:
-    """Export and ask, as ``recipe.finish`` says; where it names no clip, about that of the first row.
+    """Export the run and answer ``finish.question`` about ``finish.media``, or about the clip of the first row.
 
-    The caller has dropped the model that was trained, so that it is not in memory beside the one that is loaded here.
+    The caller must have released the trained model, because another one is loaded here.
     """
-    gc.collect()  # engines of DeepSpeed are in reference cycles
+    gc.collect()  # DeepSpeed engines are in reference cycles
     merged = output_dir / MERGED_FOLDER
     if recipe.finish.export:
         log.info("%s: %s", merged, export_run(output_dir, merged, overwrite=True))

@@ -1,9 +1,9 @@
-"""One run at a time in an output folder: a lock file that names its owner, and how to tell that the owner is dead.
+"""Lock of an output folder: one run at a time, with takeover of the lock of a process that no longer runs.
 
-The main process of a run holds ``<output_dir>/run.lock`` for as long as it lives and deletes it at the end. A process
-that was killed leaves the file behind, so a lock counts only while its owner lives. On the same machine the process
-table says so: process id and start time. The processes of another machine (or of another container) cannot be seen;
-there the owner sets the time of the file again every few seconds, and is dead when that stops.
+The main process of a run creates ``<output_dir>/run.lock`` and deletes it at the end. A killed process leaves the file,
+so a lock is valid only while its owner runs. On the same machine the process table tells: process id and start time.
+Processes of another machine or container are not visible; their owner updates the file's modification time every few
+seconds, and counts as dead when the updates stop.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LOCK_FILE = "run.lock"
 
 HEARTBEAT_SECONDS = 15.0
 SILENCE_SECONDS = 180.0
-"""An owner on another machine that has not set the file's time for so long is dead."""
+"""An owner on another machine counts as dead after this long without an update."""
 
 log = logging.getLogger("omnimem.train")
 
@@ -43,25 +43,25 @@ class Owner:
     ----------
     host : str
         Name of its machine.
-    processes : str
-        Where its process id is valid: a container has process ids of its own.
+    pid_namespace : str
+        Namespace of its process id: a container has its own.
     pid : int
         Process id.
     started : float
-        When the process started, in seconds after the machine did, which tells it from a later process of the same id.
+        Start of the process in seconds after boot, to distinguish it from a later process with the same id.
     since : str
-        When it took the lock, for people to read.
+        When it took the lock, for the error message.
     """
 
     host: str
-    processes: str
+    pid_namespace: str
     pid: int
     started: float
     since: str
 
     @classmethod
     def current(cls) -> Owner:
-        """Return the owner that this process is."""
+        """Describe this process."""
         namespace = ""
         with suppress(OSError):  # only Linux has it
             namespace = os.readlink("/proc/self/ns/pid")
@@ -69,18 +69,18 @@ class Owner:
         return cls(platform.node(), namespace, os.getpid(), _started(os.getpid()) or 0.0, now)
 
     def is_local_to(self, other: Owner) -> bool:
-        """Whether the two processes see each other."""
-        return (self.host, self.processes) == (other.host, other.processes)
+        """Whether the two processes are on the same machine and in the same container."""
+        return (self.host, self.pid_namespace) == (other.host, other.pid_namespace)
 
     def is_running(self) -> bool:
-        """Whether a process of this machine is still this one."""
+        """Whether this process, on this machine, still runs."""
         started = _started(self.pid)
         return started is not None and abs(started - self.started) < 2  # psutil rounds the boot time to seconds
 
 
 @contextmanager
 def hold_lock(folder: Path) -> Iterator[None]:
-    """Make a folder and hold its lock during the block; a lock whose owner is dead is taken over.
+    """Create a folder and hold its lock during the block; take over the lock of a dead owner.
 
     Parameters
     ----------
@@ -90,12 +90,12 @@ def hold_lock(folder: Path) -> Iterator[None]:
     Raises
     ------
     OmniMemError
-        Another run holds the lock, or the folder cannot be written. Nothing in it has changed.
+        Another run holds the lock, or the folder cannot be written. The folder is unchanged.
     """
     path, owner = folder / LOCK_FILE, Owner.current()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _take(path, owner)
+        _acquire(path, owner)
     except OSError as error:
         raise OmniMemError(f"output_dir {folder}: {error.strerror}") from error
     ended = threading.Event()
@@ -109,14 +109,14 @@ def hold_lock(folder: Path) -> Iterator[None]:
         _release(path, owner)
 
 
-def _take(path: Path, owner: Owner) -> None:
-    """Write `owner` into the lock file as soon as no living process holds it."""
+def _acquire(path: Path, owner: Owner) -> None:
+    """Write `owner` into the lock file once no living process holds it."""
     began, first = time.monotonic(), None
     while True:
         with _opened(path) as file:
-            holder, beat = _holder(file), os.fstat(file.fileno()).st_mtime
+            holder, beat = _owner(file), os.fstat(file.fileno()).st_mtime
             local = holder is not None and holder.is_local_to(owner)
-            # Watched as well, because the clocks of two machines may differ.
+            # The clocks of two machines may differ, so the time since this process started to wait counts too.
             silent = max(time.time() - beat, time.monotonic() - began) > SILENCE_SECONDS
             alive = holder is not None and (holder.is_running() if local else first is not None and beat != first)
             if holder is None or (not alive and (local or silent)):
@@ -124,22 +124,22 @@ def _take(path: Path, owner: Owner) -> None:
         used = f"{path.parent} is in use by a run on {holder.host}, process {holder.pid}, since {holder.since}"
         if alive:
             hint = "" if local else f" (if that job is gone, delete {path})"
-            raise OmniMemError(f"{used}; wait for it, stop it, or give another output_dir{hint}")
+            raise OmniMemError(f"{used}; wait for it, stop it, or use another output_dir{hint}")
         if first is None:
             first = beat
-            log.warning("%s; waiting for a sign of life, at most %.0f s", used, SILENCE_SECONDS)
+            log.warning("%s; waiting up to %.0f s for an update of its lock", used, SILENCE_SECONDS)
         time.sleep(1)
 
 
 def _release(path: Path, owner: Owner) -> None:
-    """Delete the lock file, unless it has become another's."""
+    """Delete the lock file unless another process has taken it over."""
     with suppress(OSError), _opened(path) as file:
-        if _holder(file) in (owner, None):
+        if _owner(file) in (owner, None):
             path.unlink()
 
 
 def _beat(path: Path, ended: threading.Event) -> None:
-    """Set the file's time again and again; an error of the file system may pass."""
+    """Update the file's modification time regularly; file system errors may be temporary."""
     while not ended.wait(HEARTBEAT_SECONDS):
         with suppress(OSError):
             os.utime(path)
@@ -147,21 +147,21 @@ def _beat(path: Path, ended: threading.Event) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[str]]:
-    """Open the lock file, made if missing, for one process at a time."""
+    """Open the lock file exclusively; create it if missing."""
     while True:
         file = path.open("a+", encoding="utf-8")
-        with suppress(OSError):  # a file system without locks: two runs that start in the same instant go unnoticed
+        with suppress(OSError):  # no file locks here: two runs that start at the same moment are not detected
             fcntl.flock(file, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
-        file.close()  # its owner has just deleted it
+        file.close()  # deleted by its owner in the meantime
     with file:
         yield file
 
 
-def _holder(file: IO[str]) -> Owner | None:
-    """Who is named in the file; None in a new one, or where a process died while it wrote its name."""
+def _owner(file: IO[str]) -> Owner | None:
+    """Owner named in the file; None if it is new, or if a process died while writing it."""
     file.seek(0)
     try:
         return Owner(**json.loads(file.read()))
@@ -175,7 +175,7 @@ def _write(file: IO[str], owner: Owner) -> None:
 
 
 def _started(pid: int) -> float | None:
-    """When a process of this machine started, in seconds after the machine did; None if there is none."""
+    """Start of a process of this machine in seconds after boot; None if it does not run."""
     try:
         process = psutil.Process(pid)
         ended = process.status() == psutil.STATUS_ZOMBIE

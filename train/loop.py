@@ -1,16 +1,15 @@
-"""The training loop: set up, step, save. It reads from top to bottom.
+"""The training loop: set up, step, evaluate, save. It reads from top to bottom.
 
     accelerate launch train.py recipe=quickstart
 
-One optimiser step runs `accumulation` batches of streams. Each batch is one way there through `StreamObjective`
-(chunked, memory active) and one way back (gradients through every retained state; see `omnimem.bptt`).
+An optimizer step runs ``gradient_accumulation_steps`` batches of streams. Each batch is one forward and one backward
+pass of `StreamObjective`: chunk by chunk, with the compressed cache, and with gradients through every retained token.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from data_prep.manifest import Row, rejected_answers
 from omnimem.backbones import backbone_class
@@ -26,33 +24,40 @@ from omnimem.backbones.adapter import RECIPE_FILE
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, atomic_write_text
+from omnimem.recipe import Recipe, keys_without_effect, to_yaml
 from train.budgets import profile_at
 from train.checkpoint import checkpoints, load_progress, load_weights, save_adapter, save_checkpoint, sweep_run
-from train.config import Recipe, TrainConfig, to_yaml, without_effect
-from train.data import Samples, Schedule, load_rows
+from train.data import load_rows
+from train.deepspeed_strategy import zero_stage
+from train.distributed import broadcast_value, from_main_process, new_accelerator, new_strategy
+from train.dry_run import print_plan
 from train.environment import environment, launch_of
 from train.evaluation import Evaluation, held_out_rows
 from train.finish import finish
+from train.launcher import launched_processes, launched_rank
+from train.learning_rate import rate_at
 from train.lock import hold_lock
-from train.metrics import BarHandler, Metrics, Once, peak_gib
-from train.plan import print_plan
-from train.processes import from_main_process, new_accelerator, new_strategy, zero_stage
-from train.rundir import prepare_run_directory
+from train.metrics import BarHandler, Metrics, OncePerMessage
+from train.objective import BatchResult
+from train.peak_memory import peak_gib
+from train.run_directory import prepare_run_directory
+from train.samples import Samples
+from train.schedule import Schedule
 from train.setup import (
     add_lora,
-    backbone_of,
-    build_base,
+    backbone_name,
+    build_objective,
+    build_tiny_base,
     check_recipe,
-    gradient_of,
     load_base,
-    objective_of,
+    selection_gradient,
 )
 from train.stop import StopRequest
 
 log = logging.getLogger("omnimem.train")
 
 MAX_SKIPPED = 5
-"""Steps in a row with a loss or gradient that is not finite before the run gives up."""
+"""The run ends after this many consecutive steps with a loss or gradient that is not finite."""
 
 
 def run(recipe: Recipe) -> None:
@@ -61,59 +66,57 @@ def run(recipe: Recipe) -> None:
     Raises
     ------
     OmniMemError
-        Anything in the recipe, the data or the output folder that has to be put right first.
+        A problem in the recipe, the data or the output folder that the user has to fix.
     """
     handler = BarHandler()
-    handler.addFilter(Once())
+    handler.addFilter(OncePerMessage())
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", handlers=[handler])
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    for line in without_effect(recipe):
+    for line in keys_without_effect(recipe):
         log.warning(line)
-    # Recorded by name, so that the run's own recipe does not depend on another look at the checkpoint.
-    recipe.model.backbone = backbone = backbone_of(recipe)
+    # The detected backbone is saved in the run's recipe, so that resuming does not detect it again.
+    recipe.model.backbone = backbone = backbone_name(recipe)
     supports_audio = backbone_class(backbone).supports_audio
     skeleton, profile = check_recipe(recipe)
     if recipe.dry_run:
-        if int(os.environ.get("RANK", 0)) == 0:
-            rows, _ = _load(recipe, supports_audio)
-            print_plan(recipe, rows, skeleton, profile, processes=int(os.environ.get("WORLD_SIZE", 1)))
+        if launched_rank() == 0:
+            rows, _ = _load_data(recipe, supports_audio)
+            print_plan(recipe, rows, skeleton, profile, launched_processes())
         return
     accelerator = new_accelerator(recipe.train.ddp_timeout)
-    # The main process opens the clips: the others would only repeat it, and could leave out other rows.
-    rows, held_out = from_main_process(lambda: _load(recipe, supports_audio))
+    # Only the main process opens the clips: the others would repeat the work, and might skip different rows.
+    rows, held_out = from_main_process(lambda: _load_data(recipe, supports_audio))
     with ExitStack() as stack:
         from_main_process(lambda: stack.enter_context(hold_lock(Path(recipe.output_dir))))
         stop = stack.enter_context(StopRequest())
         try:
-            main = train(recipe, accelerator, rows, held_out, profile, stop)
-            # Not inside `train`, whose model would stay in memory beside the one that is exported.
-            if main:
+            is_main = train(recipe, accelerator, rows, held_out, profile, stop)
+            # After `train` has returned, so that its model is freed before the exported one is loaded.
+            if is_main:
                 finish(recipe, Path(recipe.output_dir), rows)
         except torch.OutOfMemoryError as error:
             raise OmniMemError(
-                f"out of memory on the accelerator ({peak_gib():.1f} GiB were in use): lower data.chunk_seconds, "
-                "memory.mean_budget or train.per_device_train_batch_size and begin in another output_dir; dry_run=true "
-                "shows what takes "
-                "how much"
+                f"out of GPU memory (peak {peak_gib():.1f} GiB): lower data.chunk_seconds, memory.mean_budget or "
+                "train.per_device_train_batch_size and use a new output_dir; dry_run=true shows the size of each part"
             ) from error
 
 
-def _load(recipe: Recipe, supports_audio: bool) -> tuple[list[Row], list[Row]]:
-    """Rows of the training and of the evaluation, their clips opened."""
+def _load_data(recipe: Recipe, supports_audio: bool) -> tuple[list[Row], list[Row]]:
+    """Rows for training and for evaluation, their clips opened."""
     rows = load_rows(recipe.data, supports_audio).rows
     if rejected := rejected_answers(rows):
-        log.warning("%s: %d rejected answers are not trained on: no preference objective", recipe.data.path, rejected)
+        log.warning("%s: %d rejected answers are ignored: no preference objective", recipe.data.path, rejected)
     if recipe.data.path == "quickstart" and recipe.recipe != "quickstart":
-        log.info("training on the clips that ship with the package; data.path=my.jsonl takes your own")
+        log.info("training on the clips that ship with the package; set data.path=my.jsonl to use your own")
     return rows, held_out_rows(recipe, supports_audio)
 
 
-def _set_up(recipe: Recipe, output_dir: Path, rows: list[Row]) -> None:
+def _prepare_output(recipe: Recipe, output_dir: Path, rows: list[Row]) -> None:
     """Prepare the output folder in the main process, before any process reads it."""
     prepare_run_directory(output_dir, recipe, rows)
     sweep_run(output_dir)
-    build_base(recipe, output_dir)
+    build_tiny_base(recipe, output_dir)
 
 
 def train(
@@ -124,12 +127,20 @@ def train(
     profile: BudgetProfile,
     stop: StopRequest,
 ) -> bool:
-    """Train on checked rows until the schedule or a signal ends it; returns whether this is the main process."""
+    """Train on checked rows until the last step, early stopping or a signal; return whether this is the main process.
+
+    Raises
+    ------
+    OmniMemError
+        A checkpoint does not load, or several consecutive steps have no finite loss or gradient.
+    KeyboardInterrupt
+        A signal asked to stop; the last step is saved.
+    """
     # ---- set up -----------------------------------------------------------------------------------------
     output_dir = Path(recipe.output_dir)
-    from_main_process(lambda: _set_up(recipe, output_dir, rows))
+    from_main_process(lambda: _prepare_output(recipe, output_dir, rows))
 
-    # ZeRO-3 cuts the layers up before they go to the device.
+    # ZeRO-3 shards the layers before they are moved to the device.
     device = torch.device("cpu") if zero_stage(accelerator) == 3 else accelerator.device
     backbone = load_base(recipe, output_dir, device)
     peft_model = add_lora(recipe, backbone)
@@ -138,14 +149,14 @@ def train(
         atomic_write_json(output_dir / "environment.json", {**environment(), **launch_of(accelerator)})
     schedule = Schedule(Samples(rows, backbone), recipe.train, recipe.data.shuffle, accelerator.num_processes)
     torch.manual_seed(recipe.train.seed + accelerator.process_index)
-    # One process looks: on a shared file system others may see another moment.
-    saved = _agreed(checkpoints(output_dir))
+    # Only the main process lists the checkpoints: on a shared file system others may see an older state.
+    saved = broadcast_value(checkpoints(output_dir))
     done = load_weights(saved[-1], accelerator, peft_model) if saved else 0
-    processes = new_strategy(accelerator, recipe, backbone, peft_model)
+    strategy = new_strategy(accelerator, recipe, backbone, peft_model)
     if saved:
-        load_progress(saved[-1], accelerator, processes)
+        load_progress(saved[-1], accelerator, strategy)
         log.info("resuming after step %d from %s", done, saved[-1])
-    objective = objective_of(recipe, output_dir, accelerator, backbone, peft_model, profile, processes)
+    objective = build_objective(recipe, output_dir, accelerator, backbone, peft_model, profile, strategy)
     evaluation = Evaluation(recipe, output_dir, Samples(held_out, backbone))
     metrics = Metrics(output_dir, done, schedule.steps, accelerator.is_main_process, recipe)
 
@@ -154,82 +165,80 @@ def train(
     skipped = 0
     steps = schedule.steps
     for step in range(done, steps):
-        if recipe.eval.early_stopping_patience is not None and (reason := _agreed(evaluation.exhausted(step))):
-            log.info("ended after step %d: %s", step, reason)
+        if recipe.eval.early_stopping_patience is not None and (reason := broadcast_value(evaluation.exhausted(step))):
+            log.info("early stopping after step %d: %s", step, reason)
             break
         started = time.perf_counter()
         rate = rate_at(step, steps, recipe.train)
-        processes.learning_rate(rate)
-        gradient = gradient_of(recipe, step / max(1, steps - 1))
+        strategy.set_learning_rate(rate)
+        gradient = selection_gradient(recipe, step / max(1, steps - 1))
         budgets = profile_at(recipe, profile, step, steps)
-        totals = torch.zeros(4)
-        # The mean is over all answer tokens of the step, whoever has them.
-        targets = schedule.targets(step)
-        weight = 1 / targets
-        with processes.accumulating():
+        totals = torch.zeros(4)  # loss, tokens, distillation loss, whether to stop
+        # The loss is the mean over all answer tokens of the step, on all ranks.
+        answer_tokens = schedule.answer_tokens(step)
+        weight = 1 / answer_tokens
+        with strategy.accumulate():
             for batch in schedule.step(step, accelerator.process_index):
-                outcome = objective(batch, gradient, budgets)
-                outcome.backward(weight * processes.weight)
-                loss, distilled = outcome.loss.item() * weight, outcome.distilled.item() * weight
-                totals[:3] += torch.tensor([loss, outcome.tokens, distilled])
+                result = objective(batch, gradient, budgets)
+                result.backward(weight * strategy.loss_scale)
+                loss, distillation = result.loss.item() * weight, result.distillation_loss.item() * weight
+                totals[:3] += torch.tensor([loss, result.tokens, distillation])
         totals[3] = stop.requested
         summed: Any = accelerator.reduce(totals.to(accelerator.device), "sum")
-        loss_value, tokens, distilled, stopping = summed.tolist()
-        norm = processes.step(wanted=math.isfinite(loss_value))
+        loss_value, tokens, distillation, stopping = summed.tolist()
+        norm = strategy.step(apply=math.isfinite(loss_value))
         finite = math.isfinite(loss_value) and math.isfinite(norm)
         skipped = 0 if finite else skipped + 1
         if not finite:
-            log.warning("step %d: loss %s, gradient norm %s: skipped", step + 1, loss_value, norm)
+            log.warning("step %d skipped: loss %s, gradient norm %s", step + 1, loss_value, norm)
         if skipped == MAX_SKIPPED:
             raise OmniMemError(
-                f"{MAX_SKIPPED} steps in a row without a finite loss or gradient, the last over "
-                f"{[s.row.name for s in batch]}; lower train.learning_rate, use "
-                "model.dtype=float32 or look at these clips"
+                f"{MAX_SKIPPED} consecutive steps without a finite loss or gradient, the last on "
+                f"{[sample.row.name for sample in batch]}; lower train.learning_rate, use model.dtype=float32, or "
+                "check these clips"
             )
         elapsed = time.perf_counter() - started
         record = {
             "step": step + 1,
             "epoch": round(schedule.epoch(step + 1), 4),
-            "loss": loss_value if math.isfinite(loss_value) else None,
-            "distilled": distilled if recipe.distill.weight > 0 else None,
-            "lr": rate * recipe.train.learning_rate,
+            "loss": _finite(loss_value),
+            "distillation_loss": distillation if recipe.distill.weight > 0 else None,
+            "learning_rate": rate * recipe.train.learning_rate,
             "temperature": None if gradient is None else gradient.temperature,
-            "grad_norm": norm if math.isfinite(norm) else None,
+            "grad_norm": _finite(norm),
             "skipped": not finite,
-            "targets": targets,
+            "answer_tokens": answer_tokens,
             "tokens": int(tokens),
             "tokens_per_second": tokens / elapsed,
             "seconds": elapsed,
             "mean_budget": budgets.mean_budget,
-            "retained": outcome.retained,
-            "retention": outcome.retention,
-            "gates": outcome.gates,
-            "memory_bytes": outcome.memory_bytes,
+            **_cache_record(result),
             "peak_gib": peak_gib(),
         }
+        # ---- evaluate -----------------------------------------------------------------------------------
         if evaluation.due(step + 1, steps):
-            held_out_loss = evaluation.measure(objective, accelerator)
-            record["eval_loss"] = held_out_loss if math.isfinite(held_out_loss) else None
-            weights = processes.weights()
+            eval_loss = evaluation.measure(objective, accelerator)
+            record["eval_loss"] = _finite(eval_loss)
+            weights = strategy.weights()
             if accelerator.is_main_process:
-                evaluation.keep_best(step + 1, held_out_loss, peft_model, profile, weights)
+                evaluation.keep_best(step + 1, eval_loss, peft_model, profile, weights)
             accelerator.wait_for_everyone()
-            weights_used = " (base in NF4)" if recipe.model.load_in_4bit else ""
-            log.info("step %d: held-out answers %.4f nats a token%s", step + 1, held_out_loss, weights_used)
+            base = " (base in NF4)" if recipe.model.load_in_4bit else ""
+            log.info("step %d: held-out loss %.4f nats per token%s", step + 1, eval_loss, base)
         if (step + 1) % recipe.train.logging_steps == 0 or "eval_loss" in record or step + 1 == steps:
             metrics.log(record)
         metrics.progress(record)
         # ---- save ---------------------------------------------------------------------------------------
         if (step + 1) % recipe.train.save_steps == 0 or step + 1 == steps or stopping:
             save_checkpoint(
-                output_dir, step + 1, accelerator, peft_model, processes, profile, recipe.train.save_total_limit
+                output_dir, step + 1, accelerator, peft_model, strategy, profile, recipe.train.save_total_limit
             )
         if stopping and step + 1 < steps:
             metrics.close()
-            log.info("stopped after step %d, which is saved: the same command goes on from there", step + 1)
+            log.info("stopped after step %d, which is saved: run the same command to continue", step + 1)
             raise KeyboardInterrupt
     metrics.close()
-    weights = processes.weights()
+    weights = strategy.weights()
     if accelerator.is_main_process:
         save_adapter(output_dir, peft_model, profile, weights)
         log.info("adapter and budget profile saved in %s", output_dir)
@@ -238,16 +247,16 @@ def train(
     return accelerator.is_main_process
 
 
-def _agreed(found: Any) -> Any:
-    """What the main process found."""
-    return broadcast_object_list([found])[0]
+def _finite(value: float) -> float | None:
+    """The value for a JSON file, which cannot hold NaN or infinity."""
+    return value if math.isfinite(value) else None
 
 
-def rate_at(step: int, steps: int, train: TrainConfig) -> float:
-    """Learning rate of a step (0-based) as a part of the peak: linear warm-up, then a cosine to ``min_lr_ratio``."""
-    warmup = math.ceil(train.warmup_ratio * steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return train.min_lr_rate + (1 - train.min_lr_rate) * cosine
+def _cache_record(result: BatchResult) -> dict[str, Any]:
+    """Metrics of the cache after the last batch of a step."""
+    return {
+        "retained": result.retained,
+        "retention": result.retention,
+        "gates": result.gates,
+        "memory_bytes": result.memory_bytes,
+    }

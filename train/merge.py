@@ -1,18 +1,18 @@
-"""Merge an adapter into its base, and prove that the written checkpoint is base + adapter.
+"""Merge an adapter into its base model, and verify that the written checkpoint equals base + adapter.
 
-Three checks, each where it can be exact:
+Three checks:
 
-1. `merge_adapter`: every merged weight is within half a rounding step of W + s·B·A, element by element, while base and
-   adapter are both in memory. The sum is computed in float32 and rounded once.
-2. `verify`: every tensor that transformers loads from disk has the same bits as the merged one, or as the base's
-   where the adapter changes nothing (SHA-256 of each tensor, so that no second copy of the model is needed).
-3. `verify`: the loaded model's logits are those of the merged model in memory. Both run the same operations on the same
-   bits, so that rounding cannot explain a difference; a wrong configuration can.
+1. `merge_adapter`: every element of a merged weight is within half a rounding step of W + s·B·A. The sum is computed in
+   float32 and rounded once.
+2. `verify`: every tensor that transformers loads from disk has the same bits as the merged tensor, or as the base's if
+   the adapter does not change it (SHA-256 of each tensor, so that no second copy of the model is needed).
+3. `verify`: the logits of the loaded model equal those of the merged model. Both run the same operations on the same
+   bits; a difference means that the configuration is wrong.
 
-The logits of base + adapter are compared with the merged ones as well, but only reported: they are another computation
-(the adapter beside the weight, not in it), and rounding can move its result by any amount. In bfloat16, with random
-weights, it was 2 % to 4 % of the largest logit, a quarter with a strong adapter, and half where the router of a mixture
-of experts chose another expert.
+The difference between the logits of base + adapter and of the merged model is reported but not checked: an unmerged
+adapter is another computation, and rounding can change its result by any amount. In bfloat16 with random weights the
+difference was 2 % to 4 % of the largest logit, a quarter with a strong adapter, and half where the router of a mixture
+of experts selected another expert.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 from omnimem.backbones import Backbone
 from omnimem.backbones.adapter import PREFIX, load_adapter, modules_to_save
 from omnimem.errors import OmniMemError
-from train.host_memory import peak_bytes
+from train.peak_memory import peak_bytes
 
 PROBE = "What is seen, what is heard, and what happened first? " * 4
 """Text whose logits are compared."""
@@ -40,28 +40,28 @@ WEIGHT_STEPS = 4
 """Allowed error of the sum W + s·B·A, in rounding steps of the dtype it is computed in (float32 or float64)."""
 
 LOGIT_STEPS, LOGIT_SHARE = 64, 0.01
-"""Allowed difference of the logits: rounding steps at the largest one, and never more than this share of it.
+"""Allowed difference of the logits: rounding steps of the largest logit, and at most this share of it.
 
-On the CPU none was seen. Tensors that lie elsewhere in memory may be summed in another order, which in bfloat16 can tip
-a logit to the next value, 0.8 % away.
+On the CPU the difference was 0. Sums over tensors at other memory addresses may run in another order, which in bfloat16
+can change a logit by one rounding step, 0.8 %.
 """
 
 ROWS = 512
-"""Rows of a weight that are checked at a time, so that float64 copies stay small."""
+"""Rows of a weight that are checked at a time, to limit the size of float64 copies."""
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What the written checkpoint must load as.
+    """Digests and logits that the written checkpoint must reproduce.
 
     Attributes
     ----------
     digests : dict
-        SHA-256 of every tensor, by its name in the model.
+        SHA-256 of every tensor by its name in the model.
     logits : Tensor
         float64 ``[1, T, V]``: logits of the merged model for `PROBE`.
     rounding : float
-        Largest difference between them and the logits of base + adapter.
+        Largest difference between `logits` and the logits of base + adapter.
     """
 
     digests: dict[str, str]
@@ -71,16 +71,16 @@ class Merged:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked before an export was published.
+    """Result of the verification of an export.
 
     Attributes
     ----------
     tensors : int
-        Number of tensors, all of them equal to base + adapter.
+        Number of tensors, all equal to base + adapter.
     difference, limit : float
-        Largest difference between the logits of the written checkpoint and of the merged model, and its limit.
+        Largest difference between the logits of the written checkpoint and of the merged model; its limit.
     rounding : float
-        Largest difference between the logits of the merged model and of base + adapter, which rounding explains.
+        Largest difference between the logits of the merged model and of base + adapter, caused by rounding.
     peak_bytes : int
         Peak resident memory of the process during the export.
     """
@@ -105,14 +105,14 @@ def merge_adapter(backbone: Backbone, adapter: str | Path) -> Merged:
     Raises
     ------
     OmniMemError
-        The adapter does not fit, holds weights that cannot be merged, or a merged weight is not base + adapter.
+        The adapter does not fit or contains weights that cannot be merged, or a merged weight is not base + adapter.
     """
     digests = _digests(backbone.model.state_dict())
     peft_model = load_adapter(backbone, adapter)
-    whole = {name.removeprefix(PREFIX): module for name, module in modules_to_save(peft_model).items()}
-    _check_mergeable(peft_model, tuple(whole), adapter)
-    adapted = _probe_logits(backbone)
-    for name, module in whole.items():
+    full = {name.removeprefix(PREFIX): module for name, module in modules_to_save(peft_model).items()}
+    _check_mergeable(peft_model, tuple(full), adapter)
+    unmerged = _probe_logits(backbone)
+    for name, module in full.items():
         digests |= _digests({f"{name}.{inner}": weight for inner, weight in module.state_dict().items()})
     for name, layer in peft_model.named_modules():
         if isinstance(layer, LoraLayer):
@@ -123,7 +123,7 @@ def merge_adapter(backbone: Backbone, adapter: str | Path) -> Merged:
                 raise OmniMemError(f"{adapter}: the adapter does not merge: {weight}: {error}") from error
     backbone.model = peft_model.unload()
     logits = _probe_logits(backbone)
-    return Merged(digests, logits, _largest(logits - adapted))
+    return Merged(digests, logits, _largest(logits - unmerged))
 
 
 def verify(merged: Merged, written: Backbone) -> Verification:
@@ -156,7 +156,7 @@ def _check_mergeable(peft_model: Any, whole: tuple[str, ...], adapter: str | Pat
         lora = name.endswith((".lora_A.weight", ".lora_B.weight")) and weight.ndim == 2
         if not lora and not name.startswith(tuple(f"{module}." for module in whole)):
             raise OmniMemError(
-                f"{adapter}: {name} cannot be merged; an export takes LoRA of linear layers and modules_to_save"
+                f"{adapter}: {name} cannot be merged; only LoRA of linear layers and modules_to_save can"
             )
 
 
@@ -172,20 +172,20 @@ def _merge_layer(layer: Any, name: str) -> Tensor:
     scaling = layer.scaling["default"]
     for rows in (slice(start, start + ROWS) for start in range(0, len(base), ROWS)):
         expected = base[rows].double() + scaling * (b[rows] @ a)
-        # What rounding can do to a sum grows with its terms, not with the result.
+        # The rounding error of a sum grows with its terms, not with the result.
         terms = base[rows].double().abs() + abs(scaling) * (b[rows].abs() @ a.abs())
         limit = _half_step(expected, base.dtype) + WEIGHT_STEPS * torch.finfo(parameter.dtype).eps * terms
         if not bool(((merged[rows].double() - expected).abs() <= limit).all()):
             raise OmniMemError(f"the merged model differs from base + adapter in {name}; nothing was written")
-    # The base's own memory, so that a mapped file is not kept beside a copy of it.
+    # In the base's memory, so that the process does not hold a mapped file and a copy of it.
     parameter.data = base.copy_(merged)
     return parameter
 
 
 def _half_step(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Most that rounding `values` to the nearest number of `dtype` can change them."""
-    facts = torch.finfo(dtype)
-    return facts.eps / 2 * values.abs().clamp(min=facts.smallest_normal)
+    """Largest change of `values` by rounding to the nearest number of `dtype`."""
+    info = torch.finfo(dtype)
+    return info.eps / 2 * values.abs().clamp(min=info.smallest_normal)
 
 
 def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -1,11 +1,10 @@
-"""What a run reports while it trains: JSON lines, its progress, TensorBoard when installed, trackers by name."""
+"""Metrics and progress of a run: metrics.jsonl, a progress bar or log lines, TensorBoard, experiment trackers."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import resource
 import sys
 import time
 from datetime import timedelta
@@ -13,11 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from omnimem.files import atomic_write_text, explained_disk_errors
-from train.config import Recipe
+from omnimem.recipe import Recipe
 from train.trackers import Trackers
 
 METRICS_FILE = "metrics.jsonl"
@@ -26,22 +24,22 @@ log = logging.getLogger("omnimem.train")
 
 
 class Metrics:
-    """Log of a run on its main process; other ranks make one with `active=False`, which stays silent.
+    """Metrics of a run, written by its main process; other ranks pass `active=False`.
 
-    On a terminal the progress is a bar; in a log file or a pipe it is a line every ``train.logging_steps`` steps.
+    Progress is a bar on a terminal, and a line every ``train.logging_steps`` steps in a log file or pipe.
 
     Parameters
     ----------
     output_dir : Path
-        Where ``metrics.jsonl`` and ``tensorboard/`` go.
+        Folder of ``metrics.jsonl`` and ``tensorboard/``.
     done : int
-        Steps already taken: lines of later steps, left by a killed run, are dropped.
+        Steps already done: lines of later steps, left by a killed run, are deleted.
     total : int
         Steps of the whole run.
     active : bool
         Whether this process reports.
     recipe : Recipe
-        Of the run: its trackers, and what they record as its settings.
+        Names the trackers; they record it as the settings of the run.
     """
 
     def __init__(self, output_dir: Path, done: int, total: int, active: bool, recipe: Recipe) -> None:
@@ -67,7 +65,7 @@ class Metrics:
         self._trackers = Trackers(recipe, output_dir)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Write one record; it must have ``step``."""
+        """Write one record, which must have a ``step``."""
         if self._file is None:
             return
         with explained_disk_errors(self._file.name):
@@ -81,11 +79,12 @@ class Metrics:
             self._trackers.log(dict(_scalars(record)), record["step"])
 
     def progress(self, record: dict[str, Any]) -> None:
-        """Show that a step is done: its record on the bar, or as a line."""
-        step, kept = record["step"], record["retained"]
+        """Show a finished step on the bar or as a log line."""
+        step, retained = record["step"], record["retained"]
+        loss = "not finite" if record["loss"] is None else format(record["loss"], ".3f")
         shown = (
-            f"loss {'not finite' if record['loss'] is None else format(record['loss'], '.3f')} lr {record['lr']:.1e} "
-            f"kept {kept['visual']:.0f}v+{kept['audio']:.0f}a {record['tokens_per_second']:.0f} tokens/s "
+            f"loss {loss} lr {record['learning_rate']:.1e} "
+            f"retained {retained['visual']:.0f}v+{retained['audio']:.0f}a {record['tokens_per_second']:.0f} tokens/s "
             f"{record['peak_gib']:.2f} GiB"
         )
         if not self._bar.disable:
@@ -111,43 +110,35 @@ class BarHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line to stderr."""
-        # Text and line end in one write: another process writes to the same stream.
+        # One write for text and line end: another process writes to the same stream.
         tqdm.write(self.format(record) + "\n", file=sys.stderr, end="")
 
 
-class Once(logging.Filter):
-    """Lets each message about media through once: a clip is opened every epoch, but its tracks are named once."""
+class OncePerMessage(logging.Filter):
+    """Passes each message about media once: a clip is opened every epoch and would repeat its warnings."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._said: set[str] = set()
+        self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the message is new."""
         message = record.getMessage()
-        new = record.name != "omnimem.media" or message not in self._said
-        self._said.add(message)
+        new = record.name != "omnimem.media" or message not in self._seen
+        self._seen.add(message)
         return new
 
 
-def peak_gib() -> float:
-    """Largest memory so far in GiB: of the accelerator if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    # Kilobytes on Linux, bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
 def _lines_up_to(path: Path, step: int) -> list[str]:
-    """Complete lines of steps up to `step`; a killed run may have left later ones and half a line."""
-    kept = []
+    """Complete lines of steps up to `step`; a killed run may have written later ones and half a line."""
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+                lines.append(line + "\n")
         except ValueError:
             break
-    return kept
+    return lines
 
 
 def _scalars(record: dict[str, Any], prefix: str = "train/") -> list[tuple[str, float]]:

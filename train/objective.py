@@ -1,16 +1,14 @@
-"""The loss of a batch of streams, and its way back: chunked, the compressed memory active, questions on the way.
+"""The training objective: cross-entropy of the answers, plus distillation, over streams with a compressed cache.
 
-outcome = objective(batch, gradient, budgets)
-outcome.backward(1 / targets)
+result = objective(batch, gradient, budgets)
+result.backward(1 / answer_tokens)
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -19,54 +17,54 @@ from torch import Tensor
 from omnimem.backbones import Backbone
 from omnimem.bptt import ChunkwiseBPTT, Truncation
 from omnimem.budget import BudgetProfile
-from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
-from omnimem.media import Chunk, MediaError
-from omnimem.media.prefetch import prefetch
 from omnimem.memory import CompressedCache, SelectionGradient
 from omnimem.memory.offload_store import Store
 from omnimem.modality import EVICTABLE
+from omnimem.recipe import DistillConfig
 from omnimem.selection import SelectionMethod
 from omnimem.selection.full import Full
 from omnimem.stream import StreamSettings
-from train.config import DistillConfig
-from train.data import Sample, TokenizedQuestion, open_row
-from train.lesson import BatchEncoder, Rollout, Teacher
-from train.processes import ParallelStrategy
-from train.teacher import TeacherAnswers
-
-log = logging.getLogger("omnimem.train")
+from train.batch_encoder import BatchEncoder
+from train.batch_reader import BatchReader
+from train.data import open_row
+from train.parallel import ParallelStrategy
+from train.question_schedule import QuestionSchedule
+from train.rollout import Rollout
+from train.samples import Sample
+from train.teacher import Teacher
+from train.teacher_cache import TeacherCache
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a batch of streams gave.
+class BatchResult:
+    """Result of the forward pass over a batch of streams.
 
     Attributes
     ----------
     loss : Tensor
-        Summed cross-entropy (at least float32, one number), and the teacher's part of it.
-    distilled : Tensor
-        That part by itself, without its weight.
-    targets : int
-        Answer tokens.
-    positions : int
-        Positions streamed.
+        Cross-entropy plus weighted divergence, summed over answer tokens (scalar, at least float32).
+    distillation_loss : Tensor
+        The divergence without its weight.
+    answer_tokens : int
+        Tokens that the loss is summed over.
+    tokens : int
+        Tokens streamed.
     retained : dict
-        Mean text, visual and audio positions a layer holds at the end.
+        Text, visual and audio tokens in the cache at the end, mean over layers.
     retention : dict
-        The same as parts of the visual and audio positions streamed.
+        Retained visual and audio tokens as a share of those streamed.
     gates : dict or None
         See `CompressedCache.gate_statistics`.
     memory_bytes : int
-        Bytes of the memory at the end.
+        Size of the cache at the end.
     backward : callable
-        Adds the gradient of so many times the loss to the parameters.
+        ``backward(weight)`` adds the gradient of ``weight * loss`` to the parameters.
     """
 
     loss: Tensor
-    distilled: Tensor
-    targets: int
+    distillation_loss: Tensor
+    answer_tokens: int
     tokens: int
     retained: dict[str, float]
     retention: dict[str, float]
@@ -76,36 +74,37 @@ class Outcome:
 
 
 class StreamObjective:
-    """Cross-entropy of the answers to questions asked while the media stream by.
+    """Loss of the answers to questions asked while the media stream by.
 
     Parameters
     ----------
     backbone : Backbone
         The model whose forward is run.
     model : nn.Module
-        The same model with its trainable adapter; in training mode there is a way back, and the teacher.
+        The same model with its trainable adapter. In training mode the forward pass is recorded for the backward pass,
+        and a teacher follows it.
     profile : BudgetProfile
-        Budgets of the memory.
+        Budgets of the cache.
     method : SelectionMethod
-        Which positions stay.
+        Which tokens are retained.
     settings : StreamSettings
         How media are read.
     distill : DistillConfig, optional
-        The same model with everything in view, whose answers the loss also asks for.
+        Distillation; off when left out.
     skip_damaged : bool
-        Leave a clip that turns out to be damaged half-way out of the loss instead of raising.
+        Skip the rest of a clip that turns out to be damaged instead of raising.
     store : Store, optional
-        Where records wait for the way back; on the device when left out.
+        Where evicted tokens are kept for the backward pass; on the device when left out.
     truncation : Truncation, optional
-        Where gradients end.
-    processes : Processes, optional
-        Those that train together; this one alone when left out.
-    encoders_learn : bool
-        Whether something before the decoder is trained, so that chunks are encoded again on the way back.
-    decode_ahead : int
-        Chunks of every clip that are decoded before they are needed.
-    answers : TeacherAnswers, optional
-        Those of the teacher that are known from before.
+        Truncated backpropagation through time.
+    strategy : ParallelStrategy, optional
+        Processes that train together; this one alone when left out.
+    train_encoders : bool
+        Whether modules before the decoder are trained, so that the backward pass recomputes their outputs.
+    prefetch_chunks : int
+        Chunks of each clip that a thread decodes in advance.
+    teacher_cache : TeacherCache, optional
+        Logits of the teacher on disk.
     """
 
     def __init__(
@@ -119,17 +118,17 @@ class StreamObjective:
         skip_damaged: bool = False,
         store: Store | None = None,
         truncation: Truncation | None = None,
-        processes: ParallelStrategy | None = None,
-        encoders_learn: bool = False,
-        decode_ahead: int = 0,
-        answers: TeacherAnswers | None = None,
+        strategy: ParallelStrategy | None = None,
+        train_encoders: bool = False,
+        prefetch_chunks: int = 0,
+        teacher_cache: TeacherCache | None = None,
     ) -> None:
         self.model = model
         self._backbone, self._profile, self._method, self._settings = backbone, profile, method, settings
         self._skip_damaged, self._store, self._truncation = skip_damaged, store, truncation
-        self._decode_ahead, self._answers = decode_ahead, answers
+        self._prefetch_chunks, self._teacher_cache = prefetch_chunks, teacher_cache
         self._distill = distill if distill is not None and distill.weight > 0 else None
-        self._processes, self._encoders_learn = processes or ParallelStrategy(), encoders_learn
+        self._strategy, self._train_encoders = strategy or ParallelStrategy(), train_encoders
         self._loss_dtype = torch.promote_types(backbone.model.dtype, torch.float32)
 
     @torch.no_grad()
@@ -138,108 +137,73 @@ class StreamObjective:
         samples: list[Sample],
         gradient: SelectionGradient | None = None,
         profile: BudgetProfile | None = None,
-    ) -> Outcome:
+    ) -> BatchResult:
         """Run the streams of a batch side by side.
 
         Parameters
         ----------
         samples : list of Sample
-            B rows; shorter streams wait, masked, for the longest.
+            B rows; streams that have ended are masked until the longest ends.
         gradient : SelectionGradient, optional
-            How gradients reach the selection.
+            Gradient into the selection scores.
         profile : BudgetProfile, optional
             Budgets of this batch; the objective's own when left out.
         """
         training: bool = self.model.training
+        strategy = self._strategy
         cache = CompressedCache(profile or self._profile, self._method, gradient)
-        processes = self._processes
-        tape = ChunkwiseBPTT(
+        bptt = ChunkwiseBPTT(
             Stream(self._backbone, cache),
             self._store,
             self._truncation,
-            processes.call,
-            processes.backward,
+            strategy.call,
+            strategy.backward,
             record=training,
-            lockstep=processes.lockstep,
-            any_process=processes.any,
+            lockstep=strategy.lockstep,
+            any_process=strategy.any,
         )
-        opened = [open_row(sample.row, self._settings, self._backbone) for sample in samples]
-        encoders = BatchEncoder([encoder for _, encoder in opened], learn=self._encoders_learn and training)
-        waiting = [list(sample.asked) for sample in samples]
-        readers = [self._chunks(reader, queue) for (reader, _), queue in zip(opened, waiting, strict=True)]
-        # What is measured in evaluation are the answers alone.
-        teacher = self._teacher(samples) if training else None
-        lesson = Rollout(tape, encoders, teacher, processes, self._loss_dtype)
-        for chunks in self._side_by_side(readers):
-            lesson.step(chunks)
-            for due in self._rounds(waiting, chunks):
-                lesson.answer(due)
-        for due in self._rounds(waiting, None):
-            lesson.answer(due)
+        clips = [open_row(sample.row, self._settings, self._backbone) for sample in samples]
+        encoders = BatchEncoder([encoder for _, encoder in clips], train=self._train_encoders and training)
+        questions = QuestionSchedule(samples, strategy)
+        reader = BatchReader(
+            [chunks for chunks, _ in clips],
+            self._prefetch_chunks,
+            strategy,
+            on_damaged=questions.cancel if self._skip_damaged else None,
+        )
+        teacher = self._new_teacher(samples) if training else None  # evaluation measures the cross-entropy alone
+        rollout = Rollout(bptt, encoders, teacher, strategy, self._loss_dtype)
+        for chunks in reader:
+            rollout.step(chunks)
+            for due in questions.after_chunk(chunks):
+                rollout.answer(due)
+        for due in questions.at_end():
+            rollout.answer(due)
         retained = cache.mean_token_counts()
-        return Outcome(
-            lesson.loss,
-            lesson.distilled,
-            lesson.targets,
-            sum(lesson.streamed.values()),
+        return BatchResult(
+            rollout.loss,
+            rollout.distillation_loss,
+            rollout.answer_tokens,
+            sum(rollout.streamed.values()),
             retained,
-            # As a part of all there was, so that clips of different length can be compared.
-            {name: len(samples) * retained[name] / max(1, lesson.streamed[name]) for name in EVICTABLE},
+            {name: len(samples) * retained[name] / max(1, rollout.streamed[name]) for name in EVICTABLE},
             cache.gate_statistics(),
             cache.kv_nbytes,
-            backward=tape.backward,
+            backward=bptt.backward,
         )
 
-    def _teacher(self, samples: list[Sample]) -> Teacher | None:
-        """The teacher of a batch; of answers that all processes know from before it runs nothing."""
+    def _new_teacher(self, samples: list[Sample]) -> Teacher | None:
+        """The teacher of a batch; it runs the model only if a process in lockstep lacks cached logits."""
         if self._distill is None:
             return None
-        known = None if self._answers is None else self._answers.load(samples)
-        if not self._processes.any(known is None):
-            return Teacher(self._distill, self._processes, samples, known=known)
+        known = None if self._teacher_cache is None else self._teacher_cache.load(samples)
+        if not self._strategy.any(known is None):
+            return Teacher(self._distill, self._strategy, samples, known=known)
         return Teacher(
             self._distill,
-            self._processes,
+            self._strategy,
             samples,
             Stream(self._backbone, CompressedCache(self._profile, Full())),
             nullcontext if self._distill.teacher_adapter else self.model.disable_adapter,
-            self._answers,
+            self._teacher_cache,
         )
-
-    def _side_by_side(self, readers: Sequence[Iterator[Chunk]]) -> Iterator[tuple[Chunk | None, ...]]:
-        """The next chunk of every clip until all have ended, here and in all processes in lockstep."""
-        together = zip_longest(*readers)
-        while True:
-            chunks = next(together, None)
-            if not self._processes.any(chunks is not None):
-                return
-            yield (None,) * len(readers) if chunks is None else chunks
-
-    def _chunks(self, reader: Iterable[Chunk], queue: list[TokenizedQuestion]) -> Iterator[Chunk]:
-        """Chunks of a clip; if it breaks off and may be skipped, nothing more is asked about it."""
-        try:
-            yield from prefetch(reader, self._decode_ahead)
-        except MediaError as error:
-            if not self._skip_damaged:
-                raise OmniMemError(f"{error}; data.on_bad_row=skip leaves it out of the training") from error
-            log.warning("left out of this step: %s", error)
-            queue.clear()
-
-    def _rounds(
-        self, waiting: list[list[TokenizedQuestion]], chunks: tuple[Chunk | None, ...] | None
-    ) -> Iterator[list[TokenizedQuestion | None]]:
-        """Take due questions off `waiting`, one a sample at a time, until no process in lockstep has any.
-
-        With the chunks just read, those whose time has come are due; without (the end of the stream), all are.
-        """
-        while True:
-            due: list[TokenizedQuestion | None] = []
-            for i, queue in enumerate(waiting):
-                chunk = None if chunks is None else chunks[i]
-                ready = bool(queue) and (
-                    chunks is None or (queue[0].time is not None and chunk is not None and queue[0].time <= chunk.t1)
-                )
-                due.append(queue.pop(0) if ready else None)
-            if not self._processes.any(any(due)):
-                return
-            yield due

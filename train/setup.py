@@ -1,4 +1,4 @@
-"""From a recipe to the objects of a run: base model, adapter, budgets, selection."""
+"""Build the objects of a run from its recipe: base model, adapter, budgets, selection, objective."""
 
 from __future__ import annotations
 
@@ -23,48 +23,48 @@ from omnimem.errors import OmniMemError
 from omnimem.media import MediaError, probe
 from omnimem.memory import CompressedCache, SelectionGradient
 from omnimem.memory.offload_store import DiskStore, HostStore, Store
+from omnimem.recipe import Recipe
 from omnimem.selection import SelectionMethod, build_selection, options_of
 from omnimem.stream import StreamSettings
-from train.checkpoint import RECORDS
-from train.config import Recipe
+from train.checkpoint import EVICTED
 from train.objective import StreamObjective
-from train.processes import ParallelStrategy
-from train.teacher import TeacherAnswers
+from train.parallel import ParallelStrategy
+from train.teacher_cache import TeacherCache
 
 
-def build_base(recipe: Recipe, output_dir: Path) -> None:
-    """Build the offline stand-in inside the run's folder when the recipe asks for ``tiny``."""
+def build_tiny_base(recipe: Recipe, output_dir: Path) -> None:
+    """Build the small random model in the run's folder if the recipe names ``tiny``."""
     base = output_dir / BASE_FOLDER
     if recipe.model.name_or_path == TINY and not base.is_dir():
-        backbone_class(backbone_of(recipe)).build_tiny(base, seed=recipe.model.seed)
+        backbone_class(backbone_name(recipe)).build_tiny(base, seed=recipe.model.seed)
 
 
-def backbone_of(recipe: Recipe) -> str:
-    """Name of the backbone of a recipe's model.
+def backbone_name(recipe: Recipe) -> str:
+    """Name of the backbone that a recipe's model needs.
 
     Raises
     ------
     OmniMemError
-        The checkpoint cannot be reached, has no backbone here, or contradicts ``model.backbone``.
+        The checkpoint cannot be read, is of an unknown family, or contradicts ``model.backbone``.
     """
     return detect_backbone(recipe.model.name_or_path, recipe.model.backbone, known_shapes=recipe.dry_run)
 
 
 def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
-    """Find every mistake that can be found before a weight is loaded or a file written.
+    """Check everything that can be checked before weights are loaded or files written.
 
     Returns
     -------
     tuple
-        The model as shapes only (``meta`` device) and the budgets of the run.
+        The model with shapes only (``meta`` device) and the budgets of the run.
 
     Raises
     ------
     OmniMemError
-        The model is not there, the chunks do not fit it, the budgets or LoRA targets are not its own, the method or
-        its switches are unknown, or the clip of the last question is missing.
+        The model is missing; chunks, budgets or LoRA targets do not fit it; the selection method or its options are
+        unknown; an optional package is not installed; the clip of ``finish.media`` is missing.
     """
-    method, settings = selection_of(recipe), settings_of(recipe)
+    method, settings = selection_method(recipe), stream_settings(recipe)
     skeleton = load_backbone(
         recipe.model.name_or_path,
         backbone=recipe.model.backbone,
@@ -76,7 +76,7 @@ def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
     check_lora_targets(recipe, skeleton)
     for name in recipe.lora.modules_to_save:
         if name not in skeleton.projectors:
-            raise OmniMemError(f"lora.modules_to_save: {name!r} is none of {', '.join(skeleton.projectors)}")
+            raise OmniMemError(f"lora.modules_to_save: {name!r} must be one of {', '.join(skeleton.projectors)}")
     for name in recipe.train.report_to:
         if not find_spec(name):
             raise OmniMemError(f"train.report_to: {name} is not installed: pip install {name}")
@@ -87,19 +87,22 @@ def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
             probe(media_root(recipe.data.path, recipe.data.root) / recipe.finish.media)
         except MediaError as error:
             raise OmniMemError(f"finish.media: {error}") from error
-    profile = profile_of(recipe, skeleton, method, settings)
+    profile = budget_profile(recipe, skeleton, method, settings)
     count = len(profile.layers)
-    cut = truncation_of(recipe, count)
-    if not cut.detach_below_layer < (count if cut.detach_from_layer is None else min(cut.detach_from_layer, count)):
+    truncation = bptt_truncation(recipe, count)
+    end = count if truncation.detach_from_layer is None else min(truncation.detach_from_layer, count)
+    if truncation.detach_below_layer >= end:
         raise OmniMemError(
             f"train.detach_below_layer={recipe.train.detach_below_layer:g} and "
-            f"train.detach_from_layer={cut.detach_from_layer} leave none of the {count} "
-            "layers"
+            f"train.detach_from_layer={truncation.detach_from_layer} leave none of the {count} layers; lower the "
+            "first or raise the second"
         )
-    CompressedCache(profile, method, gradient_of(recipe, 0.0))  # refuses a selection that no gradient can reach
+    CompressedCache(
+        profile, method, selection_gradient(recipe, 0.0)
+    )  # raises if the method has no differentiable score
     for mean in (recipe.memory.start_budget, *(recipe.memory.random_budget or ())):
         if mean is not None:
-            with_mean(profile, mean)  # refuses what cannot hold the floors
+            with_mean(profile, mean)  # raises if the mean cannot hold the floors
     return skeleton, profile
 
 
@@ -119,7 +122,7 @@ def load_base(recipe: Recipe, output_dir: Path, device: torch.device) -> Backbon
 
 
 def add_lora(recipe: Recipe, backbone: Backbone) -> PeftModel:
-    """Put fresh adapters on the language model; of the encoders only the projectors a recipe names are trained."""
+    """Add a new adapter to the decoder; outside the decoder only `lora.modules_to_save` are trained."""
     torch.manual_seed(recipe.train.seed)
     projectors = [backbone.projectors[name] for name in recipe.lora.modules_to_save]
     targets = backbone.lora_targets(recipe.lora.target_modules)
@@ -128,7 +131,7 @@ def add_lora(recipe: Recipe, backbone: Backbone) -> PeftModel:
         lora_alpha=recipe.lora.lora_alpha,
         lora_dropout=recipe.lora.lora_dropout,
         target_modules=targets,
-        # For mixtures of experts PEFT shortens the expression to bare names, which the encoders have too.
+        # For mixtures of experts PEFT reduces the pattern to bare names, which would also match in the encoders.
         exclude_modules=rf"(?!{targets}$).*",
         task_type="CAUSAL_LM",
         modules_to_save=projectors or None,
@@ -141,48 +144,47 @@ def add_lora(recipe: Recipe, backbone: Backbone) -> PeftModel:
 
 
 def _train_in_float32(module: torch.nn.Module) -> None:
-    """In bfloat16 small steps would round away; outside nobody sees another dtype."""
-    outside = next(module.parameters()).dtype
-    if outside in (torch.float32, torch.float64):
+    """Train a module in float32, because small updates round to zero in bfloat16; its outputs keep their dtype."""
+    dtype = next(module.parameters()).dtype
+    if dtype in (torch.float32, torch.float64):
         return
     module.float()
-    module.register_forward_pre_hook(lambda _, inputs: tuple(one.float() for one in inputs))
-    module.register_forward_hook(lambda _, inputs, output: output.to(outside))
+    module.register_forward_pre_hook(lambda _, inputs: tuple(tensor.float() for tensor in inputs))
+    module.register_forward_hook(lambda _, inputs, output: output.to(dtype))
 
 
 def check_lora_targets(recipe: Recipe, backbone: Backbone) -> None:
-    """Refuse a target that names no projection of the language model."""
+    """Refuse a target that matches no projection of the decoder."""
     modules = [name for name, _ in backbone.model.named_modules()]
     for target in recipe.lora.target_modules:
         pattern = re.compile(backbone.lora_targets([re.escape(target)]))
         if not any(pattern.fullmatch(name) for name in modules):
             raise OmniMemError(
                 f"lora.target_modules: {target!r} is no projection of {backbone.name}'s language model; use some of "
-                "q_proj, "
-                "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+                "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
             )
 
 
-def selection_of(recipe: Recipe) -> SelectionMethod:
-    """The selection method of a recipe; a switch that its method does not have must be left out.
+def selection_method(recipe: Recipe) -> SelectionMethod:
+    """The selection method of a recipe, with the options that the recipe sets.
 
     Raises
     ------
     OmniMemError
-        Unknown method, or a switch given that the method does not have.
+        Unknown method, or an option that the method does not have.
     """
     known = options_of(recipe.selection.method)
     given = {}
     for key, value in asdict(recipe.selection).items():
-        # `variant` and `seed` always have a value; they only go to the methods that know them.
+        # `variant` and `seed` always have a value; only methods with these options receive them.
         if key in ("method", "gradient") or value is None or (key in ("variant", "seed") and key not in known):
             continue
         given[key] = value
     return build_selection(recipe.selection.method, **given)
 
 
-def gradient_of(recipe: Recipe, progress: float) -> SelectionGradient | None:
-    """How gradients reach the selection when so much (0 to 1) of the training is done; None where they do not."""
+def selection_gradient(recipe: Recipe, progress: float) -> SelectionGradient | None:
+    """Gradient into the selection scores at a progress from 0 to 1; None with ``selection.gradient=none``."""
     gate = recipe.gate
     if recipe.selection.gradient == "none":
         return None
@@ -197,10 +199,10 @@ def gradient_of(recipe: Recipe, progress: float) -> SelectionGradient | None:
     )
 
 
-def store_of(recipe: Recipe, output_dir: Path, accelerator: Accelerator) -> Store:
-    """Where records wait for the way back; host memory is the device's own where there is no other."""
+def offload_store(recipe: Recipe, output_dir: Path, accelerator: Accelerator) -> Store:
+    """Store of evicted tokens for the backward pass; on the CPU, device and host memory are the same."""
     if recipe.train.offload == "disk":
-        folder = output_dir / RECORDS / str(accelerator.process_index)
+        folder = output_dir / EVICTED / str(accelerator.process_index)
         folder.mkdir(parents=True, exist_ok=True)
         return DiskStore(folder)
     if recipe.train.offload == "none" or accelerator.device.type == "cpu":
@@ -208,53 +210,56 @@ def store_of(recipe: Recipe, output_dir: Path, accelerator: Accelerator) -> Stor
     return HostStore(accelerator.device)
 
 
-def truncation_of(recipe: Recipe, layers: int) -> Truncation:
-    """Where gradients end, in a model of so many layers."""
-    cut = recipe.train.detach_below_layer
-    return Truncation(recipe.train.bptt_window, int(cut * layers if cut < 1 else cut), recipe.train.detach_from_layer)
+def bptt_truncation(recipe: Recipe, layers: int) -> Truncation:
+    """Truncated backpropagation in a model with `layers` layers."""
+    below = recipe.train.detach_below_layer
+    first = int(below * layers if below < 1 else below)
+    return Truncation(recipe.train.bptt_window, first, recipe.train.detach_from_layer)
 
 
-def objective_of(
+def build_objective(
     recipe: Recipe,
     output_dir: Path,
     accelerator: Accelerator,
     backbone: Backbone,
     model: PeftModel,
     profile: BudgetProfile,
-    processes: ParallelStrategy,
+    strategy: ParallelStrategy,
 ) -> StreamObjective:
-    """What the recipe's steps minimise."""
+    """The training objective of a recipe."""
     return StreamObjective(
         backbone,
         model,
         profile,
-        selection_of(recipe),
-        settings_of(recipe),
+        selection_method(recipe),
+        stream_settings(recipe),
         recipe.distill,
         skip_damaged=recipe.data.on_bad_row == "skip",
-        store=store_of(recipe, output_dir, accelerator),
-        truncation=truncation_of(recipe, len(profile.layers)),
-        processes=processes,
-        encoders_learn=bool(recipe.lora.modules_to_save),
-        decode_ahead=recipe.data.prefetch_chunks,
-        answers=TeacherAnswers.of(recipe, output_dir) if recipe.distill.cache_dir else None,
+        store=offload_store(recipe, output_dir, accelerator),
+        truncation=bptt_truncation(recipe, len(profile.layers)),
+        strategy=strategy,
+        train_encoders=bool(recipe.lora.modules_to_save),
+        prefetch_chunks=recipe.data.prefetch_chunks,
+        teacher_cache=TeacherCache.of(recipe, output_dir) if recipe.distill.cache_dir else None,
     )
 
 
-def settings_of(recipe: Recipe) -> StreamSettings:
-    """How the recipe's media are read."""
+def stream_settings(recipe: Recipe) -> StreamSettings:
+    """How a recipe reads media."""
     names = {field.name for field in fields(StreamSettings)}
     values = {key: value for key, value in asdict(recipe.data).items() if key in names}
     return StreamSettings(**values)
 
 
-def profile_of(recipe: Recipe, backbone: Backbone, method: SelectionMethod, settings: StreamSettings) -> BudgetProfile:
-    """The budgets of a run, with all that is needed to use its adapter the way it was trained.
+def budget_profile(
+    recipe: Recipe, backbone: Backbone, method: SelectionMethod, settings: StreamSettings
+) -> BudgetProfile:
+    """The budgets of a run, with everything needed to use its adapter as it was trained.
 
     Raises
     ------
     OmniMemError
-        The given profile is not readable or belongs to another model.
+        `memory.profile` cannot be read or belongs to another model.
     """
     memory = recipe.memory
     if memory.profile is None:

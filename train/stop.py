@@ -1,4 +1,4 @@
-"""Stop a run on request: SIGINT (Ctrl-C) and a scheduler's SIGTERM end it after the current step, which is saved."""
+"""Stop a run on a signal: after SIGINT (Ctrl-C) or SIGTERM it ends after the current step, which is saved."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 log = logging.getLogger("omnimem.train")
 
-AT_ONCE: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-"""What each signal does when it arrives a second time."""
+SECOND_SIGNAL: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+"""Handler of each signal after it has arrived once."""
 
 
 class StopRequest:
-    """Handlers of SIGINT and SIGTERM that ask for a stop after the current step; a second signal ends the run at once.
+    """Handles SIGINT and SIGTERM: the first signal stops the run after the current step, the second one at once.
 
-    They are installed whatever the signals did before: a shell starts background jobs with SIGINT ignored. SIGHUP is
-    left as it is, ignored under ``nohup``.
+    The handlers replace any earlier ones, because a shell starts background jobs with SIGINT ignored. SIGHUP is not
+    handled, so that ``nohup`` works.
 
     Attributes
     ----------
@@ -26,15 +26,15 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self.requested = False
-        self._before = {number: signal.signal(number, self._note) for number in AT_ONCE}
+        self._previous = {number: signal.signal(number, self._request) for number in SECOND_SIGNAL}
         return self
 
-    def _note(self, _number: int, _frame: Any) -> None:
+    def _request(self, _number: int, _frame: Any) -> None:
         self.requested = True
-        log.warning("stopping after this step (again to stop at once)")
-        for number, handler in AT_ONCE.items():
+        log.warning("stopping after this step (a second signal stops at once)")
+        for number, handler in SECOND_SIGNAL.items():
             signal.signal(number, handler)
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -1,100 +1,82 @@
-"""Answers of the teacher kept on disk: the base model's never change, so they are given once.
-
-    train.py recipe=… distill.weight=1 distill.cache_dir=teacher/
-
-One file a question holds the logits of its answer. Its name is a hash of all they depend on: weights, clip, how it is
-read, question, answer and time.
-"""
+"""The teacher of distillation: the same model with a full cache, over the same streams as the student."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from omnimem.backbones import TINY
-from omnimem.backbones.adapter import BASE_FOLDER
-from omnimem.files import atomic_file, file_digest
-from train.config import Recipe
-from train.data import Sample, TokenizedQuestion
+from omnimem.backbones import ChunkInputs
+from omnimem.forward import Stream
+from omnimem.recipe import DistillConfig
+from train.parallel import ParallelStrategy
+from train.question_schedule import Due
+from train.samples import Sample, TokenizedQuestion
+from train.teacher_cache import TeacherCache
 
-LOGITS = "logits"
 
-
-class TeacherAnswers:
-    """A folder of answers.
+class Teacher:
+    """Logits of the teacher for a batch, and the divergence of the student from them.
 
     Parameters
     ----------
-    folder : Path
-        Where they are; made when the first is written.
-    settings : dict
-        Everything the answers depend on beside clip, question and answer.
+    distill : DistillConfig
+        Weight and temperature.
+    strategy : ParallelStrategy
+        Processes that train together.
+    samples : list of Sample
+        The batch.
+    stream : Stream, optional
+        The teacher's stream; none if all its logits are known.
+    weights : callable
+        Context in which the model has the teacher's weights.
+    cache : TeacherCache, optional
+        Stores new logits.
+    known : dict, optional
+        Logits from the cache.
     """
 
-    def __init__(self, folder: Path, settings: dict) -> None:
-        self.folder, self.settings = folder, settings
-        self._digests: dict[Path, str] = {}
+    def __init__(
+        self,
+        distill: DistillConfig,
+        strategy: ParallelStrategy,
+        samples: list[Sample],
+        stream: Stream | None = None,
+        weights: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        cache: TeacherCache | None = None,
+        known: dict[TokenizedQuestion, Tensor] | None = None,
+    ) -> None:
+        self.weight, self._temperature = distill.weight, distill.temperature
+        self._strategy, self._samples, self._stream = strategy, samples, stream
+        self._weights, self._cache, self._known = weights, cache, known
 
-    @classmethod
-    def of(cls, recipe: Recipe, output_dir: Path) -> TeacherAnswers:
-        """Those of a recipe's base model, whose weights are known by their size and time of change."""
-        path = output_dir / BASE_FOLDER if recipe.model.name_or_path == TINY else Path(recipe.model.name_or_path)
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-        if recipe.model.name_or_path == TINY:
-            weights = [file_digest(file) for file in files]
-        else:
-            weights = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-        model = {**asdict(recipe.model), "weights": weights}
-        data = {
-            key: value
-            for key, value in asdict(recipe.data).items()
-            if key not in ("path", "root", "shuffle", "decode_ahead", "on_bad_row")
-        }
-        assert recipe.distill.cache_dir is not None
-        return cls(Path(recipe.distill.cache_dir), {"model": model, "data": data})
+    def run(self, step: Callable[[Stream], Any]) -> Any:
+        """Run a step of the student on the teacher's stream, if it has one."""
+        if (stream := self._stream) is not None:
+            with self._weights():
+                return self._strategy.call(lambda: step(stream))
 
-    def load(self, samples: list[Sample]) -> dict[TokenizedQuestion, Tensor] | None:
-        """Logits ``[A, vocabulary]`` of every question of a batch; None if one of them is not known."""
-        found = {}
-        for sample in samples:
-            for asked in sample.asked:
-                file = self._file(sample, asked)
-                try:
-                    found[asked] = load_file(file)[LOGITS]
-                except (OSError, SafetensorError, KeyError):
-                    return None
-        return found
+    def logits(self, due: Due, closing: ChunkInputs, question: list[Tensor], answer: list[Tensor]) -> Tensor:
+        """Logits ``[M, V]`` of the answers to the due questions, concatenated over the batch."""
+        if self._known is not None:
+            return torch.cat([self._known[one] for one in due if one is not None])
+        logits = self.run(lambda stream: stream.answer_logits(closing, question, answer)[0].cpu())
+        if self._cache is not None:
+            self._cache.save(self._samples, due, logits)
+        return logits
 
-    def save(self, samples: list[Sample], due: list[TokenizedQuestion | None], logits: Tensor) -> None:
-        """Keep the answers just given, one after the other in `logits` ``[M, vocabulary]``."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lengths = [len(asked.answer) for asked in due if asked is not None]
-        parts = iter(logits.split(lengths))
-        for sample, asked in zip(samples, due, strict=True):
-            if asked is not None:
-                with atomic_file(self._file(sample, asked)) as temporary:
-                    save_file({LOGITS: next(parts).contiguous()}, temporary)
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """KL(teacher ‖ student) at temperature T, times T², summed over tokens (arXiv 1503.02531, section 2).
 
-    def _file(self, sample: Sample, asked: TokenizedQuestion) -> Path:
-        row = sample.row
-        known = {
-            **self.settings,
-            "media": self._digest(row.media),
-            "sound": None if row.sound is None else self._digest(row.sound),
-            "audio": row.audio,
-            "question": asked.question.tolist(),
-            "answer": asked.answer.tolist(),
-            "time": asked.time,
-        }
-        return self.folder / f"{hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()}.safetensors"
-
-    def _digest(self, file: Path) -> str:
-        if file not in self._digests:
-            self._digests[file] = file_digest(file)
-        return self._digests[file]
+        Parameters
+        ----------
+        student, teacher : Tensor
+            Logits ``[M, V]``.
+        """
+        t = self._temperature
+        target = (teacher.to(student.device, student.dtype) / t).log_softmax(-1)
+        return F.kl_div((student / t).log_softmax(-1), target, reduction="sum", log_target=True) * t**2

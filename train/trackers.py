@@ -1,4 +1,4 @@
-"""Experiment trackers (Weights & Biases, trackio): a run of ours is one run there, also when it is resumed."""
+"""Experiment trackers (Weights & Biases, trackio): a resumed run continues its tracked run."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from omnimem.files import atomic_write_json
-from train.config import Recipe, to_dict
+from omnimem.recipe import Recipe, to_dict
 
 TRACKERS_FILE = "trackers.json"
-"""In the run's folder: project, name and id of the run in each tracker."""
+"""File in the run's folder with the project, name and id of the run in each tracker."""
 
 
 class Trackers:
-    """The trackers that a recipe names.
+    """The trackers in ``train.report_to``.
 
     Parameters
     ----------
     recipe : Recipe
-        ``train.report_to``, ``train.project`` and ``train.run_name``; all of it is recorded as the run's settings.
+        Names trackers, project and run; it is recorded as the settings of the run.
     output_dir : Path
-        Folder of the run; without ``train.run_name`` its name is that of the tracked run.
+        Folder of the run; its name is the default of ``train.run_name``.
     """
 
     def __init__(self, recipe: Recipe, output_dir: Path) -> None:
@@ -44,11 +44,11 @@ class Trackers:
             atomic_write_json(path, known)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Give the metrics of a step to all of them."""
+        """Send the metrics of a step."""
         for module in self._modules:
             module.log(values, step=step)
 
     def close(self) -> None:
-        """Wait until everything is delivered."""
+        """Wait until all metrics are delivered."""
         for module in self._modules:
             module.finish()

@@ -74,7 +74,7 @@ def summary(report: Report, settings: PrepareSettings) -> str:
 def _from_recipe(words: list[str]) -> tuple[PrepareSettings, str, str | None]:
     """How a recipe reads its data, its manifest and its root; no sound for a model that does not hear."""
     from omnimem.backbones import backbone_class, detect_backbone
-    from train.config import load_recipe
+    from omnimem.recipe import load_recipe
 
     name, *pairs = words
     recipe = load_recipe([f"recipe={name}", *pairs])

@@ -44,22 +44,26 @@ from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json
 from omnimem.media import open_media
+from omnimem.recipe import Recipe, TrainConfig, load_recipe
 from train.budgets import profile_at
-from train.config import Recipe, TrainConfig, load_recipe
-from train.data import Schedule, load_rows, tokenise
+from train.data import load_rows
+from train.distributed import new_accelerator, new_strategy
 from train.environment import _version, environment
 from train.loop import rate_at
+from train.memory_plan import device_bytes, memory_plan
 from train.objective import StreamObjective
-from train.plan import WAITING, memory_plan, plan_stream
-from train.processes import ParallelStrategy, new_accelerator, new_strategy
+from train.parallel import ParallelStrategy
+from train.samples import tokenize_row
+from train.schedule import Schedule
 from train.setup import (
     add_lora,
+    build_objective,
     check_recipe,
-    gradient_of,
-    objective_of,
-    selection_of,
-    settings_of,
+    selection_gradient,
+    selection_method,
+    stream_settings,
 )
+from train.stream_plan import plan_stream
 
 CLIP = Path(__file__).resolve().parents[2] / "data_prep" / "quickstart" / "speech_apollo15_hammer_feather_47s.webm"
 RECIPES = "video_salmonn_lora,video_salmonn_qlora,release_sft"
@@ -174,17 +178,17 @@ def take(
     processes: ParallelStrategy,
 ) -> dict[str, Any]:
     """One optimiser step, as `train.loop.train` takes it; positions, and whether AdamW changed the weights."""
-    processes.learning_rate(rate_at(number, schedule.steps, recipe.train))
-    gradient = gradient_of(recipe, number / max(1, schedule.steps - 1))
+    processes.set_learning_rate(rate_at(number, schedule.steps, recipe.train))
+    gradient = selection_gradient(recipe, number / max(1, schedule.steps - 1))
     budgets = profile_at(recipe, profile, number, schedule.steps)
-    weight, loss, positions = 1 / schedule.targets(number), 0.0, 0
-    with processes.accumulating():
+    weight, loss, positions = 1 / schedule.answer_tokens(number), 0.0, 0
+    with processes.accumulate():
         for batch in schedule.step(number, 0):
             outcome = objective(batch, gradient, budgets)
-            outcome.backward(weight * processes.weight)
+            outcome.backward(weight * processes.loss_scale)
             loss += outcome.loss.item() * weight
             positions += outcome.tokens
-    norm = processes.step(wanted=math.isfinite(loss))
+    norm = processes.step(apply=math.isfinite(loss))
     finite = math.isfinite(loss) and math.isfinite(norm)
     return {"positions": positions, "retained": outcome.retained, "loss": loss if finite else None, "finite": finite}
 
@@ -193,9 +197,9 @@ def plan(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
     """The row of a recipe before it has run: what it is, and what `dry_run=true` says of the memory of a step."""
     skeleton, profile = check_recipe(recipe)
     rows = load_rows(recipe.data, skeleton.supports_audio).rows
-    stream = plan_stream(rows[0], skeleton, settings_of(recipe))
-    parts = memory_plan(recipe, skeleton, profile, selection_of(recipe), [stream])
-    on_device = [size for name, size in parts.items() if WAITING not in name or recipe.train.offload == "none"]
+    stream = plan_stream(rows[0], skeleton, stream_settings(recipe))
+    parts = memory_plan(recipe, skeleton, profile, selection_method(recipe), [stream])
+    on_device = device_bytes(recipe, parts)
     return {
         "recipe": recipe.recipe,
         "overrides": overrides,
@@ -206,7 +210,7 @@ def plan(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
             **asdict(stream),
             "positions": stream.tokens,
             "parts_bytes": parts,
-            "device_bytes": sum(on_device),
+            "device_bytes": on_device,
         },
     }
 
@@ -220,10 +224,10 @@ def measure(recipe: Recipe, accelerator: Accelerator, found: dict[str, Any]) -> 
     backbone = with_random_weights(skeleton, recipe, device)
     found["weights_bytes"] = allocated(device)
     peft_model = add_lora(recipe, backbone)
-    samples = [tokenise(row, backbone) for row in load_rows(recipe.data, backbone.supports_audio).rows]
+    samples = [tokenize_row(row, backbone) for row in load_rows(recipe.data, backbone.supports_audio).rows]
     schedule = Schedule(samples, recipe.train, recipe.data.shuffle, processes=1)
     processes = new_strategy(accelerator, recipe, backbone, peft_model)
-    objective = objective_of(recipe, output_dir, accelerator, backbone, peft_model, profile, processes)
+    objective = build_objective(recipe, output_dir, accelerator, backbone, peft_model, profile, processes)
     peft_model.train()
     found["step_seconds"] = []
     for number in range(1 + MEASURED):

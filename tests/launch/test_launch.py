@@ -1,4 +1,4 @@
-"""What lies in launch/ does what its comments say: one machine, several, a Slurm job that is stopped and goes on.
+"""The files in launch/ do what their comments say: one machine, several, a Slurm job that stops and resumes.
 
 The multi-GPU and DeepSpeed files are compared with one process in `test_distributed.py`.
 """
@@ -19,31 +19,31 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
+from omnimem.recipe import list_recipes
 from small_runs import ROOT, adapter, arguments, environment, free_port, largest_difference, lines, main, metrics
-from train.config import list_recipes
 
 LAUNCH = ROOT / "launch"
 SCRIPT, CONTAINER = LAUNCH / "slurm.sh", LAUNCH / "Containerfile"
 YAMLS, JSONS = sorted(LAUNCH.glob("*.yaml")), sorted(LAUNCH.glob("*.json"))
 PLAIN = ("train.optim=sgd", "train.max_steps=1", "train.save_steps=1")
-"""SGD shows errors of scale that Adam hides."""
+"""SGD shows errors of scale, to which Adam is invariant."""
 
 
 def head(file: Path) -> list[str]:
-    """The comment a file begins with, a line that ends in a backslash joined with the next one."""
+    """The comment at the head of a file; lines that end in a backslash are joined."""
     comment = re.match(r"(#.*\n)+", file.read_text(encoding="utf-8").removeprefix("#!/bin/bash\n"))
     assert comment, f"{file.name} does not begin with a comment"
     return re.sub(r"^# ?", "", comment[0], flags=re.MULTILINE).replace("\\\n", " ").splitlines()
 
 
 def check_training(command: list[str]) -> None:
-    """The arguments of `train.py` at the end of a command name a recipe that is there."""
+    """The arguments of `train.py` at the end of a command name an existing recipe."""
     recipe = next(word.removeprefix("recipe=") for word in command if word.startswith("recipe="))
     assert recipe in list_recipes()
 
 
 def check_launching(command: list[str]) -> Path:
-    """The options of `accelerate launch` are its own; returns the configuration they name."""
+    """Check that the options are those of `accelerate launch`; return the configuration that they name."""
     assert command[:2] == ["accelerate", "launch"]
     found = launch_command_parser().parse_args(command[2:])
     assert (ROOT / found.training_script).is_file() and found.training_script == "train.py"
@@ -55,7 +55,7 @@ def check_launching(command: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("file", YAMLS, ids=lambda file: file.stem)
-def test_a_configuration_loads_and_begins_with_its_command(file):
+def test_a_configuration_loads_and_opens_with_its_command(file):
     loaded = load_config_from_file(str(file))
     assert loaded.num_machines == 1 and loaded.num_processes in (1, 2)
     assert check_launching(shlex.split(head(file)[0])) == file
@@ -86,18 +86,18 @@ def accelerate(*words: str) -> subprocess.Popen[bytes]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """One process that does the work of two."""
+    """One process with the batches of two."""
     folder = tmp_path_factory.mktemp("alone")
     assert main(arguments(folder, *PLAIN, "train.gradient_accumulation_steps=2")) == 0
     return folder / "run"
 
 
 def check_same(run: Path, alone: Path) -> None:
-    """A run of two processes is the one of a single one."""
+    """Compare a run of two processes with one of a single process."""
     assert largest_difference(adapter(run), adapter(alone)) <= 1e-6
     assert all(value.abs().max() > 1e-4 for name, value in adapter(run).items() if "lora_B" in name), "it moved"
     (found,), (wanted,) = metrics(run), metrics(alone)
-    assert (found["targets"], found["tokens"]) == (wanted["targets"], wanted["tokens"])
+    assert (found["answer_tokens"], found["tokens"]) == (wanted["answer_tokens"], wanted["tokens"])
     assert json.loads((run / "checkpoints" / "step-00000001" / "state.json").read_text())["processes"] == 2
 
 
@@ -114,7 +114,7 @@ def test_one_process(tmp_path, alone):
 
 
 @pytest.mark.slow
-def test_two_machines_train_what_one_process_trains(tmp_path, alone):
+def test_two_machines_equal_one_process(tmp_path, alone):
     args = arguments(tmp_path, *PLAIN)
     options = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
     options += ["--main_process_port", str(free_port()), "--config_file", "launch/multi_node.yaml"]
@@ -143,7 +143,7 @@ for SLURM_NODEID in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do
     wait $! || exit
 done
 """
-"""Runs its command on every "node", and passes USR1 to all processes there."""
+"""Runs its command on every "node", and sends USR1 to all processes there."""
 
 SCONTROL = """#!/bin/bash
 if [[ "$1 $2" == "show hostnames" && $3 == "gpu[07-08]" ]]; then printf 'gpu07\\ngpu08\\n'
@@ -153,7 +153,7 @@ else echo "$@" >> "$FAKES/scontrol.txt"; fi
 
 
 def fake(folder: Path, **commands: str) -> dict[str, str]:
-    """Environment of a job whose Slurm is scripts in a folder."""
+    """Environment of a job with scripts in place of Slurm."""
     folder.mkdir()
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, **commands}.items():
         (folder / name).write_text(text)
@@ -172,13 +172,13 @@ def fake(folder: Path, **commands: str) -> dict[str, str]:
 
 
 def submit(env: dict[str, str], *args: str) -> subprocess.Popen[bytes]:
-    """The script as Slurm runs it: from the folder it was submitted in."""
+    """Run the script as Slurm does: in the folder where it was submitted."""
     return subprocess.Popen(
         ["bash", SCRIPT, *args], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def test_the_script_is_bash_and_says_how_it_is_submitted():
+def test_the_script_is_valid_bash_and_opens_with_its_sbatch_command():
     subprocess.run(["bash", "-n", SCRIPT], check=True)
     words = shlex.split(head(SCRIPT)[0])
     assert words[0] == "sbatch" and "launch/slurm.sh" in words
@@ -189,7 +189,7 @@ def test_the_script_is_bash_and_says_how_it_is_submitted():
     assert "#SBATCH" not in after
 
 
-def test_every_node_gets_its_place(tmp_path):
+def test_every_node_gets_its_rank(tmp_path):
     env = fake(tmp_path / "fakes", accelerate='#!/bin/bash\necho "$@"\n')
     del env["PROCESSES_PER_NODE"]
     env |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "1234567"}
@@ -209,7 +209,7 @@ def test_every_node_gets_its_place(tmp_path):
     assert {"--nodes=2", "--ntasks=2", "--cpus-per-task=2", "--kill-on-bad-exit=1"} <= set(asked)
 
 
-def test_a_job_without_gpus_says_so(tmp_path):
+def test_a_job_without_gpus_is_one_line(tmp_path):
     env = fake(tmp_path / "fakes")
     del env["PROCESSES_PER_NODE"]
     env.pop("SLURM_GPUS_ON_NODE", None)
@@ -229,8 +229,8 @@ def test_a_job_trains(tmp_path, alone):
 
 
 @pytest.mark.slow
-def test_a_job_near_its_end_saves_is_queued_again_and_goes_on(tmp_path):
-    """No step is lost and none is made twice; the checkpoint it goes on from is not one of `save_every`."""
+def test_a_job_near_its_time_limit_saves_is_requeued_and_resumes(tmp_path):
+    """No step is lost or repeated; the checkpoint it resumes from is not one of `train.save_steps`."""
     env = fake(tmp_path / "fakes")
     args = arguments(tmp_path, "train.optim=sgd", "train.max_steps=5", "train.save_steps=5")
     first = submit(env, *args)
@@ -260,7 +260,7 @@ def test_a_job_near_its_end_saves_is_queued_again_and_goes_on(tmp_path):
 
 
 def until(condition, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
-    """Wait for what a process is to bring about."""
+    """Wait until a condition is true."""
     end = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > end:
@@ -278,7 +278,7 @@ def instructions() -> list[list[str]]:
     return [shlex.split(line) for line in text.splitlines() if line and not line.startswith("#")]
 
 
-def test_the_container_has_what_a_run_reads():
+def test_the_container_has_all_files_that_a_run_reads():
     copied = {source for name, *words in instructions() if name == "COPY" for source in words[:-1]}
     assert all((ROOT / source).exists() for source in copied)
     assert all((ROOT / source).is_dir() == source.endswith("/") for source in copied)
@@ -294,7 +294,7 @@ def test_the_container_has_what_a_run_reads():
     assert set(extras.split(",")) <= set(re.findall(r"^(\w+) = \[", known, re.MULTILINE))
 
 
-def test_the_container_runs_as_a_user_what_its_comment_says():
+def test_the_container_runs_the_command_of_its_comment_as_a_user():
     written = instructions()
     names = [name for name, *_ in written]
     assert written[names.index("USER")] == ["USER", "omnimem"] and names.index("USER") > names.index("RUN")

@@ -1,4 +1,4 @@
-"""The memory of a step has the budget of that step, not the run's."""
+"""The cache of a step has the budget of that step, not the run's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from small_runs import RABBIT, metrics, trained_run
 ROWS = [{"media": RABBIT, "question": "What is seen?", "answer": "A toy rabbit."}]
 
 
-def test_what_a_step_retains_is_the_budget_that_it_logs(tmp_path):
+def test_a_step_retains_the_budget_that_it_logs(tmp_path):
     """The clip has 48 visual and 195 audio tokens, so every layer is full at the end."""
     options = ("memory.start_budget=48", "memory.curriculum_ratio=1.0", "train.max_steps=3")
     records = metrics(trained_run(tmp_path, *options, rows=ROWS))

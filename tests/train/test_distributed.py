@@ -1,4 +1,4 @@
-"""Two processes, with copies or with DeepSpeed's shards, train what one trains with twice the accumulation."""
+"""Two processes, with DDP or ZeRO, equal one process with twice the gradient accumulation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from omnimem.backbones import load_backbone
+from omnimem.recipe import load_recipe
 from small_runs import (
     HALF,
     PLAIN,
@@ -28,18 +29,19 @@ from small_runs import (
     metrics,
     start,
 )
-from train.config import load_recipe
-from train.data import Schedule, load_rows, tokenise
+from train.data import load_rows
+from train.samples import tokenize_row
+from train.schedule import Schedule
 
 UNEQUAL = [
     *ROWS,
     {"media": SPEECH, "question": "What is heard?", "answer": "Two sentences about a film."},
     {"media": SILENT, "question": "What is seen?", "answer": "A mirror.", "time": 2},
 ]
-"""Picture and sound of 5 s and of 8 s, sound alone, picture alone: 2 to 4 chunks, one or two questions."""
+"""Video with audio of 5 s and of 8 s, audio only, video only: 2 to 4 chunks, one or two questions."""
 
 SETTINGS = ("train.max_steps=2", "train.save_steps=1", "model.dtype=float64", "lora.lora_dropout=0.0")
-"""In float64, because Adam's first steps are the sign of the gradient: rounding would decide it where that is small."""
+"""In float64, because Adam's first steps are the sign of the gradient, which rounding changes where it is small."""
 
 
 def launch(*args: str):
@@ -63,7 +65,7 @@ def one(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def test_two_processes_train_what_one_trains(two, one):
+def test_two_processes_equal_one(two, one):
     _, run, done = two
     assert done.returncode == 0, done.stderr
     trained, expected = adapter(run), adapter(one)
@@ -71,25 +73,25 @@ def test_two_processes_train_what_one_trains(two, one):
     assert max((trained[name] - expected[name]).abs().max().item() for name in expected) <= 1e-6
     assert all(value.any() for name, value in trained.items() if "lora_B" in name)
     for found, wanted in zip(metrics(run), metrics(one), strict=True):
-        for name in ("step", "epoch", "lr", "targets", "tokens", "skipped"):
+        for name in ("step", "epoch", "learning_rate", "answer_tokens", "tokens", "skipped"):
             assert found[name] == wanted[name]
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
         assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-6)
 
 
-def test_the_streams_of_the_ranks_were_unequal(two):
-    """Otherwise the comparison above would say little: ranks take different numbers of chunks and questions."""
+def test_the_streams_of_the_ranks_have_different_lengths(two):
+    """Otherwise the comparison above would prove little: ranks run different numbers of chunks and questions."""
     args, _, _ = two
     recipe = load_recipe(args)
     backbone = load_backbone("tiny", device="meta", dtype="float32")
-    samples = [tokenise(row, backbone) for row in load_rows(recipe.data).rows]
+    samples = [tokenize_row(row, backbone) for row in load_rows(recipe.data).rows]
     schedule = Schedule(samples, recipe.train, recipe.data.shuffle, processes=2)
     for step in range(2):
         first, second = (schedule.step(step, rank)[0][0].row.name for rank in (0, 1))
         assert first != second
 
 
-def test_one_process_writes_and_speaks(two):
+def test_one_process_writes_and_logs(two):
     _, run, done = two
     expected = {
         "adapter_model.safetensors", "adapter_config.json", "budget_profile.json", "recipe.yaml", "data.json",
@@ -112,7 +114,7 @@ def test_one_process_writes_and_speaks(two):
     assert f"output_dir={run}" in environment["command"]
 
 
-def test_a_run_of_two_processes_is_not_continued_by_one(two, capsys):
+def test_a_run_of_two_processes_is_not_resumed_by_one(two, capsys):
     args, run, _ = two
     before = adapter(run)
     capsys.readouterr()
@@ -122,12 +124,12 @@ def test_a_run_of_two_processes_is_not_continued_by_one(two, capsys):
     assert all(torch.equal(value, before[name]) for name, value in adapter(run).items())
 
 
-# ---- the same parameters, whoever holds them -------------------------------------------------------------------------
+# ---- the same parameters with every strategy -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> dict[str, Path]:
-    """One process, without and with everything that makes a step longer."""
+    """One process, with the default settings and with all options that add passes."""
     runs = {}
     for name, more in EXTRAS.items():
         folder = tmp_path_factory.mktemp(f"alone_{name}")
@@ -168,7 +170,7 @@ EXTRAS = {
         ),
     ],
 )
-def test_parameters_are_those_of_one_process(tmp_path, alone, launcher, extra):
+def test_parameters_equal_those_of_one_process(tmp_path, alone, launcher, extra):
     done = configured(launcher, *arguments(tmp_path, *PLAIN, *EXTRAS[extra], rows=UNEQUAL))
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
@@ -177,8 +179,8 @@ def test_parameters_are_those_of_one_process(tmp_path, alone, launcher, extra):
     assert json.loads((run / "environment.json").read_text())["distributed"] == kind
     assert all(value.abs().max() > 1e-4 for name, value in adapter(run).items() if "lora_B" in name), "it moved"
     for found, wanted in zip(metrics(run), metrics(alone[extra]), strict=True):
-        assert (found["step"], found["targets"], found["tokens"]) == (
-            wanted["step"], wanted["targets"], wanted["tokens"],
+        assert (found["step"], found["answer_tokens"], found["tokens"]) == (
+            wanted["step"], wanted["answer_tokens"], wanted["tokens"],
         )  # fmt: skip
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
         assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
@@ -187,7 +189,7 @@ def test_parameters_are_those_of_one_process(tmp_path, alone, launcher, extra):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed_zero2", pytest.param("deepspeed_zero3", marks=pytest.mark.long)])
 def test_a_sharded_run_resumes_to_the_same_parameters(tmp_path, launcher):
-    """With AdamW, whose moments and steps have to come back; held-out questions are asked before and after."""
+    """With AdamW, whose state is restored; evaluations take place before and after."""
     settings = ("train.save_steps=2", "lora.lora_dropout=0.1", "train.max_steps=3")
     args = arguments(tmp_path, *settings, rows=UNEQUAL)
     evaluated = (f"eval.path={tmp_path / 'data.jsonl'}", "eval.eval_steps=2", f"eval.root={args[2].split('=')[1]}")
@@ -209,22 +211,22 @@ def test_a_sharded_run_resumes_to_the_same_parameters(tmp_path, launcher):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["multi_gpu", "deepspeed_zero2"])
-def test_every_process_group_waits_as_long_as_the_recipe_says(tmp_path, launcher):
-    """DeepSpeed makes a group of its own, which would have the default of the backend (10 minutes with NCCL)."""
+def test_every_process_group_has_the_timeout_of_the_recipe(tmp_path, launcher):
+    """DeepSpeed creates its own group, which would have the backend's default (10 minutes with NCCL)."""
     script = tmp_path / "timeouts.py"
     script.write_text(
         "import pathlib, os, runpy, sys, torch\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "import train.loop\n"
         "from torch.distributed.distributed_c10d import _world\n"
-        "genuine = train.loop.new_processes\n"
+        "genuine = train.loop.new_strategy\n"
         "def started(*args):\n"
         "    genuine(*args)\n"
         "    backends = [group._get_backend(torch.device('cpu')) for group in _world.pg_map]\n"
         "    seconds = ' '.join(str(backend.options._timeout.total_seconds()) for backend in backends)\n"
         f"    pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(seconds)\n"
         "    sys.exit()\n"
-        "train.loop.new_processes = started\n"
+        "train.loop.new_strategy = started\n"
         f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
     )
     done = configured(launcher, *arguments(tmp_path, *PLAIN, "train.ddp_timeout=4321", rows=UNEQUAL), script=script)
@@ -236,8 +238,8 @@ def test_every_process_group_waits_as_long_as_the_recipe_says(tmp_path, launcher
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed_zero2", pytest.param("deepspeed_zero3", marks=pytest.mark.long)])
-def test_a_sharded_step_that_is_not_finite_is_skipped_by_all(tmp_path, launcher):
-    """One process meets the bad clip; none of them moves, and the run goes on."""
+def test_all_processes_skip_a_sharded_step_that_is_not_finite(tmp_path, launcher):
+    """One process has the bad clip; no process updates its parameters, and the run continues."""
     script = tmp_path / "poisoned.py"
     script.write_text(
         "import os, runpy, sys\n"
@@ -270,8 +272,8 @@ PICTURE = {"media": SILENT, "question": "What is seen?", "answer": "A mirror."}
 
 
 @pytest.mark.slow
-def test_projectors_train_with_zero_2_where_a_process_has_no_pictures(tmp_path):
-    """One process hears, the other sees; each has gradients for one projector, both get both."""
+def test_projectors_train_with_zero_2_when_a_process_has_no_frames(tmp_path):
+    """One process has audio, the other video; each has gradients for one projector, both update both."""
     settings = (
         *PLAIN,
         "lora.modules_to_save=[visual,audio]",
@@ -287,7 +289,7 @@ def test_projectors_train_with_zero_2_where_a_process_has_no_pictures(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_whose_clip_is_left_out_keeps_nobody_waiting(tmp_path):
+def test_a_skipped_clip_does_not_block_other_processes(tmp_path):
     rows = [SOUND, {"media": HALF, "question": "What is seen?", "answer": "A rabbit."}]
     settings = (*PLAIN, "data.on_bad_row=skip", "data.shuffle=false", "train.max_steps=2")
     done = configured("deepspeed_zero2", *arguments(tmp_path, *settings, rows=rows))
@@ -300,7 +302,7 @@ def test_projectors_under_zero_3_are_one_line(tmp_path):
     assert done.returncode != 0 and "projectors are trained with ZeRO-2" in done.stderr
 
 
-def test_deepspeed_that_is_switched_off_is_one_line(tmp_path):
+def test_disabled_deepspeed_is_one_line(tmp_path):
     done = start("train.py", *arguments(tmp_path), ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_USE_CPU="true")
     assert done.returncode == 2
     assert "DeepSpeed was asked for" in lines(done.stderr)[-1]

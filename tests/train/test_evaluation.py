@@ -1,4 +1,4 @@
-"""Held-out questions in training: from the hard memory, the best adapter kept, the run ended when nothing improves."""
+"""Evaluation during training: hard selection, the best adapter is saved, early stopping."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def evaluated(tmp_path_factory):
     return trained_run(folder, *held_out(folder), "eval.eval_steps=2", "train.max_steps=5")
 
 
-def test_it_is_due_every_so_many_steps_and_at_the_end(evaluated):
+def test_evaluations_take_place_every_eval_steps_and_at_the_end(evaluated):
     assert [record["step"] for record in metrics(evaluated) if "eval_loss" in record] == [2, 4, 5]
 
 
-def test_the_best_adapter_is_kept_with_its_numbers(evaluated):
+def test_the_best_adapter_is_saved_with_its_result(evaluated):
     losses = {record["step"]: record["eval_loss"] for record in metrics(evaluated) if "eval_loss" in record}
     best = json.loads((evaluated / "best" / "evaluation.json").read_text())
     assert best["loss"] == min(losses.values()) == losses[best["step"]]
@@ -39,8 +39,8 @@ def test_the_best_adapter_is_kept_with_its_numbers(evaluated):
     }
 
 
-def test_it_is_the_loss_of_the_model_in_use(evaluated):
-    """The last evaluation is what a session on the saved adapter finds, with its memory in place."""
+def test_the_eval_loss_equals_that_of_a_session(evaluated):
+    """The last evaluation equals the loss of a streaming session with the saved adapter."""
     session = StreamingSession.from_pretrained(evaluated)
     for _ in session.watch(MEDIA / HELD_OUT[0]["media"]):
         pass
@@ -48,23 +48,23 @@ def test_it_is_the_loss_of_the_model_in_use(evaluated):
     assert found == pytest.approx(metrics(evaluated)[-1]["eval_loss"], rel=1e-5)
 
 
-def test_it_changes_nothing_of_the_training(evaluated, tmp_path):
+def test_an_evaluation_does_not_change_the_training(evaluated, tmp_path):
     plain = trained_run(tmp_path, "train.max_steps=5", out="plain")
     assert [record["loss"] for record in metrics(plain)] == [record["loss"] for record in metrics(evaluated)]
     for name, weight in adapter(plain).items():
         assert torch.equal(weight, adapter(evaluated)[name])
 
 
-def test_a_teacher_is_not_part_of_it(evaluated, tmp_path):
-    """At the first step of equal weights the evaluation of a distilled run is the same cross-entropy."""
+def test_an_evaluation_has_no_teacher(evaluated, tmp_path):
+    """With equal weights the evaluation of a distilled run is the same cross-entropy."""
     options = (*held_out(tmp_path), "eval.eval_steps=1", "train.max_steps=1", "train.learning_rate=0.0")
     plain = trained_run(tmp_path, *options, out="plain")
     taught = trained_run(tmp_path, *options, "distill.weight=2.0", out="taught")
     assert metrics(plain)[0]["eval_loss"] == pytest.approx(metrics(taught)[0]["eval_loss"], rel=1e-6)
 
 
-def test_a_run_without_progress_ends(tmp_path):
-    """With a learning rate of zero nothing is ever better than the first evaluation."""
+def test_early_stopping(tmp_path):
+    """With a learning rate of zero no evaluation is better than the first."""
     options = (
         *held_out(tmp_path),
         "eval.eval_steps=1",
@@ -102,7 +102,7 @@ def test_a_missing_manifest_is_found_before_anything_is_written(tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
-def test_an_evaluation_that_is_not_a_number_keeps_nothing_and_ends_nothing(tmp_path, monkeypatch):
+def test_an_evaluation_that_is_nan_saves_nothing_and_does_not_stop_the_run(tmp_path, monkeypatch):
     losses = iter([1.0, float("nan"), 0.5])
     monkeypatch.setattr("train.evaluation.Evaluation.measure", lambda *_: next(losses))
     run = trained_run(
@@ -113,8 +113,8 @@ def test_an_evaluation_that_is_not_a_number_keeps_nothing_and_ends_nothing(tmp_p
     assert kept == {"best": {"step": 3, "loss": 0.5}, "best-step-00000001": {"step": 1, "loss": 1.0}}
 
 
-def test_a_step_that_is_evaluated_again_takes_no_second_place(tmp_path):
-    """Killed between an evaluation and its checkpoint, a resumed run comes to the same step once more."""
+def test_a_step_that_is_evaluated_twice_is_saved_once(tmp_path):
+    """A run that is killed between an evaluation and its checkpoint repeats the step when it resumes."""
     options = (
         *held_out(tmp_path),
         "eval.eval_steps=1",
@@ -148,8 +148,8 @@ def test_the_best_of_a_run_that_was_never_saved_does_not_count(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_so_many_of_the_best_adapters_stay(tmp_path, monkeypatch, keep):
-    """Whatever order the losses come in; the best one is always `best/`."""
+def test_save_total_limit_best_adapters_are_kept(tmp_path, monkeypatch, keep):
+    """For any order of the losses; the best one is always `best/`."""
     losses = [3.0, 1.0, 2.0, 0.5, 4.0, 0.7]
     monkeypatch.setattr("train.evaluation.Evaluation.measure", lambda self, *_: losses[self.asked()])
     asked = iter(range(99))

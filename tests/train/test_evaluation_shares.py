@@ -1,4 +1,4 @@
-"""An evaluation shared between processes: every held-out stream counts once, whoever runs it."""
+"""An evaluation by several processes: every held-out stream counts once."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from train.config import Recipe
+from omnimem.recipe import Recipe
 from train.evaluation import Evaluation
 
 LOSSES, TARGETS = [1.0, 10.0, 100.0, 1000.0, 10000.0], [1, 2, 3, 4, 50]
 
 
 class Rank:
-    """What an evaluation uses of an accelerator; `shared` collects what the ranks would sum."""
+    """The part of an accelerator that an evaluation uses; `shared` collects the values that ranks would sum."""
 
     device = torch.device("cpu")
 
@@ -31,7 +31,7 @@ class Rank:
 
 
 class Objective:
-    """Known losses; notes which streams were run, and in which mode."""
+    """Returns known losses; records the streams that were run, and in which mode."""
 
     def __init__(self) -> None:
         self.model, self.run = nn.Linear(1, 1), []
@@ -40,11 +40,11 @@ class Objective:
         (number,) = samples
         assert not self.model.training
         self.run.append(number)
-        return SimpleNamespace(loss=torch.tensor(LOSSES[number]), targets=TARGETS[number])
+        return SimpleNamespace(loss=torch.tensor(LOSSES[number]), answer_tokens=TARGETS[number])
 
 
 def measured(streams: int, processes: int) -> tuple[float, list[list[int]]]:
-    """The loss all processes arrive at, and the streams that each of them ran."""
+    """The loss that all processes compute, and the streams that each of them ran."""
     shared: list[torch.Tensor] = []
     runs = []
     for index in range(processes):
@@ -59,7 +59,7 @@ def measured(streams: int, processes: int) -> tuple[float, list[list[int]]]:
 
 @pytest.mark.parametrize("streams", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
-def test_every_stream_counts_once_and_all_processes_run_equally_many(streams, processes):
+def test_every_stream_counts_once_and_all_processes_run_the_same_number(streams, processes):
     found, runs = measured(streams, processes)
     assert found == pytest.approx(sum(LOSSES[:streams]) / sum(TARGETS[:streams]), rel=1e-6)
     # Under ZeRO-3 a process that ran fewer would keep the others waiting.
@@ -67,7 +67,7 @@ def test_every_stream_counts_once_and_all_processes_run_equally_many(streams, pr
     assert {number for run in runs for number in run} == set(range(streams))
 
 
-def test_without_an_answer_the_loss_is_not_a_number(monkeypatch):
+def test_without_an_answer_the_loss_is_nan(monkeypatch):
     monkeypatch.setattr("test_evaluation_shares.TARGETS", [0] * 5)
     evaluation = Evaluation(Recipe(), Path("run"), [0])  # pyright: ignore[reportArgumentType]
     assert math.isnan(evaluation.measure(Objective(), Rank(0, 1, [])))  # pyright: ignore[reportArgumentType]

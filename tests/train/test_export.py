@@ -1,4 +1,4 @@
-"""An export is what stock transformers loads, equals base + adapter, and appears whole or not at all."""
+"""An export loads in transformers, equals base + adapter, and appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from omnimem.cli import main as omnimem
 from omnimem.errors import OmniMemError
 from small_runs import MEDIA, RABBIT, ROOT, copy_run, lines, start, trained_run, tree
 from train.export import export_run
-from train.host_memory import peak_bytes, reset_peak
+from train.peak_memory import peak_bytes, reset_peak
 from train.setup import load_base
 
 Stock = Qwen2_5OmniThinkerForConditionalGeneration
@@ -36,7 +36,7 @@ BENCHMARKS = ROOT / "tests" / "benchmarks"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A finished run whose adapter has moved far enough for its logits to be told from the base's."""
+    """A finished run whose adapter changes the logits of the base clearly."""
     return trained_run(
         tmp_path_factory.mktemp("run"), "train.max_steps=6", "train.learning_rate=3e-2", "train.save_steps=3"
     )
@@ -61,14 +61,14 @@ def logits(model) -> torch.Tensor:
     return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
 
-def test_stock_transformers_loads_it_completely(export):
+def test_transformers_loads_an_export_completely(export):
     model, info = stock(export)
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     assert not [name for name in model.state_dict() if "lora" in name]
     assert not (export / "adapter_config.json").exists(), "stock from_pretrained would put the adapter on a second time"
 
 
-def test_its_logits_are_those_of_base_and_adapter(run, export):
+def test_logits_of_an_export_equal_base_and_adapter(run, export):
     merged, _ = stock(export)
     base, _ = stock(run / "base")
     plain = logits(base)
@@ -86,7 +86,7 @@ def test_only_the_projections_of_the_language_model_differ_from_the_base(run, ex
     assert changed == {f"{module}.{name}_proj.weight" for module in attention for name in "qkvo"}
 
 
-def test_stock_processors_load(export):
+def test_transformers_processors_load(export):
     text = "What is seen?"
     for processor in (Qwen2_5OmniProcessor.from_pretrained(export), AutoProcessor.from_pretrained(export)):
         assert isinstance(processor, Qwen2_5OmniProcessor)
@@ -95,18 +95,18 @@ def test_stock_processors_load(export):
         assert text in processor.apply_chat_template(conversation, tokenize=False)
 
 
-def test_profile_and_model_card_are_there(run, export):
+def test_an_export_has_a_profile_and_a_model_card(run, export):
     profile = BudgetProfile.load(export / "budget_profile.json")
     assert profile == BudgetProfile.load(run / "budget_profile.json")
     card = (export / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n") and "base_model: " in card and "library_name: transformers" in card
-    assert "24 positions a layer (20 visual + 4 audio)" in card and "`float32`" not in card.split("---")[1]
+    assert "24 tokens per layer (20 visual + 4 audio)" in card and "`float32`" not in card.split("---")[1]
     assert "StreamingSession.from_pretrained" in card and '"omnimem"' in card
     assert {path.suffix for path in export.iterdir()} <= {".safetensors", ".json", ".jinja", ".md", ".txt"}
 
 
-def test_nothing_in_it_names_this_machine(run, export):
-    """An export is made to be published; the run itself may say where its base lies."""
+def test_an_export_contains_no_path_of_this_machine(run, export):
+    """An export can be published; the run may contain the path of its base."""
     for name, content in tree(export).items():
         assert str(run.parent).encode() not in content, name
 
@@ -121,7 +121,7 @@ def test_run_and_export_give_the_same_answer(run, export):
     assert answers[0] == answers[1] != ""
 
 
-def test_a_checkpoint_and_a_moved_run_export_too(run, tmp_path):
+def test_a_checkpoint_and_a_moved_run_can_be_exported(run, tmp_path):
     export_run(run / "checkpoints" / "step-00000006", tmp_path / "from-checkpoint")
     moved = copy_run(run, tmp_path / "elsewhere")
     export_run(moved, tmp_path / "from-moved")
@@ -129,7 +129,7 @@ def test_a_checkpoint_and_a_moved_run_export_too(run, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_bfloat16_run_exports_as_trained_and_as_asked(tmp_path):
+def test_a_bfloat16_run_exports_in_its_dtype_and_in_a_given_one(tmp_path):
     run = trained_run(tmp_path, "model.dtype=bfloat16", "train.max_steps=2", "train.learning_rate=3e-2")
     assert omnimem(["export", str(run), "--out", str(tmp_path / "a")]) == 0
     assert {value.dtype for value in load_file(tmp_path / "a" / "model.safetensors").values()} == {torch.bfloat16}
@@ -154,8 +154,8 @@ def test_a_large_checkpoint_is_written_in_shards(run, export, tmp_path, monkeypa
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_an_honest_bfloat16_export_of_a_mixture_of_experts_passes(tmp_path, monkeypatch):
-    """Rounding can send a token to another expert, and its logits anywhere: in bfloat16 by half of the largest."""
+def test_a_correct_bfloat16_export_of_a_mixture_of_experts_passes(tmp_path, monkeypatch):
+    """Rounding can route a token to another expert and change its logits by half of the largest in bfloat16."""
     base = backbone_class("qwen3_omni").build_tiny(tmp_path / "base")
     backbone = load_backbone(base, dtype="bfloat16", device="cpu")
     targets = backbone.lora_targets(["q_proj", "k_proj", "v_proj", "o_proj"])
@@ -174,11 +174,11 @@ def test_an_honest_bfloat16_export_of_a_mixture_of_experts_passes(tmp_path, monk
     assert len(set(index.values())) > 2
 
 
-# ---- where and in what memory ----------------------------------------------------------------------------------------
+# ---- device and memory -----------------------------------------------------------------------------------------------
 
 
-def test_it_happens_on_the_cpu_where_there_is_an_accelerator(run, tmp_path, monkeypatch, capsys):
-    """On this machine a model that was sent to a GPU would not load."""
+def test_an_export_runs_on_the_cpu_even_with_an_accelerator(run, tmp_path, monkeypatch, capsys):
+    """Loading a model to a GPU would fail on this machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     export_run(run, tmp_path / "out")
     assert "'nosuch'" in refused(capsys, run, tmp_path / "other", "--device", "nosuch")
@@ -198,7 +198,7 @@ def test_no_two_models_are_in_memory_at_once(run, tmp_path, monkeypatch):
     assert len(loaded) == 2, "the base, and what was written"
 
 
-def test_the_model_that_was_trained_is_released_before_the_run_is_exported(tmp_path, monkeypatch):
+def test_the_trained_model_is_released_before_the_export(tmp_path, monkeypatch):
     trained, exported = [], []
 
     def load(*args):
@@ -218,8 +218,8 @@ def test_the_model_that_was_trained_is_released_before_the_run_is_exported(tmp_p
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be read and reset on Linux only")
-def test_the_export_states_its_own_peak_of_host_memory(run, tmp_path, capsys):
-    """Not that of what the process did before; the interpreter and its libraries are in it."""
+def test_the_export_reports_its_peak_host_memory(run, tmp_path, capsys):
+    """Without earlier work of the process; the interpreter and its libraries are included."""
     large = torch.ones(2**28)
     del large
     before = peak_bytes()
@@ -246,7 +246,7 @@ def test_an_export_needs_memory_for_one_copy_of_the_model(tmp_path):
 
 
 def refused(capsys, run: Path, out: Path, *options: str) -> str:
-    """The one line of an export that must not happen; the run, and what is at `out`, stay as they were."""
+    """The error line of an export that must be refused; the run and `out` stay unchanged."""
     before = tree(run), tree(out) if out.is_dir() else None
     beside = sorted(path.name for path in out.parent.iterdir()) if out.parent.is_dir() else None
     capsys.readouterr()
@@ -273,14 +273,14 @@ def test_a_run_that_has_not_finished(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("place", [".", "..", "../..", "base", "checkpoints"])
-def test_an_output_that_would_replace_its_own_input(run, tmp_path, capsys, place):
+def test_an_output_that_would_replace_the_run(run, tmp_path, capsys, place):
     copied = copy_run(run, tmp_path / "runs" / "mine")
     refused(capsys, copied, copied / place, "--overwrite")
     refused(capsys, copied, Path(os.path.relpath(copied)) / place, "--overwrite")
 
 
 def test_an_output_that_would_replace_the_base_of_the_run(run, tmp_path, capsys):
-    """The base of a real run is the user's own download, somewhere else."""
+    """The base of a real run is a download in another folder."""
     copied, base = copy_run(run, tmp_path / "run"), copy_run(run / "base", tmp_path / "models" / "omni")
     shutil.rmtree(copied / "base")
     config = json.loads((copied / "adapter_config.json").read_text())
@@ -330,8 +330,8 @@ def test_an_adapter_of_another_model(run, tmp_path, capsys, base):
     refused(capsys, other, tmp_path / "out")
 
 
-def test_a_misfit_is_one_line_in_a_process_of_its_own_too(run, tmp_path):
-    """Where warnings of the stock libraries would reach the terminal."""
+def test_a_mismatch_is_one_line_in_a_separate_process_too(run, tmp_path):
+    """There warnings of transformers and PEFT would reach the terminal."""
     other = copy_run(run, tmp_path / "run")
     build_tiny(other / "base", layers=4)
     done = start("-m", "omnimem", "export", other, "--out", tmp_path / "out")
@@ -340,7 +340,7 @@ def test_a_misfit_is_one_line_in_a_process_of_its_own_too(run, tmp_path):
     assert line.startswith("omnimem: ") and str(other) in line
 
 
-def test_an_adapter_with_a_weight_too_few_or_too_many(run, tmp_path, capsys):
+def test_an_adapter_with_a_missing_or_unexpected_weight(run, tmp_path, capsys):
     for change in ("less", "more"):
         other = copy_run(run, tmp_path / change)
         weights = load_file(other / "adapter_model.safetensors")
@@ -366,7 +366,7 @@ def test_an_adapter_that_is_not_finite(run, tmp_path, capsys):
 
 
 def change_after(monkeypatch, cls: type, method: str, change: Callable[..., None]) -> None:
-    """Let `change` act on the object, and on what the method was given, after each genuine call of a method."""
+    """Call `change` on the object and the arguments after each call of a method."""
     genuine = getattr(cls, method)
 
     def changed(self, *args, **kwargs):
@@ -397,7 +397,7 @@ def test_an_export_that_differs_does_not_appear(run, tmp_path, capsys, monkeypat
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_export_without_its_adapter_does_not_appear(run, tmp_path, capsys, monkeypatch, dtype):
-    """Rounding is coarse in bfloat16, but not so coarse that a forgotten adapter could hide in it."""
+    """The rounding of bfloat16 is small enough to detect a missing adapter."""
     monkeypatch.setattr(LoraLinear, "merge", lambda self, **_: None)
     line = refused(capsys, run, tmp_path / "out", "--dtype", dtype)
     assert "the merged model differs from base + adapter in " in line
@@ -420,16 +420,16 @@ def stronger(layer: LoraLinear) -> None:
     [("float32", scaled(1 + 1e-5)), ("float32", stronger), ("bfloat16", scaled(1 + 2**-8)), ("bfloat16", stronger)],
     ids=["float32 scaled", "float32 stronger", "bfloat16 half a step", "bfloat16 stronger"],
 )
-def test_a_merge_that_is_a_little_wrong_is_found(run, tmp_path, capsys, monkeypatch, dtype, change):
-    """What is written is what was merged, so that the elementwise check of the merge alone can see it."""
+def test_a_slightly_wrong_merge_is_detected(run, tmp_path, capsys, monkeypatch, dtype, change):
+    """The written tensors equal the merged ones, so only the elementwise check of the merge detects it."""
     change_after(monkeypatch, LoraLinear, "merge", lambda layer, *_: change(layer))
     line = refused(capsys, run, tmp_path / "out", "--dtype", dtype)
     assert "the merged model differs from base + adapter in " in line
 
 
 @pytest.mark.parametrize("name", ["audio_tower.layers.0.fc1.weight", "visual.blocks.1.attn.proj.bias", "mlp.up_proj"])
-def test_one_number_that_changes_on_its_way_to_the_disk_is_found(run, tmp_path, capsys, monkeypatch, name):
-    """Logits of text cannot see the weights of an encoder."""
+def test_one_number_that_changes_on_disk_is_detected(run, tmp_path, capsys, monkeypatch, name):
+    """Logits of text do not depend on the weights of an encoder."""
 
     def change(_, folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
@@ -446,10 +446,10 @@ def test_one_number_that_changes_on_its_way_to_the_disk_is_found(run, tmp_path, 
 @pytest.mark.parametrize(
     ("dtype", "factor", "least", "most"), [("float32", 1.001, 1e-4, 1e-3), ("bfloat16", 1.05, 0.01, 0.04)]
 )
-def test_a_configuration_that_changes_on_its_way_to_the_disk_is_found(
+def test_a_configuration_that_changes_on_disk_is_detected(
     run, tmp_path, capsys, monkeypatch, dtype, factor, least, most
 ):
-    """Tensors cannot show the base of the rotary frequencies; it moves logits by about 2 % in bfloat16."""
+    """The base of the rotary frequencies is in no tensor; it changes logits by about 2 % in bfloat16."""
 
     def change(_, folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""The memory plan of `dry_run=true` against what a step really holds: live tensor bytes, counted at every operation."""
+"""The memory plan of `dry_run=true` against the measured peak: live tensor bytes, counted at every operation."""
 
 from __future__ import annotations
 
@@ -9,19 +9,29 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-import train.lesson
+import train.batch_encoder
+from omnimem.recipe import load_recipe
 from small_runs import RABBIT, arguments
-from train.config import load_recipe
-from train.data import load_rows, tokenise
+from train.data import load_rows
+from train.memory_plan import EVICTED, memory_plan
 from train.objective import StreamObjective
-from train.plan import WAITING, memory_plan, plan_stream
-from train.setup import add_lora, build_base, check_recipe, gradient_of, load_base, selection_of, settings_of
+from train.samples import tokenize_row
+from train.setup import (
+    add_lora,
+    build_tiny_base,
+    check_recipe,
+    load_base,
+    selection_gradient,
+    selection_method,
+    stream_settings,
+)
+from train.stream_plan import plan_stream
 
 ROWS = [{"media": RABBIT, "questions": [{"question": "What is seen?", "answer": "A toy rabbit on a table."}]}]
 
 
 class Live(TorchDispatchMode):
-    """Most bytes of storages alive at once, of those made inside."""
+    """Peak bytes of live storages that were allocated inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,25 +61,25 @@ class Live(TorchDispatchMode):
 
 
 def measured(recipe, profile, tmp_path, monkeypatch) -> int:
-    """Bytes a step makes beside the weights."""
-    build_base(recipe, tmp_path / "run")
+    """Bytes that a step allocates besides the weights."""
+    build_tiny_base(recipe, tmp_path / "run")
     backbone = load_base(recipe, tmp_path / "run", torch.device("cpu"))
     model = add_lora(recipe, backbone)
     model.train()
-    samples = [tokenise(row, backbone) for row in load_rows(recipe.data).rows]
+    samples = [tokenize_row(row, backbone) for row in load_rows(recipe.data).rows]
     objective = StreamObjective(
-        backbone, model, profile, selection_of(recipe), settings_of(recipe), distill=recipe.distill
+        backbone, model, profile, selection_method(recipe), stream_settings(recipe), distill=recipe.distill
     )
-    encode = train.lesson._encoded
+    encode = train.batch_encoder.encode_chunks
 
     def outside(*args):
-        """Encoders and what they are given are no part of the plan."""
+        """Encoders and their inputs are not part of the plan."""
         with _disable_current_modes():
             return encode(*args)
 
-    monkeypatch.setattr(train.lesson, "_encoded", outside)
+    monkeypatch.setattr(train.batch_encoder, "encode_chunks", outside)
     with Live() as live:
-        objective(samples, gradient_of(recipe, 0.0)).backward(1.0)
+        objective(samples, selection_gradient(recipe, 0.0)).backward(1.0)
     return live.peak
 
 
@@ -78,15 +88,15 @@ def measured(recipe, profile, tmp_path, monkeypatch) -> int:
     [("selection.gradient=none",), (), ("distill.weight=1.0",), ("memory.mean_budget=200",)],
     ids=["hard", "taught", "distilled", "larger"],
 )
-def test_a_step_holds_what_the_plan_says(tmp_path, monkeypatch, more):
-    """Within a third: the plan knows nothing of temporary copies, and counts only the wide tensors of a layer."""
+def test_a_step_takes_the_planned_memory(tmp_path, monkeypatch, more):
+    """Within a third: the plan ignores temporary copies and counts only the wide tensors of a layer."""
     recipe = load_recipe(
         arguments(tmp_path, "data.fps=4", "data.chunk_seconds=4", "train.offload=none", *more, rows=ROWS)
     )
     skeleton, profile = check_recipe(recipe)
-    streams = [plan_stream(row, skeleton, settings_of(recipe)) for row in load_rows(recipe.data).rows]
-    parts = memory_plan(recipe, skeleton, profile, selection_of(recipe), streams)
+    streams = [plan_stream(row, skeleton, stream_settings(recipe)) for row in load_rows(recipe.data).rows]
+    parts = memory_plan(recipe, skeleton, profile, selection_method(recipe), streams)
     of_a_step = sum(size for name, size in parts.items() if name not in ("weights", "adapter, gradients, optimizer"))
     found = measured(recipe, profile, tmp_path, monkeypatch)
     assert 0.75 <= of_a_step / found <= 1.33
-    assert any(WAITING in name for name in parts)
+    assert any(EVICTED in name for name in parts)

@@ -1,4 +1,4 @@
-"""Training the projectors between encoders and decoder: exact gradients, weights of their own learning rate."""
+"""Training the projectors between encoders and decoder: exact gradients, their own learning rate."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from omnimem.backbones import load_backbone
 from omnimem.cli import main as omnimem
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache
+from omnimem.recipe import load_recipe
 from small_runs import adapter, arguments, main, trained_run
-from train.config import load_recipe
-from train.data import load_rows, tokenise
+from train.data import load_rows
 from train.objective import StreamObjective
-from train.setup import add_lora, profile_of, selection_of, settings_of
+from train.samples import tokenize_row
+from train.setup import add_lora, budget_profile, selection_method, stream_settings
 
 BOTH = "lora.modules_to_save=[visual,audio]"
 
 
-def test_gradients_of_projectors_are_those_of_plain_autograd(tmp_path):
+def test_gradients_of_projectors_equal_plain_autograd(tmp_path):
     recipe = load_recipe(arguments(tmp_path, BOTH, "model.dtype=float64"))
     backbone = load_backbone("tiny", dtype="float64", device="cpu")
     backbone.model.requires_grad_(False)
-    method, settings = selection_of(recipe), settings_of(recipe)
-    profile = profile_of(recipe, backbone, method, settings)
+    method, settings = selection_method(recipe), stream_settings(recipe)
+    profile = budget_profile(recipe, backbone, method, settings)
     model = add_lora(recipe, backbone)
     model.train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
-    sample = tokenise(load_rows(recipe.data).rows[1], backbone)
+    sample = tokenize_row(load_rows(recipe.data).rows[1], backbone)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     whole = [name for name in trained if "modules_to_save" in name]
     assert any("merger" in name for name in whole) and any("audio_tower.proj" in name for name in whole)
@@ -41,7 +42,7 @@ def test_gradients_of_projectors_are_those_of_plain_autograd(tmp_path):
     stream = Stream(backbone, CompressedCache(profile, method))
     reader, encoder = settings.open(sample.row.media, backbone)
     stream.forward(encoder.prefix(), text=True)
-    losses, waiting = [], list(sample.asked)
+    losses, waiting = [], list(sample.questions)
     for chunk in reader:
         stream.step(encoder.encode(chunk))
         while waiting and waiting[0].time is not None and waiting[0].time <= chunk.t1:
@@ -51,7 +52,7 @@ def test_gradients_of_projectors_are_those_of_plain_autograd(tmp_path):
     torch.stack(losses).sum().backward()
     expected = {name: p.grad.clone() for name, p in trained.items()}
     model.zero_grad()
-    objective = StreamObjective(backbone, model, profile, method, settings, encoders_learn=True)
+    objective = StreamObjective(backbone, model, profile, method, settings, train_encoders=True)
     objective([sample]).backward(1.0)
     for name, parameter in trained.items():
         scale = expected[name].abs().max()
@@ -65,7 +66,7 @@ def loss_of(stream, closing, asked):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_trains_saves_and_exports_them(tmp_path, dtype):
+def test_a_run_trains_saves_and_exports_projectors(tmp_path, dtype):
     run = trained_run(tmp_path, BOTH, f"model.dtype={dtype}", "train.modules_to_save_learning_rate=1e-3")
     saved = adapter(run)
     whole = {name: value for name, value in saved.items() if "lora" not in name}
@@ -78,8 +79,8 @@ def test_a_run_trains_saves_and_exports_them(tmp_path, dtype):
     assert projectors & changed and all("language_model" in name for name in changed - projectors)
 
 
-def test_their_learning_rate_is_their_own(tmp_path):
-    """With SGD a step is the rate times the gradient: at a rate of zero nothing moves."""
+def test_projectors_have_their_own_learning_rate(tmp_path):
+    """With SGD a step is the rate times the gradient: at a rate of zero nothing changes."""
     settings = (BOTH, "train.optim=sgd", "train.max_steps=1", "train.save_steps=1", "model.dtype=float64")
     still = adapter(trained_run(tmp_path, *settings, "train.modules_to_save_learning_rate=0.0", out="still"))
     moved = adapter(trained_run(tmp_path, *settings, "train.modules_to_save_learning_rate=1e-2", out="moved"))
@@ -105,9 +106,12 @@ def test_a_run_with_projectors_resumes_to_the_same_bits(tmp_path):
 def test_an_unknown_projector_is_one_line(tmp_path, capsys):
     assert main(arguments(tmp_path, "lora.modules_to_save=[qformer]")) == 2
     error = capsys.readouterr().err
-    assert "lora.modules_to_save: 'qformer' is none of visual, audio" in error and error.count("\n") == 1
+    assert "lora.modules_to_save: 'qformer' must be one of visual, audio" in error and error.count("\n") == 1
 
 
-def test_a_base_whose_projectors_change_does_not_teach(tmp_path, capsys):
+def test_a_base_with_trained_projectors_cannot_be_the_teacher(tmp_path, capsys):
     assert main(arguments(tmp_path, BOTH, "distill.weight=1.0")) == 2
-    assert "the base model cannot teach while projectors change" in capsys.readouterr().err
+    assert (
+        "the base model cannot be the teacher while lora.modules_to_save trains its projectors"
+        in capsys.readouterr().err
+    )

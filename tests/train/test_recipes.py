@@ -1,4 +1,4 @@
-"""Recipes: every one can be planned, the first one runs from launch to answer, a full disk costs nothing saved."""
+"""Recipes: every one can be planned, the quickstart runs from launch to answer, a full disk loses no checkpoint."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 import train.loop
 from omnimem.budget import BudgetProfile
+from omnimem.recipe import list_recipes, load_recipe
 from small_runs import (
     ROOT,
     adapter,
@@ -28,7 +29,6 @@ from small_runs import (
     weights_bytes,
 )
 from train.checkpoint import checkpoints
-from train.config import list_recipes, load_recipe
 
 ACCELERATE = Path(sys.executable).with_name("accelerate")
 
@@ -40,12 +40,12 @@ def test_every_recipe_parses_and_can_be_planned(name, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     assert main([f"recipe={name}", "dry_run=true"]) == 0
     shown = capsys.readouterr().out
-    assert "optimiser steps" in shown and "activations" in shown
+    assert "optimizer steps" in shown and "activations" in shown
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", [name for name in list_recipes() if name != "quickstart"])
-def test_every_recipe_trains_its_stand_in(name, tmp_path):
+def test_every_recipe_trains_the_tiny_model(name, tmp_path):
     out = tmp_path / "out"
     assert (
         main(
@@ -77,7 +77,7 @@ def test_quickstart_end_to_end(tmp_path):
     assert load_recipe([f"recipe={out / 'recipe.yaml'}"]).train.max_steps == 2
 
 
-def test_an_unknown_recipe_lists_those_there_are():
+def test_an_unknown_recipe_lists_the_known_ones():
     done = start("train.py", "recipe=nosuch")
     assert done.returncode == 2 and done.stdout == ""
     (line,) = lines(done.stderr)
@@ -86,7 +86,7 @@ def test_an_unknown_recipe_lists_those_there_are():
 
 
 def errors(stderr: str) -> list[str]:
-    """What is neither the progress bar nor the log."""
+    """Lines that are neither the progress bar nor the log."""
     return [line for line in lines(stderr) if "%|" not in line and not line.startswith("omnimem.")]
 
 
@@ -94,7 +94,7 @@ def errors(stderr: str) -> list[str]:
 
 
 def fails_at(monkeypatch, name: str, number: int, folder: str) -> None:
-    """Let the disk be full from the `number`-th call of `os.name` about a path that holds `folder`."""
+    """Simulate a full disk from the `number`-th call of `os.name` with a path that contains `folder`."""
     genuine, calls = getattr(os, name), []
 
     def full(first, *args, **kwargs):
@@ -124,7 +124,7 @@ def reference(tmp_path_factory) -> Path:
         ("replace", 1, "run/.budget_profile"),
     ],
 )
-def test_a_disk_that_fills_up_is_one_line_and_costs_nothing_saved(
+def test_a_full_disk_is_one_line_and_loses_no_checkpoint(
     reference, tmp_path, monkeypatch, capsys, call, number, folder
 ):
     args, run = arguments(tmp_path), tmp_path / "run"
@@ -148,12 +148,12 @@ def test_a_disk_that_fills_up_is_one_line_and_costs_nothing_saved(
     assert tree(run / "checkpoints" / "step-00000002") == genuine["saved"], "the earlier checkpoint is as it was"
     assert not [path for path in run.rglob(".step-*")], "half a checkpoint left behind"
 
-    assert main(args) == 0  # with space again, the run goes on
+    assert main(args) == 0  # with free space the run continues
     assert weights_bytes(run) == weights_bytes(reference)
     assert [record["step"] for record in metrics(run)] == [1, 2, 3, 4]
 
 
-def test_a_disk_that_really_fills_up(tmp_path):
+def test_a_real_full_disk(tmp_path):
     unshare = shutil.which("unshare")
     disk = tmp_path / "disk"
     disk.mkdir()

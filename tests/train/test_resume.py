@@ -1,4 +1,4 @@
-"""Kill -9 at any moment, run the same command again: the same adapter, bit for bit, and every step logged once."""
+"""After kill -9 at any moment the same command gives the same adapter, bit for bit, and logs every step once."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from train.checkpoint import checkpoints
 STEPS = 6
 FILES = ("adapter_model.safetensors", "optimizer.safetensors", "rng-0.safetensors", "state.json")
 SETTINGS = (f"train.max_steps={STEPS}", "train.save_steps=2", "lora.lora_dropout=0.2")
-"""With dropout, so that random numbers have to go on where they stopped as well."""
+"""With dropout, so that the random state must be restored as well."""
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> Path:
-    """The run that nothing interrupted."""
+    """A run without interruption."""
     return trained_run(tmp_path_factory.mktemp("reference"), *SETTINGS)
 
 
@@ -34,7 +34,7 @@ def assert_equal(run: Path, reference: Path) -> None:
     assert weights_bytes(run) == weights_bytes(reference)
     records, expected = metrics(run), metrics(reference)
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
-    for name in ("loss", "lr", "grad_norm", "tokens", "retained"):
+    for name in ("loss", "learning_rate", "grad_norm", "tokens", "retained"):
         assert [record[name] for record in records] == [record[name] for record in expected]
     newest, expected_newest = checkpoints(run)[-1], checkpoints(reference)[-1]
     assert newest.name == expected_newest.name
@@ -49,7 +49,7 @@ def logged(run: Path) -> int:
 
 
 def kill_when(args: list[str], moment: Callable[[], bool]) -> None:
-    """Start `python train.py ...` and kill it with signal 9 as soon as `moment` has come."""
+    """Start `python train.py ...` and kill it with signal 9 as soon as `moment` is true."""
     command = [sys.executable, "train.py", *args]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -65,7 +65,7 @@ def kill_when(args: list[str], moment: Callable[[], bool]) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def test_a_killed_run_goes_on_to_the_same_result(reference, tmp_path):
+def test_a_killed_run_resumes_to_the_same_result(reference, tmp_path):
     args, run = arguments(tmp_path, *SETTINGS), tmp_path / "run"
 
     kill_when(args, lambda: logged(run) >= 3)  # between two checkpoints
@@ -90,7 +90,7 @@ def die() -> None:
 
 
 def on_call(owner: object, name: str, number: int, condition: Callable[..., bool] = lambda *args: True) -> None:
-    """Kill this process at the `number`-th call of `owner.name` whose arguments meet `condition`."""
+    """Kill this process at the `number`-th call of `owner.name` whose arguments satisfy `condition`."""
     genuine, calls = getattr(owner, name), []
 
     def wrapper(*args, **kwargs):
@@ -173,7 +173,7 @@ MOMENTS = [
 
 @pytest.fixture(scope="module")
 def processes():
-    """Real processes that need not import everything anew."""
+    """Real processes that start without importing everything again."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train.loop", "peft"])
     return context
@@ -195,18 +195,18 @@ def test_killed_at_the_worst_moments(reference, tmp_path, processes, moment):
     assert_equal(run, reference)
 
 
-def test_what_counts_as_a_checkpoint_is_complete(tmp_path, processes):
-    """Also after a kill in the middle of deleting an old one: a half must not keep the name of a whole."""
+def test_every_listed_checkpoint_is_complete(tmp_path, processes):
+    """Also after a kill while an old one is deleted: a partial checkpoint must not keep its name."""
     killed_at("while an old checkpoint is deleted", arguments(tmp_path, *SETTINGS), processes)
     for folder in checkpoints(tmp_path / "run"):
         assert {*FILES, "adapter_config.json", "budget_profile.json"} <= {path.name for path in folder.iterdir()}
 
 
-# ---- what killed runs leave lying around -----------------------------------------------------------------------------
+# ---- leftovers of killed runs ----------------------------------------------------------------------------------------
 
 
 def interrupted(tmp_path: Path, monkeypatch, after: int) -> tuple[list[str], Path]:
-    """A run that ended abruptly in the step that follows `after`."""
+    """A run that was killed in the step after `after`."""
     import train.loop
 
     args, run = arguments(tmp_path, *SETTINGS), tmp_path / "run"
@@ -230,7 +230,7 @@ def interrupted(tmp_path: Path, monkeypatch, after: int) -> tuple[list[str], Pat
 
 
 def copied(reference: Path, tmp_path: Path) -> tuple[list[str], Path]:
-    """The finished run in another folder, to be damaged, and the arguments that continue it there."""
+    """A copy of the finished run, to be damaged, and the arguments that resume it."""
     run = tmp_path / "run"
     shutil.copytree(reference, run)
     return [*arguments(reference.parent, *SETTINGS), f"output_dir={run}"], run
@@ -248,8 +248,8 @@ def test_leftovers_of_killed_runs_do_no_harm(reference, tmp_path, monkeypatch):
     assert_equal(run, reference)
 
 
-def test_a_resumed_run_sweeps_what_the_killed_one_left(tmp_path, monkeypatch):
-    """A job that is killed and queued again many times must not fill the disk with halves of checkpoints."""
+def test_a_resumed_run_deletes_the_leftovers_of_the_killed_one(tmp_path, monkeypatch):
+    """A job that is killed and requeued many times must not fill the disk with partial checkpoints."""
     args, run = interrupted(tmp_path, monkeypatch, after=4)
     shutil.copytree(checkpoints(run)[-1], run / "checkpoints" / ".step-00000006.0badf00d.tmp")
     assert main(args) == 0
@@ -300,7 +300,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_damaged(reference, tmp_path, capsys
     assert str(newest) in lines(capsys.readouterr().err)[-1]
 
 
-def test_a_metrics_file_that_ends_in_half_a_line_is_mended(reference, tmp_path):
+def test_a_metrics_file_that_ends_in_half_a_line_is_repaired(reference, tmp_path):
     args, run = copied(reference, tmp_path)
     path = run / "metrics.jsonl"
     whole = path.read_bytes()
@@ -311,8 +311,8 @@ def test_a_metrics_file_that_ends_in_half_a_line_is_mended(reference, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_stop_saves_the_step_under_way(reference, tmp_path, monkeypatch, capsys, number):
-    """Between checkpoints too: nothing that was trained is lost, and the run goes on to the same result."""
+def test_a_stop_saves_the_current_step(reference, tmp_path, monkeypatch, capsys, number):
+    """Between checkpoints too: no step is lost, and the run resumes to the same result."""
     import train.loop
 
     args, run = arguments(tmp_path, *SETTINGS), tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Which rows a step trains on: an order that follows from seed and step, drawn once an epoch, tokenised on demand."""
+"""Which rows a step trains on: an order given by seed and step, drawn once per epoch, tokenized on demand."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from data_prep.manifest import Question, Row
-from train.config import TrainConfig
-from train.data import Sample, Samples, Schedule, tokenise
+from omnimem.recipe import TrainConfig
+from train.samples import Sample, Samples, tokenize_row
+from train.schedule import Schedule
 
 SHAPES = [
     # rows, batch, accumulation, processes, seed
@@ -27,12 +28,14 @@ def row(number: int, questions: int = 1) -> Row:
 
 
 def schedule(samples, batch: int, accumulation: int, processes: int, seed: int, shuffle: bool = True) -> Schedule:
-    config = TrainConfig(batch_size=batch, accumulation=accumulation, seed=seed, epochs=4)
+    config = TrainConfig(
+        per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, seed=seed, num_train_epochs=4
+    )
     return Schedule(samples, config, shuffle, processes)
 
 
 def expected_number(number: int, rows: int, seed: int) -> int:
-    """Row of the `number`-th sample of a run, drawn anew for every sample."""
+    """Row of the `number`-th sample of a run, with a new permutation for every sample."""
     epoch, place = divmod(number, rows)
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()[place]
 
@@ -52,7 +55,7 @@ def permutations(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize(("rows", "batch", "accumulation", "processes", "seed"), SHAPES)
-def test_the_order_is_that_of_a_permutation_drawn_for_every_sample(rows, batch, accumulation, processes, seed):
+def test_the_order_equals_that_of_a_permutation_drawn_for_every_sample(rows, batch, accumulation, processes, seed):
     made = schedule([Sample(row(i), ()) for i in range(rows)], batch, accumulation, processes, seed)
     per_rank = batch * accumulation
     for step in (*range(made.steps), 0, made.steps - 1):  # backwards too: a resumed run begins anywhere
@@ -62,24 +65,24 @@ def test_the_order_is_that_of_a_permutation_drawn_for_every_sample(rows, batch, 
             assert found == [expected_number(first + i, rows, seed) for i in range(per_rank)]
 
 
-def test_one_permutation_is_drawn_an_epoch(permutations):
+def test_one_permutation_is_drawn_per_epoch(permutations):
     made = schedule([Sample(row(i), ()) for i in range(64)], 2, 2, 2, 0)
     assert made.samples_per_step == 8
     for step in range(8):
-        made.targets(step)
+        made.answer_tokens(step)
         for rank in range(2):
             made.step(step, rank)
     assert permutations == [64]
 
 
-def test_steps_across_two_epochs_draw_each_of_them_once(permutations):
+def test_steps_across_two_epochs_draw_each_permutation_once(permutations):
     made = schedule([Sample(row(i), ()) for i in range(60)], 7, 1, 2, 0)
     steps = 13  # 182 samples: the fourth epoch has begun
     for step in range(steps):
-        made.targets(step)
+        made.answer_tokens(step)
         for rank in range(2):
             made.step(step, rank)
-        made.targets(step)
+        made.answer_tokens(step)
     assert permutations == [60] * 4
 
 
@@ -91,7 +94,7 @@ def test_no_permutation_is_drawn_for_the_order_of_the_manifest(permutations):
     assert not permutations
 
 
-def test_rows_are_tokenised_when_a_step_needs_them(tiny, monkeypatch):
+def test_rows_are_tokenized_when_a_step_needs_them(tiny, monkeypatch):
     rows = [row(i, questions=1 + i % 3) for i in range(40)]
     answers: list[str] = []
     genuine = type(tiny).answer_ids
@@ -100,16 +103,16 @@ def test_rows_are_tokenised_when_a_step_needs_them(tiny, monkeypatch):
     made = schedule(Samples(rows, tiny), 2, 2, 2, 0)
     assert len(made.samples) == 40 and made.steps == 20 and made.epoch(5) == 1.0
     assert not answers, "nothing is tokenised before the first step"
-    targets = made.targets(0)
+    targets = made.answer_tokens(0)
     numbers = [expected_number(i, 40, 0) for i in range(8)]
     assert sorted(answers) == sorted(q.answer for n in numbers for q in rows[n].questions)
     assert targets == sum(genuine(tiny, q.answer).shape[1] for n in numbers for q in rows[n].questions)
 
     answers.clear()
     found = [sample for rank in range(2) for one in made.step(0, rank) for sample in one]
-    assert not answers, "what a step has counted it does not tokenise again"
+    assert not answers, "what a step has counted it does not tokenize_row again"
     assert [sample.row for sample in found] == [rows[n] for n in numbers]
     for sample, number in zip(found, numbers, strict=True):
-        for ours, theirs in zip(sample.asked, tokenise(rows[number], tiny).asked, strict=True):
+        for ours, theirs in zip(sample.questions, tokenize_row(rows[number], tiny).questions, strict=True):
             assert torch.equal(ours.question, theirs.question) and torch.equal(ours.answer, theirs.answer)
             assert ours.time == theirs.time

@@ -1,4 +1,4 @@
-"""Runs that teach the selection, and runs whose budgets change: the same forward, the same files, the same resuming."""
+"""Runs with a selection gradient or changing budgets: the same forward pass, files and resuming."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from accelerate import Accelerator
 
 from omnimem.budget import BudgetProfile, LayerBudget
 from omnimem.memory.offload_store import DiskStore, Store
+from omnimem.recipe import load_recipe
 from small_runs import ROWS, adapter, arguments, main, metrics, trained_run
 from train.budgets import profile_at
-from train.config import load_recipe
-from train.setup import gradient_of, store_of
+from train.setup import offload_store, selection_gradient
 
 TAUGHT, HARD = "selection.gradient=straight_through", "selection.gradient=none"
 
@@ -32,7 +32,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_taught_run_sees_the_same_loss_first_and_then_learns_otherwise(tmp_path):
+def test_a_selection_gradient_changes_the_training_but_not_the_first_loss(tmp_path):
     hard = trained_run(tmp_path, HARD, out="hard")
     taught = trained_run(tmp_path, TAUGHT, out="taught")
     first, second = metrics(hard), metrics(taught)
@@ -45,23 +45,23 @@ def test_a_taught_run_sees_the_same_loss_first_and_then_learns_otherwise(tmp_pat
 
 
 @pytest.mark.parametrize("margin", ["gate.margin=null", "gate.margin=3"])
-def test_records_on_disk_teach_the_same_and_leave_nothing_behind(tmp_path, margin):
+def test_offload_to_disk_gives_the_same_run_and_leaves_no_files(tmp_path, margin):
     options = (TAUGHT, margin, "train.max_steps=2", "train.save_steps=2")
     runs = [trained_run(tmp_path, *options, f"train.offload={place}", out=place) for place in ("none", "disk")]
     assert same(*map(adapter, runs))
-    assert not list(runs[1].glob(".records/*/*"))
+    assert not list(runs[1].glob(".evicted/*/*"))
 
 
-def test_records_are_offloaded_to_where_the_recipe_says(tmp_path):
-    """On the CPU host memory is the device's own, so nothing is copied (with a GPU: `test_tape`)."""
+def test_the_offload_store_is_the_one_of_the_recipe(tmp_path):
+    """On the CPU, device and host memory are the same, so nothing is copied (with a GPU: `test_bptt`)."""
     kinds = {"none": Store, "disk": DiskStore, "host": Store}
     for place, kind in kinds.items():
         accelerator = Accelerator(cpu=True)
-        assert type(store_of(recipe_of(tmp_path, f"train.offload={place}"), tmp_path, accelerator)) is kind
+        assert type(offload_store(recipe_of(tmp_path, f"train.offload={place}"), tmp_path, accelerator)) is kind
 
 
-def test_gradients_end_where_they_are_told_to(tmp_path):
-    """The loss is the same, the gradient another one; a window as long as the stream is none."""
+def test_truncation_changes_gradients_but_not_the_loss(tmp_path):
+    """The loss is the same, the gradient differs; a window as long as the stream changes nothing."""
     options = ("train.max_steps=1", "model.dtype=float64")
     cuts = {
         "none": (),
@@ -76,7 +76,7 @@ def test_gradients_end_where_they_are_told_to(tmp_path):
     assert len({norms["none"], norms["window"], norms["release"]}) == 3
 
 
-def test_a_taught_run_with_changing_budgets_resumes_to_the_same_bits(tmp_path):
+def test_a_run_with_selection_gradient_and_changing_budgets_resumes_to_the_same_bits(tmp_path):
     options = (TAUGHT, "gate.temperature=1.0", "gate.temperature_end=0.1", "memory.random_budget=[12,48]")
     whole = trained_run(tmp_path, *options, out="whole")
     args = arguments(tmp_path, *options, out="parts")
@@ -92,7 +92,7 @@ def test_a_taught_run_with_changing_budgets_resumes_to_the_same_bits(tmp_path):
     assert temperatures[0] == 1.0 and temperatures[-1] == pytest.approx(0.1)
 
 
-def test_budgets_of_a_step_hold_in_the_memory_and_the_profile_keeps_the_target(tmp_path):
+def test_the_cache_has_the_budget_of_the_step_and_the_profile_that_of_the_run(tmp_path):
     run = trained_run(tmp_path, "memory.start_budget=48", "memory.curriculum_ratio=0.5")
     means = [record["mean_budget"] for record in metrics(run)]
     assert means == [48, 34, 24, 24]
@@ -109,7 +109,7 @@ def test_temperatures_go_from_start_to_end(tmp_path, schedule):
     )
     found = []
     for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
-        gradient = gradient_of(recipe, progress)
+        gradient = selection_gradient(recipe, progress)
         assert gradient is not None
         found.append(gradient.temperature)
     assert found[0] == pytest.approx(1.0) and found[-1] == pytest.approx(0.01)
@@ -120,8 +120,8 @@ def test_temperatures_go_from_start_to_end(tmp_path, schedule):
 
 @pytest.mark.parametrize("form", ["straight_through", "soft"])
 @pytest.mark.parametrize("attention", ["false", "true"])
-def test_half_precision_teaches_too(tmp_path, form, attention):
-    """Scores and gates are float32 beside states in bfloat16, on the way back as well."""
+def test_the_selection_gradient_works_in_bfloat16(tmp_path, form, attention):
+    """Scores and gates are float32 and states bfloat16, in the backward pass too."""
     options = (
         f"selection.gradient={form}",
         f"gate.through_attention={attention}",
@@ -133,7 +133,7 @@ def test_half_precision_teaches_too(tmp_path, form, attention):
 
 
 def test_retention_does_not_depend_on_the_batch(tmp_path):
-    """Twice the same clip side by side keeps the same part of it as the clip alone."""
+    """A batch of the same clip twice has the same retention as the clip alone."""
     settings = ("train.max_steps=1", "data.chunk_seconds=4")
     alone, (twice,) = (
         metrics(
@@ -152,14 +152,14 @@ def test_gates_and_retention_are_in_the_metrics(tmp_path):
     assert all(record["gates"] is None for record in hard)
     for record in taught:
         gates = record["gates"]
-        # A memory that has to choose: what stays has open gates, what goes has closed ones, some are between.
-        assert 0.5 < gates["kept"] <= 1 and 0 <= gates["evicted"] < 0.5 and 0 < gates["undecided"] < 1
+        # The cache must evict: gates of retained tokens are open, gates of evicted ones closed, some are between.
+        assert 0.5 < gates["retained"] <= 1 and 0 <= gates["evicted"] < 0.5 and 0 < gates["undecided"] < 1
     for record in (*hard, *taught):
         assert 0 < record["retention"]["visual"] < 1 and 0 <= record["retention"]["audio"] < 1
     assert [r["retention"] for r in hard] == [r["retention"] for r in taught]
 
 
-def test_random_budgets_depend_on_the_step_alone_and_spread_evenly_in_proportion(tmp_path):
+def test_random_budgets_depend_on_the_step_alone_and_are_log_uniform(tmp_path):
     recipe = recipe_of(tmp_path, "memory.random_budget=[64,1024]")
     profile = uniform(256)
     means = [profile_at(recipe, profile, step, 2000).mean_budget for step in range(2000)]
@@ -169,7 +169,7 @@ def test_random_budgets_depend_on_the_step_alone_and_spread_evenly_in_proportion
     assert abs(below - 0.5) < 0.05, "half of the draws lie below the geometric middle"
 
 
-def test_a_curriculum_falls_geometrically(tmp_path):
+def test_a_curriculum_lowers_the_budget_geometrically(tmp_path):
     recipe = recipe_of(tmp_path, "memory.start_budget=1024", "memory.curriculum_ratio=0.8")
     profile = uniform(256)
     means = [profile_at(recipe, profile, step, 100).mean_budget for step in range(100)]
@@ -193,7 +193,7 @@ def test_a_curriculum_falls_geometrically(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_does_not_go_together_is_one_line_before_anything_is_written(tmp_path, capsys, overrides, words):
+def test_contradicting_settings_are_one_line_before_anything_is_written(tmp_path, capsys, overrides, words):
     assert main(arguments(tmp_path, *overrides)) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Signals that end a run: whatever the shell made of them before, the step under way is saved."""
+"""Signals that end a run: the current step is saved, whatever handlers the shell had set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.checkpoint import checkpoints
 
 
 def ignore_interrupts() -> None:
-    """As a shell without job control starts the commands it puts into the background."""
+    """As a shell without job control starts background commands."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -26,7 +26,7 @@ def ignore_interrupts() -> None:
     [((), [signal.SIGINT]), (("nohup",), [signal.SIGHUP, signal.SIGTERM])],
     ids=["SIGINT", "nohup SIGTERM"],
 )
-def test_a_background_run_saves_the_step_under_way(tmp_path, wrapper, signals):
+def test_a_background_run_saves_the_current_step(tmp_path, wrapper, signals):
     run = tmp_path / "run"
     command = [
         *wrapper,
@@ -69,4 +69,4 @@ with StopRequest() as stop:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
                           preexec_fn=before, capture_output=True, text=True)  # fmt: skip
     assert (done.returncode, done.stdout) == (-number, ""), done.stderr
-    assert "again to stop at once" in done.stderr
+    assert "a second signal stops at once" in done.stderr

@@ -1,4 +1,4 @@
-"""Trackers are given what `metrics.jsonl` holds, and a resumed run goes on there: the real libraries, offline."""
+"""Trackers receive the metrics of `metrics.jsonl`, and a resumed run continues its tracked run (offline)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def identity(run: Path, library: str) -> dict[str, Any]:
 
 
 def records_in(path: Path) -> Iterator[Any]:
-    """Records of a file of wandb: the log format of LevelDB, in blocks of 32 KiB, behind seven bytes of its own."""
+    """Records of a wandb file: the log format of LevelDB in blocks of 32 KiB, after a header of seven bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, whole = path.read_bytes(), 7, b""
@@ -38,7 +38,7 @@ def records_in(path: Path) -> Iterator[Any]:
 
 
 def records_of_wandb(folder: Path) -> list[tuple[Any, list[dict[str, Any]]]]:
-    """What offline runs have written, oldest first: the run, and the values of every step."""
+    """Content of offline runs, oldest first: the run, and the values of every step."""
     found = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
         run, steps = None, []
@@ -74,7 +74,7 @@ def test_wandb_has_one_run_however_often_it_is_resumed(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_trackio_has_one_run_however_often_it_is_resumed(tmp_path, monkeypatch):
-    """A run of another folder is another run, also when its name is the same."""
+    """A run in another folder is another tracked run, even with the same name."""
     assert "trackio" not in sys.modules, "it looks at its folder when it is imported"
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")

@@ -1,4 +1,4 @@
-"""`omnimem data stats`: numbers that can be worked out by hand for one clip."""
+"""`omnimem data stats`: numbers that can be computed by hand for one clip."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from clips import MEDIA, RABBIT
 from data_prep.manifest import read_manifest
 from data_prep.prepare import prepare
 from data_prep.prepared import PrepareSettings
-from data_prep.stats import count, durations, stats
 from omnimem.cli import main
 from omnimem.errors import OmniMemError
-from train.plan import WAITING, StreamPlan
+from train.data_stats import count, durations, stats
+from train.memory_plan import EVICTED
+from train.stream_plan import StreamPlan
 
 TIMECODE = "speech_burned_in_timecode_42s.mp4"
 
@@ -26,7 +27,7 @@ def manifest(folder, *rows) -> str:
 
 def test_one_clip_by_hand(tmp_path):
     found = stats(manifest(tmp_path, {"media": RABBIT.name}), MEDIA)  # quickstart: 1 frame/s, chunks of 4 s
-    # 7.8 s of 320x240: 8 frames, two a temporal patch; the tiny model's frames are 112x84, 28x28 pixels a position.
+    # 7.8 s of 320x240: 8 frames, two per temporal patch; the tiny model's frames are 112x84, 28x28 pixels per token.
     visual = 4 * (112 // 28) * (84 // 28)
     audio = 4 * 25 + round(3.8 * 25)
     assert (found["tokens"]["visual"], found["tokens"]["audio"]) == (visual, audio) == (48, 195)
@@ -57,7 +58,7 @@ def test_memory_of_the_clip(tmp_path, tiny):
     features = text.num_hidden_layers * text.hidden_size * 4  # what the selection compares
     assert memory["retained"] == 96 * (position + features)
     parts = memory["training_step_parts"]
-    waiting = [size for name, size in parts.items() if WAITING in name]
+    waiting = [size for name, size in parts.items() if EVICTED in name]
     assert len(waiting) == 1
     assert memory["training_step"] == sum(parts.values()) - sum(waiting)
 
@@ -72,7 +73,7 @@ def test_overrides_change_what_is_counted(tmp_path):
     assert 2 * short["memory"]["per_token"] == base["memory"]["per_token"]
 
 
-def test_several_streams_and_rows_left_out(tmp_path):
+def test_several_streams_and_skipped_rows(tmp_path):
     path = manifest(
         tmp_path,
         {"media": RABBIT.name},
@@ -90,10 +91,10 @@ def test_several_streams_and_rows_left_out(tmp_path):
         stats(manifest(tmp_path, {"media": "broken_truncated_no_moov_nasa.mp4"}), MEDIA)
 
 
-def test_what_cannot_be_read_under_the_recipe_is_left_out(tmp_path):
+def test_rows_without_a_usable_track_are_skipped(tmp_path):
     path = manifest(tmp_path, {"media": RABBIT.name}, {"media": "audio_speech_jfk_11s.flac"})
     found = stats(path, MEDIA, overrides=["data.audio=false"])
-    assert found["rows"]["used"] == 1 and "neither picture nor (wanted) sound" in found["rows"]["left_out"][0]
+    assert found["rows"]["used"] == 1 and "no video and no audio that is read" in found["rows"]["left_out"][0]
 
 
 def test_a_prepared_folder_gives_the_same(tmp_path):
@@ -110,7 +111,7 @@ def test_headers_without_a_duration_do_not_divide_by_zero():
     assert found["tokens"]["visual_per_hour"] == 0 and found["chunks"]["mean_tokens"] is None
 
 
-def test_bins():
+def test_duration_bins():
     assert durations([]) == {}
     assert durations([9.9, 10.0, 59.0, 20000.0])["30 to 60 s"] == 1
     assert durations([20000.0]) == {"3 h and more": 1}
@@ -120,7 +121,7 @@ def test_command_line(tmp_path, capsys):
     target = tmp_path / "stats.json"
     assert main(["data", "stats", "quickstart", "data.chunk_seconds=2", "--json", str(target)]) == 0
     shown = capsys.readouterr().out
-    for words in ("6 streams, 13 questions", "visual tokens an hour", "full cache, an hour", "sum on the device"):
+    for words in ("6 streams, 13 questions", "visual tokens per hour", "full cache, per hour", "sum on the device"):
         assert words in shown
     assert json.loads(target.read_text())["chunk_seconds"] == 2
     assert main(["data", "stats", "quickstart", "--recipe", "quickstart", "data.fps=2"]) == 0

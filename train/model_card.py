@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, what memory it was trained with, how to use it."""
+"""The model card of an export: base model, cache settings, usage, verification."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ tags: [omnimem, audio-visual, streaming, kv-cache-compression]
 
 # {name}
 
-A merged checkpoint of `{base}` fine-tuned with OmniMem while a compressed
-streaming key-value cache was active. The stock class `{model_class}` loads it; to use it with the memory it was
-trained for:
+`{base}`, fine-tuned with OmniMem while a compressed, streaming KV cache was active, with the adapter merged. The
+transformers class `{model_class}` loads it. To use it with the cache it was trained with:
 
 ```python
 from omnimem import StreamingSession
@@ -32,11 +31,11 @@ print(session.ask("What is heard?"))
 
 | | |
 |---|---|
-| mean budget | {mean:g} positions a layer ({visual:g} visual + {audio:g} audio), {layers} layers |
+| mean budget | {mean:g} tokens per layer ({visual:g} visual + {audio:g} audio), {layers} layers |
 | selection | `{selection}` |
 | media | `{stream}` |
 | weights | {dtype}{trained_on} |
-| verified | {tensors} tensors equal base + adapter, rounded once; logits within {rounding:.1e} of base + adapter |
+| verified | {tensors} tensors equal base + adapter rounded once; logits within {rounding:.1e} of base + adapter |
 """
 
 
@@ -48,20 +47,20 @@ def model_card(
     checked: Verification,
     quantized: bool = False,
 ) -> str:
-    """Markdown with the metadata the hub reads.
+    """Markdown with the metadata that the Hugging Face hub reads.
 
     Parameters
     ----------
     run : Path
-        Run that was exported.
+        The exported run.
     base : str or Path
-        Model that its adapter was merged into.
+        The model that the adapter was merged into.
     backbone : Backbone
         The merged model.
     profile : BudgetProfile
-        Budgets saved with it.
+        Budgets saved in the export.
     checked : Verification
-        What was compared.
+        Result of the verification.
     quantized : bool
         Whether the adapter was trained on an NF4 base.
     """
@@ -76,7 +75,7 @@ def model_card(
         selection=json.dumps(profile.selection),
         stream=json.dumps(profile.stream),
         dtype=str(backbone.model.dtype).removeprefix("torch."),
-        trained_on=", the full-precision base; the adapter was trained on its NF4 form" if quantized else "",
+        trained_on=", the full-precision base; the adapter was trained on the base in NF4" if quantized else "",
         tensors=checked.tensors,
         rounding=checked.rounding,
     )

@@ -1,9 +1,8 @@
-"""`omnimem data stats`: what a manifest becomes in a model: hours, tokens by modality, memory and budget.
+"""`omnimem data stats`: hours, tokens by modality and memory of a manifest under a recipe.
 
     omnimem data stats train.jsonl --recipe qwen2_5_omni_lora data.fps=2 memory.mean_budget=4096
 
-Computed from headers and from the model's shapes, by the same plan as `dry_run=true`: nothing is decoded, no weight
-is loaded. A position is what one token takes in the cache; picture and sound have one each per token.
+Computed from file headers and the model's shapes, as in `dry_run=true`: nothing is decoded, no weights are loaded.
 """
 
 from __future__ import annotations
@@ -22,10 +21,11 @@ from data_prep.manifest import rejected_answers
 from omnimem.backbones import Backbone
 from omnimem.budget import ModelFingerprint
 from omnimem.files import atomic_write_json
-from train.config import FinishConfig, load_recipe
+from omnimem.recipe import FinishConfig, load_recipe
 from train.data import load_rows
-from train.plan import RETAINED, WAITING, StreamPlan, memory_plan, plan_stream
-from train.setup import check_recipe, selection_of, settings_of
+from train.memory_plan import RETAINED, device_bytes, memory_plan
+from train.setup import check_recipe, selection_method, stream_settings
+from train.stream_plan import StreamPlan, plan_stream
 
 HOUR = 3600.0
 
@@ -40,13 +40,13 @@ DURATIONS = (
     (10800, "1 to 3 h"),
     (float("inf"), "3 h and more"),
 )
-"""Upper limits in seconds, and what the bins are called."""
+"""Upper limits of the bins in seconds, and their names."""
 
 BAR = 40  # characters of the longest bar
 
 
 def stats_command(args: argparse.Namespace) -> None:
-    """Compute, print, and write ``--json``; see `stats` for the arguments."""
+    """Compute and print the statistics; write them to ``--json``."""
     recipe, *overrides = args.recipe
     found = stats(args.manifest, args.root, recipe, [*overrides, *args.overrides])
     if args.json is not None:
@@ -57,77 +57,75 @@ def stats_command(args: argparse.Namespace) -> None:
 def stats(
     manifest: str, root: str | os.PathLike[str] | None = None, recipe: str = "quickstart", overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Count what the streams of a manifest become under a recipe.
+    """Statistics of a manifest under a recipe.
 
     Parameters
     ----------
     manifest : str
-        As `read_manifest` takes it, or a prepared folder; bad rows and files that cannot be opened are left out and
-        counted.
+        Manifest or prepared folder; bad rows and files that cannot be opened are skipped and counted.
     root : path, optional
-        Of its media.
+        Folder of its media.
     recipe : str
-        Name or path: model, reading, budgets, training.
+        Name or path; gives the model, how media are read, the budgets and the training settings.
     overrides : sequence of str
-        ``key=value`` on top of the recipe, as for training.
+        ``key=value`` arguments, as for training.
 
     Returns
     -------
     dict
-        JSON only: ``rows``, ``hours``, ``tokens`` (total, an hour, ratio), ``chunks``, ``durations``, ``memory`` in
+        For JSON: ``rows``, ``hours``, ``tokens`` (total, per hour, ratio), ``chunks``, ``durations``, ``memory`` in
         bytes.
 
     Raises
     ------
     OmniMemError
-        A mistake in the recipe or an override, a model that is not there, no row that can be used.
+        A mistake in the recipe or an override, a missing model, no usable row.
     """
     where = [f"data.path={manifest}", *([] if root is None else [f"data.root={root}"])]
-    settled = load_recipe([f"recipe={recipe}", *overrides, *where])
-    settled.finish = FinishConfig()  # its clip belongs to the recipe's own data
-    settled.dry_run = True  # shapes are enough
-    settled.data.on_bad_row = "skip"
-    backbone, profile = check_recipe(settled)
-    read = load_rows(settled.data, backbone.supports_audio)
+    loaded = load_recipe([f"recipe={recipe}", *overrides, *where])
+    loaded.finish = FinishConfig()  # its clip belongs to the recipe's data
+    loaded.dry_run = True  # shapes are enough
+    loaded.data.on_bad_row = "skip"
+    backbone, profile = check_recipe(loaded)
+    manifest_rows = load_rows(loaded.data, backbone.supports_audio)
     console = Console(stderr=True)
-    rows = track(read.rows, "planning", console=console, disable=not console.is_terminal, transient=True)
-    streams = [plan_stream(row, backbone, settings_of(settled)) for row in rows]
-    position = bytes_per_position(backbone)  # before the adapter is added below
-    parts = memory_plan(settled, backbone, profile, selection_of(settled), streams)
-    on_device = [size for name, size in parts.items() if WAITING not in name or settled.train.offload == "none"]
+    rows = track(manifest_rows.rows, "planning", console=console, disable=not console.is_terminal, transient=True)
+    streams = [plan_stream(row, backbone, stream_settings(loaded)) for row in rows]
+    token_bytes = bytes_per_token(backbone)
+    parts = memory_plan(loaded, backbone, profile, selection_method(loaded), streams)
     return {
         "manifest": str(manifest),
         "recipe": recipe,
-        "model": settled.model.name_or_path,
-        "fps": settled.data.fps,
-        "chunk_seconds": settled.data.chunk_seconds,
+        "model": loaded.model.name_or_path,
+        "fps": loaded.data.fps,
+        "chunk_seconds": loaded.data.chunk_seconds,
         "mean_budget": profile.mean_budget,
         "rows": {
             "used": len(streams),
-            "left_out": read.problems,
+            "left_out": manifest_rows.problems,
             "questions": sum(s.questions for s in streams),
-            "rejected": rejected_answers(read.rows),
+            "rejected": rejected_answers(manifest_rows.rows),
         },
         **count(streams, profile.mean_budget),
         "memory": {
-            "per_token": position,
-            "full_cache_per_hour": round(_per_hour(sum(s.tokens for s in streams), streams) * position),
-            "full_cache_of_longest": max(s.tokens for s in streams) * position,
-            "retained": parts[RETAINED] // settled.train.per_device_train_batch_size,
-            "training_step": sum(on_device),
+            "per_token": token_bytes,
+            "full_cache_per_hour": round(_per_hour(sum(s.tokens for s in streams), streams) * token_bytes),
+            "full_cache_of_longest": max(s.tokens for s in streams) * token_bytes,
+            "retained": parts[RETAINED] // loaded.train.per_device_train_batch_size,
+            "training_step": device_bytes(loaded, parts),
             "training_step_parts": parts,
         },
     }
 
 
-def bytes_per_position(backbone: Backbone) -> int:
-    """Bytes of the keys and values of one position in all layers, in the model's dtype."""
+def bytes_per_token(backbone: Backbone) -> int:
+    """Bytes of the keys and values of a token in all layers, in the model's dtype."""
     shape = ModelFingerprint.of(backbone.config)
     return shape.layers * 2 * shape.kv_heads * shape.head_dim * backbone.model.dtype.itemsize
 
 
 def count(streams: Sequence[StreamPlan], mean_budget: float) -> dict[str, Any]:
-    """Hours, tokens, chunks and durations of planned streams; rates and ratio are None where they would divide by 0."""
+    """Hours, tokens, chunks and durations of planned streams; ratios without a denominator are None."""
     visual, audio = sum(s.visual for s in streams), sum(s.audio for s in streams)
     chunks = sum(s.chunks for s in streams)
     seconds = [s.seconds for s in streams]
@@ -155,13 +153,13 @@ def count(streams: Sequence[StreamPlan], mean_budget: float) -> dict[str, Any]:
 
 
 def _per_hour(tokens: int, streams: Sequence[StreamPlan]) -> float:
-    """Tokens per hour of media; 0 where no header says how long anything is."""
+    """Tokens per hour of media; 0 if no header has a duration."""
     seconds = sum(s.seconds for s in streams)
     return tokens / seconds * HOUR if seconds else 0.0
 
 
 def durations(seconds: Sequence[float]) -> dict[str, int]:
-    """How many streams lie in each bin, from the first bin to the last that is not empty."""
+    """Number of streams in each bin, from the first to the last bin that is not empty."""
     bins = Counter(next(name for limit, name in DURATIONS if one < limit) for one in seconds)
     used = [at for at, (_, name) in enumerate(DURATIONS) if bins[name]]
     return {name: bins[name] for _, name in DURATIONS[min(used, default=0) : max(used, default=-1) + 1]}
@@ -170,33 +168,33 @@ def durations(seconds: Sequence[float]) -> dict[str, int]:
 def print_stats(found: dict[str, Any], console: Console) -> None:
     """Print the numbers as a table, then the parts of a training step and the durations."""
     rows, tokens, chunks, memory = found["rows"], found["tokens"], found["chunks"], found["memory"]
-    left = f", {len(rows['left_out'])} rows left out" if rows["left_out"] else ""
+    left = f", {len(rows['left_out'])} rows skipped" if rows["left_out"] else ""
     console.print(f"{rows['used']} streams, {rows['questions']} questions, {found['hours']:,.2f} hours{left}")
     if rows["rejected"]:
-        console.print(f"{rows['rejected']} rejected answers, which nothing trains on")
+        console.print(f"{rows['rejected']} rejected answers, which training ignores")
     if found["without_duration"]:
-        console.print(f"{found['without_duration']} streams count as 0 s: their headers do not say how long they are")
+        console.print(f"{found['without_duration']} streams count as 0 s: their headers have no duration")
     reading = f"{found['fps']:g} frames/s, chunks of {found['chunk_seconds']:g} s, model {found['model']}"
     ratio = tokens["visual_to_audio"]
     _print_table(
         console,
         reading,
         {
-            "visual tokens an hour": f"{tokens['visual_per_hour']:,}",
-            "audio tokens an hour": f"{tokens['audio_per_hour']:,}",
+            "visual tokens per hour": f"{tokens['visual_per_hour']:,}",
+            "audio tokens per hour": f"{tokens['audio_per_hour']:,}",
             "visual to audio": "no audio" if ratio is None else f"{ratio:g} : 1",
             "tokens of all streams": f"{tokens['total']:,}",
             "tokens of the longest stream": f"{tokens['longest_stream']:,}",
-            "tokens of a chunk, mean": "–" if chunks["mean_tokens"] is None else f"{chunks['mean_tokens']:,.0f}",
+            "tokens per chunk, mean": "–" if chunks["mean_tokens"] is None else f"{chunks['mean_tokens']:,.0f}",
             "tokens of the largest chunk": f"{chunks['largest_tokens']:,}",
             f"streams longer than the budget of {found['mean_budget']:g}": f"{tokens['streams_over_budget']}",
-            "full cache, an hour of media": _size(memory["full_cache_per_hour"]),
+            "full cache, per hour of media": _size(memory["full_cache_per_hour"]),
             "full cache, longest stream": _size(memory["full_cache_of_longest"]),
-            "retained memory, any length": _size(memory["retained"]),
+            "compressed cache, any length": _size(memory["retained"]),
         },
     )
     parts = {name: _size(size) for name, size in memory["training_step_parts"].items()}
-    title = "a training step on the longest stream, from shapes"
+    title = "memory of a training step on the longest stream, computed from shapes"
     _print_table(console, title, {**parts, "sum on the device": _size(memory["training_step"])})
     most = max(found["durations"].values())
     bars = {name: f"{n} {'█' * max(bool(n), round(BAR * n / most))}" for name, n in found["durations"].items()}

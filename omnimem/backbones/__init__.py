@@ -182,7 +182,7 @@ def _check_place(path: str | Path) -> None:
 def _claiming(path: str | Path, config: dict[str, Any]) -> str:
     """Name of the backbone whose configuration this is."""
     for name in BACKBONES:
-        if backbone_class(name).claims(config):
+        if backbone_class(name).matches_config(config):
             return name
     model_type = config.get("model_type")
     raise OmniMemError(f"{path}: model type {model_type!r} has no backbone here (known: {', '.join(BACKBONES)})")

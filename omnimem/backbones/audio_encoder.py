@@ -1,4 +1,4 @@
-"""What turns the sound of a chunk into decoder inputs, for models whose sound and picture come from separate towers."""
+"""Interface of a separate audio encoder, for stream encoders that interleave its output with video tokens."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from omnimem.media import Chunk
 
 
 class AudioEncoder(Protocol):
-    """Embeddings of sound.
+    """Audio of a chunk to decoder inputs.
 
     Attributes
     ----------
-    per_second : float
-        Positions a second.
+    tokens_per_second : float
+        Audio tokens per second of audio.
     """
 
     tokens_per_second: float
 
     def __call__(self, chunk: Chunk) -> Tensor:
-        """Embeddings ``[N, C]`` of a chunk's sound."""
+        """Embeddings ``[N, C]`` of the audio tokens of a chunk."""
         ...

@@ -158,7 +158,7 @@ def test_turns_are_the_ids_of_the_whole_prompt(path, scheme):
     video, answer = backbone.processor.video_token_id, "A red flower, é."
     for question in (QUESTION, "  Where?\nThere", "1"):
         whole = tokenizer(f"USER: <video>\n{question} ASSISTANT: {answer}").input_ids
-        turns = [*backbone.opening_ids[0].tolist(), video, *backbone.question_ids(question)[0].tolist()]
+        turns = [*backbone.prompt_prefix_ids[0].tolist(), video, *backbone.question_ids(question)[0].tolist()]
         assert [*turns, *backbone.answer_ids(answer)[0].tolist()] == [*whole, tokenizer.eos_token_id]
         assert turns.count(tokenizer.bos_token_id) == 1 and turns[0] == tokenizer.bos_token_id
     assert tokenizer.decode(backbone.answer_ids(f" {answer}\n")[0], skip_special_tokens=True) == answer
@@ -193,7 +193,7 @@ def test_reindexed_positions_stay_in_the_trained_range(path):
     for positions, last in (("original", 12 * PER_FRAME), ("compact", 8)):
         session = session_of(backbone, mean=12, position_ids=positions)
         list(session.watch(WEBB))
-        assert following(session.memory) == backbone.opening_ids.shape[1] + last
+        assert following(session.memory) == backbone.prompt_prefix_ids.shape[1] + last
 
 
 def test_sound_alone_and_smaller_frames_are_refused(llava):

@@ -67,7 +67,7 @@ def stock_positions(backbone, fps: float, frames: int | None, samples: int | Non
             )
         media = processor.vision_bos_token + media + processor.vision_eos_token
         extra = {"video_grid_thw": grid, "second_per_grids": torch.tensor([2 / fps])}
-    text = backbone.opening + media + backbone.question_turn(QUESTION)
+    text = backbone.prompt_prefix + media + backbone.question_turn(QUESTION)
     ids = backbone.tokenizer(text, return_tensors="pt").input_ids
     positions, _ = backbone.model.model.get_rope_index(
         ids,
@@ -262,7 +262,7 @@ def test_time_scale_keeps_a_long_stream_inside_the_trained_range(tiny, monkeypat
     with caplog.at_level(logging.INFO, logger="omnimem"):
         positions, kinds, _, encoder = streamed_positions(tiny, 1.0, 20, 100, 100 * RATE, duration=100.0)
     assert 0 < encoder.time_scale < 1
-    assert "trained position range" in caplog.text
+    assert "trained range" in caplog.text
     assert int(positions.max()) < limit - 512, "room for the question and its answer"
     # Both modalities shrink together and never run backwards.
     for kind in (VISUAL, AUDIO):

@@ -103,7 +103,7 @@ def stock_inputs(backbone, clip: Whole | None, audio: np.ndarray | None) -> dict
         if clip is not None:
             media |= {"audio_from_video_indices": [0], "load_audio_from_video": True}
     return backbone.processor(
-        text=backbone.opening + text + backbone.question_turn(QUESTION), return_tensors="pt", **media
+        text=backbone.prompt_prefix + text + backbone.question_turn(QUESTION), return_tensors="pt", **media
     )
 
 
@@ -231,7 +231,7 @@ def stock_positions(backbone, fps: float, frames: int | None, samples: int | Non
             )
         media = processor.vision_bos_token + media + processor.vision_eos_token
         extra = {"video_grid_thw": grid, "second_per_grids": torch.tensor([2 / fps])}
-    text = backbone.opening + media + backbone.question_turn(QUESTION)
+    text = backbone.prompt_prefix + media + backbone.question_turn(QUESTION)
     ids = backbone.tokenizer(text, return_tensors="pt").input_ids
     positions, _ = backbone.model.get_rope_index(
         ids,
@@ -333,7 +333,7 @@ def test_time_scale_keeps_a_long_stream_inside_the_trained_range(backbone, monke
     monkeypatch.setattr(backbone.config.text_config, "max_position_embeddings", 1600)
     with caplog.at_level(logging.INFO, logger="omnimem"):
         positions, kinds, seconds, encoder = streamed_positions(backbone, 1.0, 20, 100, 100 * RATE, duration=100.0)
-    assert 0 < encoder.time_scale < 1 and "trained position range" in caplog.text
+    assert 0 < encoder.time_scale < 1 and "trained range" in caplog.text
     assert positions.max() < 1600 - 512, "room for the question and its answer"
     # Nothing is rounded: both modalities shrink together and keep their order.
     media = kinds != TEXT
@@ -389,7 +389,11 @@ def test_a_small_memory_holds_pictures_and_sound(backbone, positions):
     settings = StreamSettings(fps=3.0, chunk_seconds=2)
     session = StreamingSession(backbone, profile, settings=settings, position_ids=positions)
     events = list(session.watch(RABBIT))
-    assert events[-1].retained == {"text": len(backbone.text_ids(backbone.opening)[0]) + 2, "visual": 33, "audio": 7}
+    assert events[-1].retained == {
+        "text": len(backbone.text_ids(backbone.prompt_prefix)[0]) + 2,
+        "visual": 33,
+        "audio": 7,
+    }
     assert session.ask("What is heard?", max_new_tokens=4, min_new_tokens=4)
     assert 0 < session.score_answer("What is heard?", "Room noise.") < 20
 

@@ -33,7 +33,7 @@ def whole_clip(path: Path, fps: float, **options) -> tuple[np.ndarray, np.ndarra
 
 
 def stock_inputs(backbone: Backbone, frames: np.ndarray, audio: np.ndarray | None, fps: float) -> dict:
-    text = backbone.opening + "<|vision_bos|><|VIDEO|><|vision_eos|>" + backbone.question_turn(QUESTION)
+    text = backbone.prompt_prefix + "<|vision_bos|><|VIDEO|><|vision_eos|>" + backbone.question_turn(QUESTION)
     sound = {}
     if audio is not None:
         sound = {

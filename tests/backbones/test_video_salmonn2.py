@@ -223,7 +223,7 @@ def prompt(backbone: Backbone, clip: Whole, patches_per_group: int = 1) -> Any:
         shared = len(clip.frames) if backbone.name == QWEN3 else 1
         size = {name: pixels * shared for name, pixels in backbone.pixel_limits().size.items()}
         media = {"frames": clip.video, "fps": clip.fps, "size": size, "patches_per_group": patches_per_group}
-    text = f"{backbone.opening}<|vision_start|>{placeholder}<|vision_end|>{backbone.question_turn(QUESTION)}"
+    text = f"{backbone.prompt_prefix}<|vision_start|>{placeholder}<|vision_end|>{backbone.question_turn(QUESTION)}"
     return backbone.processor(text, audio=clip.audio, **media)
 
 
@@ -255,7 +255,7 @@ def test_a_checkpoint_saved_again_has_the_published_names_and_loads_everywhere(
 
 
 def parts(backbone: Backbone) -> dict[str, Any]:
-    names = ("name", "opening", "question_turn", "pixel_limits")
+    names = ("name", "prompt_prefix", "question_turn", "pixel_limits")
     return {name: getattr(backbone, name) for name in names}
 
 
@@ -282,7 +282,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_configuration_says_whose_checkpoint_it_is(name):
     config, expected = CONFIGS[name]
-    assert next(backbone for backbone in BACKBONES if backbone_class(backbone).claims(config)) == expected
+    assert next(backbone for backbone in BACKBONES if backbone_class(backbone).matches_config(config)) == expected
 
 
 @every_family
@@ -820,7 +820,7 @@ def test_the_released_layout_needs_a_duration(loaded):
         loaded(QWEN2_5).stream_encoder(video=True, audio=True, fps=1.0, position_layout="release")
     assert "\n" not in str(error.value)
     for media in ({"picture": True, "sound": False}, {"picture": False, "sound": True}):
-        assert loaded(QWEN2_5).stream_encoder(**media, fps=1.0, position_layout="release").promised is None
+        assert loaded(QWEN2_5).stream_encoder(**media, fps=1.0, position_layout="release").expected_patches is None
 
 
 @every_family

@@ -83,7 +83,7 @@ def stock_inputs(backbone: Backbone, clip: Whole, placeholder: str | None = None
     # The video processor of Qwen3-VL shares out a budget of pixels among the frames of a clip.
     shared = count if backbone.name == QWEN3 else 1
     return backbone.processor(
-        text=backbone.opening + placeholder + backbone.question_turn(QUESTION),
+        text=backbone.prompt_prefix + placeholder + backbone.question_turn(QUESTION),
         videos=[clip.video],
         videos_kwargs={
             "fps": clip.fps,
@@ -176,7 +176,7 @@ def test_stock_qwen3_vl_keeps_the_tokens_around_the_placeholder(loaded):
     """What our tokens differ in from transformers 5.23 on the published template is one on either side of the video."""
     backbone, clip = loaded(QWEN3), clip_of(WEBB, 1.0, audio=False, max_seconds=12)
     ours, theirs = (stock_inputs(backbone, clip, text)["input_ids"][0].tolist() for text in ("<|video_pad|>", WRAPPED))
-    first = len(backbone.text_ids(backbone.opening)[0])
+    first = len(backbone.text_ids(backbone.prompt_prefix)[0])
     last = len(theirs) - len(backbone.question_ids(QUESTION)[0]) - 1
     assert (theirs[first], theirs[last]) == (backbone.vision_start, backbone.vision_end)
     assert [token for i, token in enumerate(theirs) if i not in (first, last)] == ours
@@ -197,7 +197,7 @@ def test_a_grouped_stream_equals_the_stock_model_at_the_groups_ids(loaded, path_
         + "<|vision_end|>"
         for first in range(0, patches, group)
     )
-    text = backbone.opening + laid_out + backbone.question_turn(QUESTION)
+    text = backbone.prompt_prefix + laid_out + backbone.question_turn(QUESTION)
     token_ids = backbone.tokenizer(text, return_tensors="pt").input_ids
     ids = group_ids(token_ids[0], grid, MediaTokens(backbone.config.video_token_id, -1, 2))[:, None]
     expected = model(

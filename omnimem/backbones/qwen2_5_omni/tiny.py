@@ -41,7 +41,7 @@ SPECIAL_TOKENS = {
     "audio_bos_token": "<|audio_bos|>",
     "audio_eos_token": "<|audio_eos|>",
 }
-"""Names and spellings as in the published tokenizer."""
+"""Special tokens as in the published tokenizer."""
 
 CHAT_TEMPLATE = chat_template(
     video="<|vision_bos|><|VIDEO|><|vision_eos|>",
@@ -51,8 +51,8 @@ CHAT_TEMPLATE = chat_template(
 
 
 def tiny_processor(tokenizer: PreTrainedTokenizerFast | None = None) -> Qwen2_5OmniProcessor:
-    """The stock processor with published image, video and sound settings around the tiny tokenizer."""
-    # At most 16 tokens a frame (112x112 pixels) instead of 128 to 768, so that CPU streams stay short.
+    """Processor with the published image, video and audio settings and the tiny tokenizer."""
+    # At most 16 tokens per frame (112x112 pixels) instead of 128 to 768, to keep CPU tests short.
     size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 16 * 28 * 28}
     return Qwen2_5OmniProcessor(
         image_processor=Qwen2VLImageProcessor(size=size),
@@ -78,7 +78,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, layers: int = 3, hidden: int
             "max_position_embeddings": 32768,
             "rope_parameters": {"rope_type": "default", "mrope_section": mrope_section(head_dim), "rope_theta": 1e6},
             "tie_word_embeddings": False,
-            # The published 0.02 fits width 3584; at width 64 the same signal needs 1/sqrt(64).
+            # Published: 0.02 at width 3584. Width 64 needs 1/sqrt(64) for activations of similar size.
             "initializer_range": hidden**-0.5,
             "pad_token_id": token["pad_token"],
             "eos_token_id": token["eos_token"],

@@ -41,7 +41,7 @@ SPECIAL_TOKENS = {
     "audio_bos_token": "<|audio_start|>",
     "audio_eos_token": "<|audio_end|>",
 }
-"""Names and spellings as in the published tokenizer."""
+"""Special tokens as in the published tokenizer."""
 
 CHAT_TEMPLATE = chat_template(
     video="<|vision_start|><|video_pad|><|vision_end|>",
@@ -51,8 +51,8 @@ CHAT_TEMPLATE = chat_template(
 
 
 def tiny_processor(tokenizer: PreTrainedTokenizerFast | None = None) -> Qwen3OmniMoeProcessor:
-    """The stock processor with published image, video and sound settings around the tiny tokenizer."""
-    # At most 16 tokens a frame (128x128 pixels) instead of 128 to 768, so that CPU streams stay short.
+    """Processor with the published image, video and audio settings and the tiny tokenizer."""
+    # At most 16 tokens per frame (128x128 pixels) instead of 128 to 768, to keep CPU tests short.
     size = {"shortest_edge": 4 * 32 * 32, "longest_edge": 16 * 32 * 32}
     return Qwen3OmniMoeProcessor(
         image_processor=Qwen2VLImageProcessor(size=size, patch_size=16),
@@ -87,7 +87,7 @@ def tiny_config(
                 "mrope_interleaved": True,
                 "rope_theta": 1e6,
             },
-            # The published 0.02 fits width 2048; at width 64 the same signal needs 1/sqrt(64).
+            # Published: 0.02 at width 2048. Width 64 needs 1/sqrt(64) for activations of similar size.
             "initializer_range": hidden**-0.5,
             "pad_token_id": token["pad_token"],
             "eos_token_id": token["eos_token"],

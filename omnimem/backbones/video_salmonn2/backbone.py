@@ -49,7 +49,7 @@ class VideoSalmonn2Backbone(QwenBackbone):
     skip_quantization_modules: ClassVar[tuple[str, ...]] = ("model.visual", "model.audio", "lm_head")
 
     @classmethod
-    def claims(cls, config: dict[str, Any]) -> bool:
+    def matches_config(cls, config: dict[str, Any]) -> bool:
         """Published files call themselves by the name of the vision-language model they were made from."""
         types = ("video_salmonn2", "video_salmonn2_qwen2_5")
         made_of = config.get("model_type") in ("qwen2_5_vl", "qwen3_vl") and config.get("audio_config") is not None

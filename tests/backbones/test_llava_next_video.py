@@ -169,7 +169,7 @@ def test_turns_are_the_ids_of_the_whole_prompt(path, scheme):
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
-        ("USER: {{ messages[0].content[1].text }} ASSISTANT:", "does not write <video>"),
+        ("USER: {{ messages[0].content[1].text }} ASSISTANT:", "does not contain <video>"),
         ("USER: {{ messages[0].content[1].text }} <video> ASSISTANT:", "does not put the video before the question"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A tiny offline Qwen2.5-VL, saved in the hub's layout (``visual.*``, ``model.*``, flat configuration)."""
+"""A tiny random Qwen2.5-VL in the published format (keys ``visual.*`` and ``model.*``, flat configuration)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def tiny_parameters(tokenizer: PreTrainedTokenizerFast, layers: int, hidden: int
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Ids that configurations of vision-language models name."""
+    """Special token ids in the configurations of vision-language models."""
     names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
     return {f"{name}_id": int(tokenizer.convert_tokens_to_ids(VISION_TOKENS[name])) for name in names}  # pyright: ignore
 
@@ -83,5 +83,5 @@ def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 6
 
 
 def hub_name(name: str) -> str:
-    """Key of a weight in the published checkpoint."""
+    """Key of a weight in the published checkpoint, from its name in the transformers model."""
     return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)

@@ -1,4 +1,4 @@
-"""A tiny offline Qwen3-VL, saved in the hub's layout."""
+"""A tiny random Qwen3-VL in the format of the published checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from omnimem.backbones.tiny import VISION_TOKENS, tiny_tokenizer, write_tiny
 
 
 def tiny_parameters(tokenizer: PreTrainedTokenizerFast, layers: int, hidden: int) -> dict[str, Any]:
-    """Configuration of the tiny model: 4 heads, 2 key-value heads, three deepstack maps."""
+    """Configuration of the tiny model: 4 heads, 2 key-value heads, three DeepStack layers."""
     return {
         "text_config": {
             "vocab_size": len(tokenizer),

@@ -1,4 +1,4 @@
-"""video-SALMONN 2+ as backbones: loading of published checkpoints, layouts, module names."""
+"""Backbones of both families of video-SALMONN 2+."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from omnimem.backbones.video_salmonn2.modeling import (
     VideoSalmonn2ForConditionalGeneration,
     VideoSalmonn2Qwen2_5ForConditionalGeneration,
 )
-from omnimem.backbones.video_salmonn2.processing import TOKENS_PER_SECOND, VideoSalmonn2Processor, segments
+from omnimem.backbones.video_salmonn2.processing import TOKENS_PER_SECOND, VideoSalmonn2Processor, log_mel_segments
 from omnimem.backbones.video_salmonn2.tiny import build_tiny, build_tiny_qwen2_5
 from omnimem.backbones.vision import PixelLimits
 from omnimem.media import Chunk
 
 MIN_PIXELS, MAX_PIXELS = 784, 176_400
-"""Pixels of a resized frame, as in the published training scripts."""
+"""Pixels per resized frame in the published training scripts."""
 
 
 class WhisperQFormerEncoder:
-    """Sound of chunks that begin at whole segments of 30 s: every started one becomes 60 positions."""
+    """Audio of chunks that start at multiples of 30 s: 60 tokens per started segment of 30 s."""
 
     tokens_per_second = float(TOKENS_PER_SECOND)
 
@@ -35,14 +35,14 @@ class WhisperQFormerEncoder:
         self.backbone = backbone
 
     def __call__(self, chunk: Chunk) -> Tensor:
-        """Embeddings ``[60 * S, C]`` of a chunk's sound."""
+        """Embeddings ``[60 * S, C]`` of the S segments of a chunk."""
         assert chunk.audio is not None
-        features = segments(self.backbone.processor.feature_extractor, chunk.audio)
+        features = log_mel_segments(self.backbone.processor.feature_extractor, chunk.audio)
         return self.backbone.model.model.get_audio_features(features.to(self.backbone.device)).flatten(0, 1)
 
 
 class VideoSalmonn2Backbone(QwenBackbone):
-    """What both families share."""
+    """Shared by both families."""
 
     processor_class = VideoSalmonn2Processor
     projectors: ClassVar[dict[str, str]] = {"visual": "visual.merger", "audio": "audio.connector"}
@@ -50,29 +50,29 @@ class VideoSalmonn2Backbone(QwenBackbone):
 
     @classmethod
     def matches_config(cls, config: dict[str, Any]) -> bool:
-        """Published files call themselves by the name of the vision-language model they were made from."""
+        """See `Backbone.matches_config`; published files have the model type of the base model and an audio section."""
         types = ("video_salmonn2", "video_salmonn2_qwen2_5")
-        made_of = config.get("model_type") in ("qwen2_5_vl", "qwen3_vl") and config.get("audio_config") is not None
+        published = config.get("model_type") in ("qwen2_5_vl", "qwen3_vl") and config.get("audio_config") is not None
         family = VideoSalmonn2Qwen2_5 if is_qwen2_5(config) else VideoSalmonn2
-        return cls is family and (made_of or config.get("model_type") in types)
+        return cls is family and (published or config.get("model_type") in types)
 
     def audio_encoder(self) -> WhisperQFormerEncoder:
-        """Whisper and the Q-Former."""
+        """Whisper encoder and Q-Former."""
         return WhisperQFormerEncoder(self)
 
     def pixel_limits(self, max_pixels: int | None = None) -> PixelLimits:
-        """Limits of the published training scripts, never above what the video processor or the caller allows."""
+        """Limits of the published training scripts, lowered to those of the video processor and to `max_pixels`."""
         processor = self.processor.video_processor
         most = min(max_pixels or MAX_PIXELS, processor.size["longest_edge"])
         return PixelLimits(min(MIN_PIXELS, most), most, processor.patch_size * processor.merge_size)
 
     def chunk_alignment(self, fps: float, audio: bool = True) -> float:
-        """Whole temporal patches and, with sound, the 30 s that the audio encoder reads at once."""
+        """Whole temporal patches and, with audio, whole segments of 30 s."""
         patch = self.temporal_patch / fps
         return common_multiple(patch, SEGMENT_SECONDS) if audio else common_multiple(patch)
 
     def audio_tokens(self, seconds: float) -> int:
-        """60 for every started 30 s."""
+        """60 per started segment of 30 s."""
         return -int(-seconds // SEGMENT_SECONDS) * SEGMENT_SECONDS * TOKENS_PER_SECOND
 
 

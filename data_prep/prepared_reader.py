@@ -21,7 +21,7 @@ import numpy as np
 from data_prep.prepared import FRAMES, INT16_SCALE, SOUND, frame_step, rational, read_footer
 from omnimem.media import Chunk, MediaError, MediaInfo
 from omnimem.media.audio import RATE
-from omnimem.media.window import Ahead, SoundWindow, nothing
+from omnimem.media.lookahead import AudioWindow, FrameLookahead, empty_stream
 
 
 class PreparedReader:
@@ -86,9 +86,9 @@ class PreparedReader:
         self.info: MediaInfo = info
 
     def __iter__(self) -> Generator[Chunk, None, None]:
-        pictures = Ahead(self._frames() if self._facts.shape else nothing())
+        pictures = FrameLookahead(self._frames() if self._facts.shape else empty_stream())
         sound_end = None if self._limit is None else round(self._limit * RATE)
-        sound = SoundWindow(self._samples() if self._hears else nothing(), self._context, sound_end)
+        sound = AudioWindow(self._samples() if self._hears else empty_stream(), self._context, sound_end)
         try:
             for index in itertools.count():
                 chunk = self._chunk(index, pictures, sound)
@@ -99,14 +99,14 @@ class PreparedReader:
             pictures.close()
             sound.close()
 
-    def _chunk(self, index: int, pictures: Ahead, sound: SoundWindow) -> Chunk:
+    def _chunk(self, index: int, pictures: FrameLookahead, sound: AudioWindow) -> Chunk:
         t0, t1 = index * self._span, (index + 1) * self._span
         if self._limit is not None:
             t1 = min(t1, self._limit)
         instants = range(math.ceil(t0 * self._fps), math.ceil(t1 * self._fps))
         frames = list(itertools.islice(pictures, len(instants)))
-        before, audio, after = sound.take(round(t0 * RATE), round(t1 * RATE))
-        goes_on = t1 != self._limit and (sound.goes_on or pictures.goes_on())
+        before, audio, after = sound.read(round(t0 * RATE), round(t1 * RATE))
+        goes_on = t1 != self._limit and (sound.has_next or pictures.has_next())
         if not goes_on:
             t1 = min(t1, self._end())
         return Chunk(

@@ -40,7 +40,7 @@ class Stream:
     def __init__(self, backbone: Backbone, cache: CompressedCache) -> None:
         self.backbone = backbone
         self.cache = cache
-        cache.frame_anchored = backbone.frame_anchored
+        cache.spatial_ids_advance = backbone.spatial_ids_advance
 
     def step(self, inputs: ChunkInputs, log_evicted: bool = False) -> list[Eviction | None]:
         """Append a chunk and reduce every layer to its budget; returns the result of `CompressedCache.compress`."""

@@ -115,10 +115,10 @@ class StreamSettings:
         """
         self.check(backbone)
         if not backbone.supports_audio and not probe(path).has_video:
-            raise OmniMemError(f"{path}: no picture, and {backbone.name} takes no sound")
+            raise OmniMemError(f"{path}: no video, and {backbone.name} does not support audio")
         reader = open_media(
             path,
-            sound=sound,
+            audio_path=sound,
             fps=self.fps,
             chunk_seconds=self.chunk_seconds,
             audio=self.audio and backbone.supports_audio,
@@ -134,8 +134,8 @@ class StreamSettings:
         if self.max_seconds is not None:
             duration = self.max_seconds if duration is None else min(duration, self.max_seconds)
         return backbone.stream_encoder(
-            picture=info.has_video,
-            sound=info.has_audio and self.audio and backbone.supports_audio,
+            video=info.has_video,
+            audio=info.has_audio and self.audio and backbone.supports_audio,
             fps=self.fps,
             duration=duration,
             time_scale=self.time_scale,

@@ -78,7 +78,7 @@ def _from_recipe(words: list[str]) -> tuple[PrepareSettings, str, str | None]:
 
     name, *pairs = words
     recipe = load_recipe([f"recipe={name}", *pairs])
-    backbone = recipe.model.backbone or detect_backbone(recipe.model.name_or_path, known_shapes=True)
+    backbone = recipe.model.backbone or detect_backbone(recipe.model.name_or_path, use_builtin_config=True)
     data, audio = recipe.data, recipe.data.audio and backbone_class(backbone).hears
     settings = PrepareSettings(fps=data.fps, short_side=data.short_side, max_seconds=data.max_seconds, audio=audio)
     return settings, data.path, data.root

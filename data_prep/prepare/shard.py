@@ -134,7 +134,7 @@ def _open(task: Task) -> MediaReader:
     def reader(seconds: float) -> MediaReader:
         return open_media(
             task.media,
-            sound=task.sound,
+            audio_path=task.sound,
             fps=settings.fps,
             chunk_seconds=seconds,
             audio=settings.audio,

@@ -1,4 +1,4 @@
-"""Audio-visual language models by name; `load_backbone` picks the right one for a checkpoint."""
+"""Registry of the supported models; `load_backbone` detects the backbone of a checkpoint and loads it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from omnimem.backbones.base import Backbone, ChunkInputs, StreamEncoder
 from omnimem.errors import OmniMemError
 
-# Stock libraries import DeepSpeed to see whether it is there, and it complains, on standard output, of having to guess.
+# Libraries import DeepSpeed to check for it; without an accelerator it prints a warning unless this is set.
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 BACKBONES = {
     "qwen2_5_omni": "omnimem.backbones.qwen2_5_omni",
-    # Before the models they are made of, by whose names their published files call themselves.
+    # Before qwen2_5_vl and qwen3_vl: published video-SALMONN 2+ files have the model type of the model they extend.
     "video_salmonn2": "omnimem.backbones.video_salmonn2",
     "video_salmonn2_qwen2_5": "omnimem.backbones.video_salmonn2.qwen2_5",
     "qwen2_5_vl": "omnimem.backbones.qwen2_5_vl",
@@ -30,16 +30,16 @@ BACKBONES = {
     "llava_next_video": "omnimem.backbones.llava_next_video",
     "video_llama_3": "omnimem.backbones.video_llama_3",
 }
-"""Backbone folders by name; a new backbone is a folder with a `BACKBONE` class and a line here."""
+"""Name → module with the class `BACKBONE`; the first backbone that matches a configuration is chosen."""
 
 logger = logging.getLogger("omnimem.backbones")
 
 TINY = "tiny"
-"""Path that stands for a backbone's offline stand-in."""
+"""Path that stands for a tiny random model, built on the spot."""
 
 
 def backbone_class(name: str) -> type:
-    """Class of a backbone by its name in `BACKBONES`."""
+    """Class of a backbone by its name in `BACKBONES`; raises OmniMemError for an unknown name."""
     if name not in BACKBONES:
         raise OmniMemError(f"unknown backbone {name!r} (known: {', '.join(BACKBONES)})")
     return import_module(BACKBONES[name]).BACKBONE
@@ -52,88 +52,88 @@ def load_backbone(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
     load_in_4bit: bool = False,
-    known_shapes: bool = False,
+    use_builtin_config: bool = False,
 ) -> Backbone:
-    """Load a model with the compressed cache attached.
+    """Load a model and prepare its decoder for `CompressedCache`.
 
     Parameters
     ----------
     path : str or Path
-        Checkpoint folder, hub id, or ``tiny`` for the offline stand-in of `backbone`.
+        Checkpoint folder, hub id, or ``tiny`` for a tiny random model of `backbone`.
     backbone : str, optional
-        Name in `BACKBONES`; detected from the checkpoint's configuration when left out (see `detect_backbone`).
+        Expected name in `BACKBONES`; default: detected from the configuration of the checkpoint.
     dtype : torch.dtype or str
-        Of the weights; ``auto``: bfloat16 on an accelerator, float32 on the CPU.
+        Dtype of the weights; ``auto``: bfloat16 on an accelerator, float32 on the CPU.
     device : torch.device or str
-        ``auto``: CUDA when there is one.
+        ``auto``: CUDA if available, else CPU; ``meta``: shapes only, no weights.
     load_in_4bit : bool
-        Whether the decoder's projections are loaded as NF4, for QLoRA.
-    known_shapes : bool
-        On the ``meta`` device, for a published model that cannot be reached: take its shapes from our own table.
+        Whether the linear layers of the decoder are quantized to NF4, for QLoRA.
+    use_builtin_config : bool
+        On the ``meta`` device: use the built-in configuration of a published model whose files are not available.
 
     Raises
     ------
     OmniMemError
-        Unknown backbone or dtype, a checkpoint of another backbone, or one that does not load completely.
+        Unknown backbone or dtype, a checkpoint of another backbone, or missing, unused or mismatched weights.
     """
     device = parse_device(device)
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     if isinstance(dtype, str):
         dtype = parse_dtype(dtype)
-    name, reached = _identify(path, backbone, known_shapes and device.type == "meta")
+    name, config_found = _find_backbone(path, backbone, use_builtin_config and device.type == "meta")
     cls = backbone_class(name)
     if str(path) == TINY:
         with tempfile.TemporaryDirectory() as folder:
             loaded = cls.load(cls.build_tiny(Path(folder) / TINY), dtype, device, load_in_4bit)
             loaded.model_id = TINY
             return loaded
-    if not reached:
-        from omnimem.backbones.published import shapes
+    if not config_found:
+        from omnimem.backbones.published import build_on_meta
 
-        logger.info("%s cannot be reached: its shapes are from our own table", path)
-        return shapes(str(path), cls, dtype)
+        logger.info("%s is not available: using the built-in configuration for its shapes", path)
+        return build_on_meta(str(path), cls, dtype)
     return cls.load(path, dtype, device, load_in_4bit)
 
 
-def detect_backbone(path: str | Path, backbone: str | None = None, known_shapes: bool = False) -> str:
-    """Name of the backbone a checkpoint belongs to, from its configuration file; no weight is read.
+def detect_backbone(path: str | Path, backbone: str | None = None, use_builtin_config: bool = False) -> str:
+    """Name of the backbone of a checkpoint, from its configuration file; reads no weights.
 
     Parameters
     ----------
     path : str or Path
         Checkpoint folder, hub id, or ``tiny``.
     backbone : str, optional
-        The name that is expected. For ``tiny`` it decides which stand-in is meant; the first of `BACKBONES` by default.
-    known_shapes : bool
-        Identify a published model that cannot be reached by its hub id alone.
+        Expected name. For ``tiny``, the backbone to build; default: the first of `BACKBONES`.
+    use_builtin_config : bool
+        Recognize a published model by its hub id if its files are not available.
 
     Raises
     ------
     OmniMemError
-        Unknown backbone, a checkpoint that cannot be reached or that no backbone supports, or one that belongs to
-        another backbone than the expected one.
+        Unknown backbone, a checkpoint that is not available or not supported, or one of another backbone than the
+        expected one.
     """
-    return _identify(path, backbone, known_shapes)[0]
+    return _find_backbone(path, backbone, use_builtin_config)[0]
 
 
-def _identify(path: str | Path, expected: str | None, known_shapes: bool) -> tuple[str, bool]:
-    """Backbone of a checkpoint, and whether its configuration file could be read."""
+def _find_backbone(path: str | Path, expected: str | None, use_builtin_config: bool) -> tuple[str, bool]:
+    """Name of the backbone of a checkpoint, and whether its configuration file could be read."""
     from omnimem.backbones.checkpoint import read_config
     from omnimem.backbones.published import PUBLISHED
 
     if expected is not None:
-        backbone_class(expected)  # refuses an unknown name before any file is looked at
+        backbone_class(expected)  # raises for an unknown name before any file is read
     if str(path) == TINY:
         return expected or next(iter(BACKBONES)), True
     try:
-        _check_place(path)
+        _check_path(path)
         config = read_config(path)
     except OmniMemError:
-        if not (known_shapes and str(path) in PUBLISHED):
+        if not (use_builtin_config and str(path) in PUBLISHED):
             raise
         config = None
-    found = PUBLISHED[str(path)][0] if config is None else _claiming(path, config)
+    found = PUBLISHED[str(path)][0] if config is None else _match_backbone(path, config)
     if expected not in (None, found):
         raise OmniMemError(
             f"model.backbone={expected} contradicts {path}, which is a checkpoint of {found}; leave model.backbone out "
@@ -143,12 +143,12 @@ def _identify(path: str | Path, expected: str | None, known_shapes: bool) -> tup
 
 
 def parse_device(name: torch.device | str) -> torch.device:
-    """Device by name; ``auto`` is CUDA when there is one.
+    """Device by name; ``auto`` is CUDA if available, else CPU.
 
     Raises
     ------
     OmniMemError
-        No such device on this machine.
+        The device does not exist on this machine.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -162,27 +162,27 @@ def parse_device(name: torch.device | str) -> torch.device:
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """Floating-point torch dtype by name (``bfloat16``, ``float32``…)."""
+    """Floating-point torch dtype by name (``bfloat16``, ``float32``…); raises OmniMemError for other names."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise OmniMemError(f"unknown dtype {name!r}; use bfloat16, float16, float32 or float64")
     return dtype
 
 
-def _check_place(path: str | Path) -> None:
-    """Refuse a path that can be neither a checkpoint folder nor a hub id."""
+def _check_path(path: str | Path) -> None:
+    """Raise OmniMemError for a path that is neither a checkpoint folder nor a possible hub id."""
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise OmniMemError(f"{path}: no config.json; give a checkpoint folder, a run directory or a hub id")
     if not Path(path).exists() and (str(path).count("/") != 1 or str(path).startswith((".", "/", "~"))):
-        from omnimem.backbones.checkpoint import unreachable
+        from omnimem.backbones.checkpoint import not_found_message
 
-        raise OmniMemError(unreachable(path))
+        raise OmniMemError(not_found_message(path))
 
 
-def _claiming(path: str | Path, config: dict[str, Any]) -> str:
-    """Name of the backbone whose configuration this is."""
+def _match_backbone(path: str | Path, config: dict[str, Any]) -> str:
+    """Name of the first backbone that matches a configuration; raises OmniMemError if none does."""
     for name in BACKBONES:
-        if backbone_class(name).claims(config):
+        if backbone_class(name).matches_config(config):
             return name
     model_type = config.get("model_type")
     raise OmniMemError(f"{path}: model type {model_type!r} has no backbone here (known: {', '.join(BACKBONES)})")

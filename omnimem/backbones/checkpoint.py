@@ -1,4 +1,4 @@
-"""Load stock checkpoints strictly: a weight that matters and is missing or unused is an error, not a warning."""
+"""Load transformers checkpoints strictly: missing, unused or mismatched weights are an error, not a warning."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from transformers.utils import logging as transformers_logging
 from omnimem.errors import OmniMemError
 
 SHOW_PROGRESS_ABOVE = 2**30
-"""Bytes of weights from which transformers' own progress bar is worth its line."""
+"""Bytes of weights above which transformers' progress bar is shown."""
 
 
 @contextmanager
-def quiet_stock(progress: bool = False) -> Iterator[None]:
-    """Silence what stock libraries say of themselves: default ids of unused parts, their own deprecations.
+def quiet_transformers(progress: bool = False) -> Iterator[None]:
+    """Silence warnings of transformers and other libraries (unused defaults, deprecations).
 
-    What matters about a checkpoint (missing, unused, mismatched weights) is checked by us, not read from a log.
+    Problems of a checkpoint are still reported: `load_pretrained` checks the loading info itself.
 
     Parameters
     ----------
     progress : bool
-        Leave transformers' progress bars on, for checkpoints large enough to wait for.
+        Whether to show transformers' progress bars.
     """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -46,48 +46,60 @@ def quiet_stock(progress: bool = False) -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def load_stock(
+def load_pretrained(
     model_class: Any,
     path: str | Path,
     dtype: torch.dtype,
     device: torch.device | str,
-    quantized: Sequence[str] | None = None,
+    skip_quantization_modules: Sequence[str] | None = None,
 ) -> Any:
     """Load a model from a folder or the hub.
 
-    With `quantized`, linear layers become NF4 (doubly quantised, computing in `dtype`), but for those below the modules
-    of these names.
+    Parameters
+    ----------
+    model_class : type
+        Model class of transformers.
+    path : str or Path
+        Folder or hub id.
+    dtype : torch.dtype
+        Dtype of the weights, and of computations with quantized weights.
+    device : torch.device or str
+        Device to load to; on ``meta`` no weights are read.
+    skip_quantization_modules : sequence of str, optional
+        If given, quantize linear layers to NF4 (double quantization), except below these modules.
 
     Returns
     -------
     PreTrainedModel
-        In evaluation mode on `device`. On the ``meta`` device no weight is read: it has shapes only, for plans.
+        The model in evaluation mode.
 
     Raises
     ------
     OmniMemError
-        Nothing there, not readable, or weights missing, unused or of another shape.
+        The path does not exist or is not readable, or weights are missing, unused or of another shape.
     """
     folder = Path(path)
     local = folder.is_dir()
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if local else SHOW_PROGRESS_ABOVE
-    with _explained(path):
+    with _loading_errors(path):
         if torch.device(device).type == "meta":
-            with quiet_stock(), torch.device("meta"):
+            with quiet_transformers(), torch.device("meta"):
                 return model_class(model_class.config_class.from_pretrained(path)).to(dtype).eval()
-        with quiet_stock(progress=size >= SHOW_PROGRESS_ABOVE):
+        with quiet_transformers(progress=size >= SHOW_PROGRESS_ABOVE):
             model, info = model_class.from_pretrained(
                 path,
                 dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # named below, like what is missing or unused
+                ignore_mismatched_sizes=True,  # reported below with missing and unexpected keys
                 device_map=_device_map(device),
-                quantization_config=None if quantized is None else _nf4(dtype, quantized),
+                quantization_config=None
+                if skip_quantization_modules is None
+                else _nf4(dtype, skip_quantization_modules),
             )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
-            raise OmniMemError(f"cannot load {path}: {_named(problem, info[problem])}")
+            raise OmniMemError(f"cannot load {path}: {_summary(problem, info[problem])}")
     return model.eval()
 
 
@@ -97,20 +109,20 @@ def load_processor(processor_class: Any, path: str | Path) -> Any:
     Raises
     ------
     OmniMemError
-        Nothing there, or not readable.
+        The path does not exist or is not readable.
     """
-    with _explained(path), quiet_stock():
+    with _loading_errors(path), quiet_transformers():
         return processor_class.from_pretrained(path)
 
 
 @contextmanager
-def _explained(path: str | Path) -> Iterator[None]:
-    """One line for whatever stock loading raises."""
+def _loading_errors(path: str | Path) -> Iterator[None]:
+    """Raise one OmniMemError for the errors that transformers raises while loading."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         if not Path(path).is_dir():
-            raise OmniMemError(unreachable(path)) from error
+            raise OmniMemError(not_found_message(path)) from error
         reason = " ".join(str(error).split())[:300]
         raise OmniMemError(
             f"cannot load {path}: the folder must hold config.json, *.safetensors and the processor's and tokenizer's "
@@ -119,22 +131,22 @@ def _explained(path: str | Path) -> Iterator[None]:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The configuration file of a folder or hub id, as it is written.
+    """Content of the ``config.json`` of a folder or hub id.
 
     Raises
     ------
     OmniMemError
-        There is none, or it cannot be reached.
+        The file does not exist or is not available.
     """
     try:
-        # Where there is no network at all, the hub's client would try again for half a minute.
+        # Without network the hub client would retry for half a minute.
         return PreTrainedConfig.get_config_dict(path, local_files_only=not Path(path).is_dir() and _offline())[0]
     except (OSError, ValueError) as error:
-        raise OmniMemError(unreachable(path)) from error
+        raise OmniMemError(not_found_message(path)) from error
 
 
 def _offline() -> bool:
-    """Whether the hub's name is unknown here; a proxy may know it all the same."""
+    """Whether the host name of the hub cannot be resolved and no proxy is set."""
     if getproxies():
         return False
     try:
@@ -144,8 +156,8 @@ def _offline() -> bool:
     return False
 
 
-def unreachable(path: str | Path) -> str:
-    """One line for a model that is neither here nor to be had: which files it takes and where they go."""
+def not_found_message(path: str | Path) -> str:
+    """Error message for a model that is neither a folder nor available on the hub."""
     command = f" (hf download {path} --local-dir DIR)" if str(path).count("/") == 1 else ""
     return (
         f"cannot load {path}: no such folder, and not a hub id (owner/name) that can be reached; where there is a "
@@ -154,24 +166,26 @@ def unreachable(path: str | Path) -> str:
     )
 
 
-def _nf4(dtype: torch.dtype, whole: Sequence[str]) -> BitsAndBytesConfig:
+def _nf4(dtype: torch.dtype, skip_modules: Sequence[str]) -> BitsAndBytesConfig:
+    """NF4 with double quantization; linear layers below `skip_modules` are not quantized."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype,  # so that shards of ZeRO and FSDP hold one type
-        llm_int8_skip_modules=list(whole),
+        bnb_4bit_quant_storage=dtype,  # ZeRO and FSDP need one dtype for all shards
+        llm_int8_skip_modules=list(skip_modules),
     )
 
 
 def _device_map(device: torch.device | str) -> dict[str, torch.device] | None:
-    """Weights go straight to an accelerator; the CPU is where they are anyway."""
+    """Device map that loads weights directly to an accelerator; None for the CPU."""
     device = torch.device(device)
     return None if device.type == "cpu" else {"": device}
 
 
-def _named(problem: str, keys: Iterable[Any]) -> str:
+def _summary(problem: str, keys: Iterable[Any]) -> str:
+    """For example ``2 missing keys: a.weight, b.weight``; names at most three keys."""
     names = sorted(str(key) for key in keys)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{len(names)} {problem.replace('_', ' ')}: {', '.join(names[:3])}{more}"

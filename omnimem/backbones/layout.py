@@ -1,6 +1,6 @@
-"""How a stream is laid out: pieces of text, picture and sound in the order and at the positions a model was trained on.
+"""Base class of stream encoders: concatenate spans of text, video and audio tokens and assign their position ids.
 
-A backbone's stream encoder says which pieces follow each other; what all of them share is here.
+The order of the spans and the position ids of video and audio are the subclass's; everything shared is here.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
 from math import gcd, lcm
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from omnimem.backbones.base import ChunkInputs, StreamEncoder
+from omnimem.backbones.base import Backbone, StreamEncoder
+from omnimem.backbones.chunk_inputs import ChunkInputs
 from omnimem.errors import OmniMemError
 from omnimem.media import Chunk
 from omnimem.modality import TEXT
@@ -24,30 +24,30 @@ from omnimem.modality import TEXT
 logger = logging.getLogger("omnimem.backbones")
 
 TEXT_RESERVE = 1024
-"""Rotary ids kept free behind the media for question and answer when a time scale is chosen."""
+"""Position ids reserved for question and answer when a time scale is chosen."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Positions of one modality that stand together, such as a temporal patch.
+class TokenSpan:
+    """Consecutive tokens of one modality, such as those of a temporal patch.
 
     Attributes
     ----------
     embeds : Tensor
-        ``[N, C]``.
-    positions : Tensor
-        ``[3, N]`` rotary ids.
-    kind : int
+        ``[N, C]`` input embeddings.
+    position_ids : Tensor
+        ``[3, N]`` rotary coordinates (time, height, width).
+    modality : int
         See `omnimem.modality`.
     time : Tensor
-        float32 ``[N]`` seconds into the media; NaN for text.
+        float32 ``[N]`` seconds since the start of the media; NaN for text.
     deepstack : Tensor or None
         ``[L, N, C]``, see `ChunkInputs`.
     """
 
     embeds: Tensor
-    positions: Tensor
-    kind: int
+    position_ids: Tensor
+    modality: int
     time: Tensor
     deepstack: Tensor | None = None
 
@@ -56,30 +56,30 @@ class Piece:
 
 
 class LayoutEncoder(StreamEncoder):
-    """A stream encoder that puts pieces one behind the other.
+    """A stream encoder that concatenates token spans.
 
     Parameters
     ----------
     backbone : Backbone
         The model.
-    picture, sound, fps, duration, time_scale, max_pixels, position_layout, timestamps
-        See `Backbone.stream_encoder`; a layout takes no notice of what it does not have.
+    video, audio, fps, duration, time_scale, max_pixels, position_layout, timestamps
+        See `Backbone.stream_encoder`; a subclass ignores options that its layout does not have.
 
     Raises
     ------
     OmniMemError
-        Neither picture nor sound, or sound alone for a model that does not hear.
+        Neither video nor audio, or audio only for a model without audio support.
     """
 
     id_dtype = torch.int64
-    """Of rotary ids."""
+    """Dtype of position ids."""
 
     def __init__(
         self,
-        backbone: Any,
+        backbone: Backbone,
         *,
-        picture: bool,
-        sound: bool,
+        video: bool,
+        audio: bool,
         fps: float,
         duration: float | None = None,
         time_scale: float | str = "auto",
@@ -87,63 +87,64 @@ class LayoutEncoder(StreamEncoder):
         position_layout: str = "train",
         timestamps: int | None = None,
     ) -> None:
-        if not picture and not sound:
-            raise OmniMemError("nothing to stream: the media has neither picture nor sound (or both are switched off)")
-        if not picture and not backbone.supports_audio:
-            raise OmniMemError(f"nothing to stream: {backbone.name} takes no sound, and the media has no picture")
-        sound = sound and backbone.supports_audio
+        if not video and not audio:
+            raise OmniMemError("nothing to stream: the media has neither video nor audio (or both are switched off)")
+        if not video and not backbone.supports_audio:
+            raise OmniMemError(f"nothing to stream: {backbone.name} does not support audio, and the media has no video")
+        audio = audio and backbone.supports_audio
         self.backbone = backbone
-        self.picture, self.sound, self.fps, self.duration = picture, sound, fps, duration
-        self.asked_time_scale, self.max_pixels = time_scale, max_pixels
+        self.has_video, self.has_audio, self.fps, self.duration = video, audio, fps, duration
+        self.requested_time_scale, self.max_pixels = time_scale, max_pixels
         self.position_layout, self.timestamps = position_layout, timestamps
-        self.alignment = backbone.chunk_alignment(fps, sound)
+        self.alignment = backbone.chunk_alignment(fps, audio)
         self.position_limit: int = backbone.config.get_text_config().max_position_embeddings
         self.next_position_id: float = 0
         self._warned = False
 
     def empty_step(self) -> ChunkInputs:
-        """No positions."""
+        """Inputs without tokens."""
         return self.join([])
 
-    def text(self, ids: Tensor, positions: Sequence[float] | None = None) -> Piece:
-        """A text ``[1, T]`` at `positions`; by default it goes on where the stream is, and moves it on."""
-        if positions is None:
-            positions = [self.next_position_id + i for i in range(ids.shape[1])]
+    def text(self, ids: Tensor, position_ids: Sequence[float] | None = None) -> TokenSpan:
+        """Span of text tokens ``[1, T]`` at `position_ids`; by default at the next position ids, which then advance."""
+        if position_ids is None:
+            position_ids = [self.next_position_id + i for i in range(ids.shape[1])]
             self.next_position_id += ids.shape[1]
         embeds = self.backbone.embed(ids)[0]
-        rows = torch.tensor(positions, dtype=self.id_dtype).expand(3, -1)
-        return Piece(embeds, rows, TEXT, torch.full((len(embeds),), torch.nan))
+        rows = torch.tensor(position_ids, dtype=self.id_dtype).expand(3, -1)
+        return TokenSpan(embeds, rows, TEXT, torch.full((len(embeds),), torch.nan))
 
-    def join(self, pieces: Sequence[Piece], next_position_id: float | None = None) -> ChunkInputs:
-        """One row of inputs; text that follows stands at `next_position_id`, by default the stream's."""
+    def join(self, spans: Sequence[TokenSpan], next_position_id: float | None = None) -> ChunkInputs:
+        """Concatenate spans to inputs of batch size 1; `next_position_id` defaults to the encoder's."""
         device, dtype = self.backbone.device, self.backbone.language_model.dtype
-        if not pieces:
-            pieces = [self.text(torch.zeros(1, 0, dtype=torch.int64), [])]
-        layers = max(0 if piece.deepstack is None else len(piece.deepstack) for piece in pieces)
+        if not spans:
+            spans = [self.text(torch.zeros(1, 0, dtype=torch.int64), [])]
+        layers = max(0 if span.deepstack is None else len(span.deepstack) for span in spans)
         following = self.next_position_id if next_position_id is None else next_position_id
         self._check_range(following)
 
-        def deepstack(piece: Piece) -> Tensor:
-            if piece.deepstack is None:
-                return piece.embeds.new_zeros(layers, *piece.embeds.shape)
-            return piece.deepstack
+        def deepstack(span: TokenSpan) -> Tensor:
+            if span.deepstack is None:
+                return span.embeds.new_zeros(layers, *span.embeds.shape)
+            return span.deepstack
 
+        modality = [torch.full((len(span),), span.modality, dtype=torch.int8) for span in spans]
         return ChunkInputs(
-            embeds=torch.cat([piece.embeds for piece in pieces])[None].to(dtype),
-            position_ids=torch.cat([piece.positions for piece in pieces], dim=1)[:, None].to(device),
-            modality=torch.cat([torch.full((len(p),), p.kind, dtype=torch.int8) for p in pieces])[None].to(device),
-            time=torch.cat([piece.time for piece in pieces])[None].to(device),
+            embeds=torch.cat([span.embeds for span in spans])[None].to(dtype),
+            position_ids=torch.cat([span.position_ids for span in spans], dim=1)[:, None].to(device),
+            modality=torch.cat(modality)[None].to(device),
+            time=torch.cat([span.time for span in spans])[None].to(device),
             next_position_id=torch.tensor([following], dtype=self.id_dtype, device=device),
-            deepstack=torch.cat([deepstack(p) for p in pieces], dim=1)[:, None].to(dtype) if layers > 0 else None,
+            deepstack=torch.cat([deepstack(span) for span in spans], dim=1)[:, None].to(dtype) if layers > 0 else None,
         )
 
     def check_start(self, chunk: Chunk) -> None:
-        """Refuse a chunk that does not begin where the encoders can be cut.
+        """Check that a chunk starts at a multiple of the chunk alignment.
 
         Raises
         ------
         OmniMemError
-            It does not.
+            The start is not a multiple of the chunk alignment.
         """
         offset = chunk.t0 / self.alignment
         if abs(offset - round(offset)) > 1e-6:
@@ -151,66 +152,66 @@ class LayoutEncoder(StreamEncoder):
                 f"a chunk starts at {chunk.t0:g} s; chunk_seconds must be a multiple of {self.alignment:g} s here"
             )
 
-    def choose_time_scale(self, ids_per_second: float, opening: int) -> float:
-        """The given factor on rotary ids a second; ``auto`` lowers it for streams past the trained range, and says so.
+    def choose_time_scale(self, ids_per_second: float, prefix_tokens: int) -> float:
+        """Factor on time ids per second; ``auto`` logs and returns one below 1 if the stream exceeds the trained ids.
 
         Parameters
         ----------
         ids_per_second : float
-            As trained.
-        opening : int
-            Ids before the media.
+            Time ids per second in training.
+        prefix_tokens : int
+            Position ids used before the media.
         """
-        if self.asked_time_scale != "auto":
-            return float(self.asked_time_scale)
-        chosen = largest_time_scale(self.duration, ids_per_second, self.position_limit, TEXT_RESERVE + opening)
+        if self.requested_time_scale != "auto":
+            return float(self.requested_time_scale)
+        chosen = largest_time_scale(self.duration, ids_per_second, self.position_limit, TEXT_RESERVE + prefix_tokens)
         if chosen < 1:
             logger.info(
-                "%.0f s of media reach past the trained position range (%d ids): using %.3g ids a second instead of "
-                "%g; set time_scale=1 to keep them",
+                "%.0f s of media exceed the trained range of %d position ids: using %.3g ids per second instead of %g; "
+                "set time_scale=1 to keep the trained rate",
                 self.duration, self.position_limit, ids_per_second * chosen, ids_per_second,
             )  # fmt: skip
         return chosen
 
-    def _check_range(self, position: float) -> None:
-        if position > self.position_limit and not self._warned:
+    def _check_range(self, position_id: float) -> None:
+        if position_id > self.position_limit and not self._warned:
             self._warned = True
             logger.warning(
-                "positions passed the trained range of %d ids; answers may degrade (time_scale below 1 or "
-                "selection.position_ids=compact keep them inside)",
+                "position ids exceed the trained range of %d; answers may degrade (time_scale below 1 or "
+                "selection.position_ids=compact keep them in range)",
                 self.position_limit,
             )
 
 
 def largest_time_scale(duration: float | None, ids_per_second: float, limit: int, reserve: int) -> float:
-    """Largest factor ≤ 1 on ids a second with which `duration` seconds stay inside the trained position range."""
+    """Largest factor ≤ 1 such that `duration` seconds and `reserve` ids fit into `limit` position ids."""
     if duration is None or duration * ids_per_second + reserve <= limit:
         return 1.0
     return (limit - reserve) / (duration * ids_per_second)
 
 
-def group_size(pictures: int | None, timestamps: int | None) -> int:
-    """Pictures behind one time, so that a stream of so many has at most `timestamps`; 1 where either is not known."""
-    return 1 if pictures is None or timestamps is None else max(1, -(-pictures // timestamps))
+def patches_per_timestamp(patches: int | None, timestamps: int | None) -> int:
+    """Temporal patches per timestamp, so that `patches` need at most `timestamps`; 1 if either is None."""
+    return 1 if patches is None or timestamps is None else max(1, -(-patches // timestamps))
 
 
 def common_multiple(*seconds: float) -> float:
-    """Shortest time that holds whole numbers of each of these."""
+    """Least common multiple of durations in seconds (resolved to 10 µs)."""
     parts = [Fraction(value).limit_denominator(100_000) for value in seconds]
     return float(reduce(lambda a, b: Fraction(lcm(a.numerator, b.numerator), gcd(a.denominator, b.denominator)), parts))
 
 
 def patch_ids(numbers: Tensor, height: int, width: int, ids_per_patch: Tensor | float = 1) -> Tensor:
-    """Ids ``[3, P * height * width]`` of temporal patches, each row after row.
+    """Position ids ``[3, P * height * width]`` (time, height, width) of temporal patches, row by row.
 
     Parameters
     ----------
     numbers : Tensor
-        int64 ``[P]``: which patches of the stream.
+        int64 ``[P]``: indices of the patches in the stream.
     height, width : int
-        Positions of a patch by side.
+        Tokens per patch along each side.
     ids_per_patch : Tensor or float
-        Time ids from a patch to the next; rounded down after the product.
+        Time ids per patch; the product with the index is rounded down.
     """
     time = (numbers * ids_per_patch).long().repeat_interleave(height * width)
     rows = torch.arange(height).repeat_interleave(width).repeat(len(numbers))

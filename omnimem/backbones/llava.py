@@ -1,7 +1,7 @@
-"""What the LLaVA family shares: a stream as frames of one size, one behind the other.
+"""Shared by the LLaVA family: stream encoder and backbone for frames of one fixed size.
 
-``[opening][frame][frame]…[question]``. Rotary ids count on like those of text; the second and third row say where in
-its frame a position is, which the decoder does not look at (selection may).
+``[prompt][frame][frame]…[question]``. The decoder uses 1-D RoPE: its position ids (first axis) count up like text. The
+second and third axis hold row and column of a token in its frame; only token selection may use them.
 """
 
 from __future__ import annotations
@@ -13,32 +13,34 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from omnimem.backbones.base import ChunkInputs
-from omnimem.backbones.layout import LayoutEncoder, Piece, patch_ids
-from omnimem.backbones.one_axis import OneAxisBackbone
+from omnimem.backbones.chunk_inputs import ChunkInputs
+from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_ids
+from omnimem.backbones.rope_1d import Rope1DBackbone
 from omnimem.errors import OmniMemError
 from omnimem.media import Chunk
 from omnimem.modality import VISUAL
 
 
-class FrameEncoder(LayoutEncoder):
+class LlavaStreamEncoder(LayoutEncoder):
     """Encoder of one stream; see `Backbone.stream_encoder` for the parameters."""
 
-    def __init__(self, backbone: Any, **asked: Any) -> None:
-        super().__init__(backbone, **asked)
+    backbone: LlavaBackbone
+
+    def __init__(self, backbone: LlavaBackbone, **options: Any) -> None:
+        super().__init__(backbone, **options)
         side = backbone.config.vision_config.image_size
         if self.max_pixels is not None and self.max_pixels < side**2:
             raise OmniMemError(
-                f"max_pixels={self.max_pixels}: {backbone.name} sees every frame at {side}×{side} ({side**2} pixels); "
-                "use fewer frames a second instead"
+                f"max_pixels={self.max_pixels}: {backbone.name} resizes every frame to {side}×{side} "
+                f"({side**2} pixels); lower fps instead"
             )
 
     def prefix(self) -> ChunkInputs:
-        """Start of the user's turn."""
-        return self.join([self.text(self.backbone.opening_ids)])
+        """Start of the user turn."""
+        return self.join([self.text(self.backbone.prompt_prefix_ids)])
 
     def closing(self) -> ChunkInputs:
-        """Nothing: the question follows the last frame."""
+        """No tokens: the question follows the last frame."""
         return self.join([])
 
     def encode(self, chunk: Chunk) -> ChunkInputs:
@@ -47,22 +49,22 @@ class FrameEncoder(LayoutEncoder):
         Parameters
         ----------
         chunk : Chunk
-            Frames uint8 ``[T, H, W, 3]`` of ``[t0, t1)``.
+            Frames uint8 ``[T, H, W, 3]`` of ``[t0, t1)`` seconds.
 
         Returns
         -------
         ChunkInputs
-            One row of T · N positions, N a frame.
+            Batch size 1, T · N tokens: N per frame.
 
         Raises
         ------
         OmniMemError
-            The chunk does not begin at a frame.
+            The chunk does not start at a multiple of the chunk alignment.
         """
         self.check_start(chunk)
         if len(chunk.frames) == 0:
             return self.empty_step()
-        # The stock processor resizes, and the tower sees, every frame by itself.
+        # Processor and vision tower treat frames independently, so encoding by chunks is exact.
         video = torch.from_numpy(chunk.frames).permute(0, 3, 1, 2)
         processor = self.backbone.processor.video_processor
         pixels = processor(videos=[video], do_sample_frames=False, return_tensors="pt")["pixel_values_videos"]
@@ -71,24 +73,18 @@ class FrameEncoder(LayoutEncoder):
         ids[0] = torch.arange(ids.shape[1]) + int(self.next_position_id)
         seconds = torch.from_numpy(chunk.frame_times).float().repeat_interleave(side**2)
         self.next_position_id += ids.shape[1]
-        return self.join([Piece(embeds, ids, VISUAL, seconds)])
+        return self.join([TokenSpan(embeds, ids, VISUAL, seconds)])
 
     def frame_embeds(self, pixels: Tensor) -> Tensor:
-        """Embeddings ``[T · N, C]`` of frames ``[1, T, 3, S, S]``."""
+        """Embeddings ``[T · N, C]`` of preprocessed frames ``[1, T, 3, S, S]``."""
         return self.backbone.model.get_video_features(pixels).pooler_output[0]
 
 
-class LlavaBackbone(OneAxisBackbone):
-    """Sees a stream frame by frame, all of them at the size of its tower; see `OneAxisBackbone` for the parameters.
+class LlavaBackbone(Rope1DBackbone):
+    """A model that encodes every frame at the fixed input size of its vision tower; see `Rope1DBackbone`.
 
-    The ids of frames soon use up the range a decoder was trained on; beyond it a stream warns.
-    ``selection.position_ids=compact`` keeps a stream of any length inside: positions that were evicted give their ids
-    back.
-
-    Attributes
-    ----------
-    encoder_class : type
-        Encoder of a stream.
+    Every token takes one position id, so long streams exceed the trained range and a warning is logged;
+    ``selection.position_ids=compact``, which reuses the ids of evicted tokens, keeps streams of any length in range.
     """
 
     projectors: ClassVar[dict[str, str]] = {"visual": "multi_modal_projector"}
@@ -97,31 +93,31 @@ class LlavaBackbone(OneAxisBackbone):
         "model.multi_modal_projector",
         "lm_head",
     )
-    encoder_class: ClassVar[type[FrameEncoder]] = FrameEncoder
+    encoder_class: ClassVar[type[LlavaStreamEncoder]] = LlavaStreamEncoder
 
     @property
     @abstractmethod
     def frame_side(self) -> int:
-        """Positions by side of a frame."""
+        """Tokens per frame along each side."""
 
     def tokens_per_chunk(
         self,
         *,
-        frame: tuple[int, int] | None,
-        sound: bool,
+        frame_size: tuple[int, int] | None,
+        audio: bool,
         fps: float,
         seconds: float,
         chunk_seconds: float,
         max_pixels: int | None = None,
     ) -> list[tuple[int, int]]:
-        """As many positions a frame, whatever its size."""
-        per_frame = 0 if frame is None else self.frame_side**2
+        """The same number of tokens for every frame; see `Backbone.tokens_per_chunk`."""
+        per_frame = 0 if frame_size is None else self.frame_side**2
         starts = [number * chunk_seconds for number in range(math.ceil(seconds / chunk_seconds))]
         return [(math.ceil(min(chunk_seconds, seconds - start) * fps) * per_frame, 0) for start in starts]
 
 
 def hub_name(name: str) -> str:
-    """Key of a weight in the published checkpoints."""
+    """Key of a weight in the published checkpoints, from its name in the transformers model."""
     name = name.replace("model.language_model.", "language_model.model.", 1)
     name = name.replace("lm_head.", "language_model.lm_head.", 1)
     return name.removeprefix("model.").replace("vision_tower.", "vision_tower.vision_model.", 1)

@@ -1,10 +1,9 @@
-"""Log-mel features of a sound stream, block by block, equal to those of the whole clip.
+"""Streaming log-mel features, equal to those that Whisper's feature extractor computes from the whole clip.
 
-The stock extractor sees a whole clip: reflected at the start, zeros behind the end (reflected there too where the
-processor does not pad), and a floor 8 decades below the *loudest* point of the clip. A stream does not know its loudest
-point. `floor="running"` uses the loudest point of the blocks so far, so a stream is encoded the same way however it is
-cut into chunks, in training and at inference; a number fixes it (the clip's own maximum gives exactly the stock
-features).
+The extractor pads the clip by reflection at the start, with zeros at the end (by reflection where the processor does
+not pad to full length), and clamps values 8 decades below the *maximum* of the clip. A stream does not know its
+maximum. `floor="running"` uses the maximum so far, block by block, so the features do not depend on the chunk length; a
+number fixes it, and the true maximum of the clip gives exactly the features of the extractor.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ class MelStream:
     Parameters
     ----------
     extractor : WhisperFeatureExtractor
-        Gives filters, window and hop of the checkpoint.
+        Extractor of the checkpoint: filters, window length and hop.
     block_frames : int
-        Frames that share one running maximum and one fixed-size computation (the encoder's block).
+        Frames per block: frames of a block are computed together and share the running maximum.
     floor : "running" or float
-        Reference of the floor: loudest log10 power so far, or this number.
+        Reference of the clamp: the maximum log10 power so far, or this number.
     reflect_end : bool
-        Whether the processor leaves clips at their length: reflected at the end too, and a started hop makes no frame.
+        Set for processors that do not pad clips: pad by reflection at the end, drop the frame of an incomplete hop.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class MelStream:
         self.window = torch.hann_window(extractor.n_fft)
         self.n_fft, self.hop = extractor.n_fft, extractor.hop_length
         self.block_frames = block_frames
-        self.loudest = -torch.inf if floor == "running" else float(floor)
+        self.maximum = -torch.inf if floor == "running" else float(floor)
         self.running = floor == "running"
         self.reflect_end = reflect_end
 
@@ -56,12 +55,12 @@ class MelStream:
         Parameters
         ----------
         chunk : Chunk
-            16 kHz mono sound with the neighbouring samples that the analysis windows reach into.
+            16 kHz mono audio and the neighbouring samples that the analysis windows cover.
 
         Returns
         -------
         Tensor
-            float32 ``[mel bins, F]``, one frame for each started (with `reflect_end`: whole) hop of 160 samples.
+            float32 ``[mel bins, F]``, one frame per started (with `reflect_end`: complete) hop of 160 samples.
         """
         assert chunk.audio is not None
         samples = len(chunk.audio)
@@ -73,16 +72,16 @@ class MelStream:
         return torch.cat(blocks, dim=1)
 
     def _with_context(self, chunk: Chunk, count: int) -> Tensor:
-        """The chunk's samples with half a window on either side of the first and last frame's centre."""
+        """Samples of the chunk with half a window before the first and after the last frame centre."""
         half = self.n_fft // 2
         audio = torch.from_numpy(np.ascontiguousarray(chunk.audio))
         before = torch.from_numpy(np.ascontiguousarray(chunk.audio_before[-half:]))
         after = torch.from_numpy(np.ascontiguousarray(chunk.audio_after))
         if chunk.t0 == 0:
-            # torch.stft(center=True) reflects the start of the clip; a clip shorter than that is zero-padded first,
-            # as the stock extractor does by padding to its full length.
-            ahead = F.pad(torch.cat((audio, after)), (0, half + 1))
-            before = ahead[1 : half + 1].flip(0)
+            # torch.stft(center=True) reflects the start of the clip. A clip shorter than the reflection is zero-padded
+            # first, as the extractor does by padding to full length.
+            start = F.pad(torch.cat((audio, after)), (0, half + 1))
+            before = start[1 : half + 1].flip(0)
         signal = torch.cat((F.pad(before, (half - len(before), 0)), audio, after))
         if self.reflect_end and len(after) < half:
             signal = torch.cat((signal, signal[-half - 1 : -1].flip(0)))
@@ -90,10 +89,10 @@ class MelStream:
         return F.pad(signal, (0, max(0, needed - len(signal))))[:needed]
 
     def _block(self, signal: Tensor, start: int, stop: int) -> Tensor:
-        """Frames `start` to `stop`; always the same shapes for whole blocks, so results do not depend on chunking."""
-        piece = signal[start * self.hop : (stop - 1) * self.hop + self.n_fft]
-        spectrum = torch.stft(piece, self.n_fft, self.hop, window=self.window, center=False, return_complex=True)
+        """Frames `start` to `stop`; full blocks always have the same shape, so results do not depend on chunking."""
+        samples = signal[start * self.hop : (stop - 1) * self.hop + self.n_fft]
+        spectrum = torch.stft(samples, self.n_fft, self.hop, window=self.window, center=False, return_complex=True)
         log_mel = (self.filters @ spectrum.abs().square()).clamp_min(1e-10).log10()
         if self.running:
-            self.loudest = max(self.loudest, log_mel.max().item())
-        return (log_mel.clamp_min(self.loudest - 8.0) + 4.0) / 4.0
+            self.maximum = max(self.maximum, log_mel.max().item())
+        return (log_mel.clamp_min(self.maximum - 8.0) + 4.0) / 4.0

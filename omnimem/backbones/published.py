@@ -1,6 +1,6 @@
-"""Sizes of the published models, so that a plan can be computed where their files cannot be reached.
+"""Built-in configurations of published models, to plan memory when their files are not available.
 
-Only shapes: text is counted with the tiny stand-in's tokenizer, which makes questions and answers a little longer.
+Shapes only: the tokenizer is that of the tiny model, which needs somewhat more tokens for questions and answers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from omnimem.backbones.checkpoint import load_processor, quiet_stock
+from omnimem.backbones.checkpoint import load_processor, quiet_transformers
 
 QWEN2_5_VISION = {
     "depth": 32,
@@ -132,18 +132,18 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Backbone and configuration by hub id; where it differs from the configuration class's own defaults."""
+"""Hub id → (backbone, arguments of its configuration class that differ from the defaults)."""
 
 VIDEO_PROCESSORS = {"video_llama_3": {"size": {"shortest_edge": 16 * 28**2, "longest_edge": 16_384 * 28**2}}}
-"""Published settings of a video processor by backbone; where they differ from the processor class's own defaults."""
+"""Backbone → arguments of its video processor class that differ from the defaults."""
 
 
-def shapes(path: str, cls: Any, dtype: torch.dtype) -> Any:
-    """A backbone of class `cls` with the shapes of a published model (``meta`` device) and a stand-in's tokenizer."""
+def build_on_meta(path: str, cls: Any, dtype: torch.dtype) -> Any:
+    """Backbone of class `cls` for a published model, on the ``meta`` device, with the tokenizer of the tiny model."""
     name, parameters = PUBLISHED[path]
     with tempfile.TemporaryDirectory() as folder:
         processor = load_processor(cls.processor_class, cls.build_tiny(Path(folder) / "tiny"))
     processor.video_processor = type(processor.video_processor)(**VIDEO_PROCESSORS.get(name, {}))
-    with quiet_stock(), torch.device("meta"):
+    with quiet_transformers(), torch.device("meta"):
         model = cls.model_class(cls.model_class.config_class(**parameters)).to(dtype).eval()
     return cls(model, processor, path)

@@ -1,4 +1,4 @@
-"""What the Qwen audio-visual models and their descendants share: ChatML, frame sizes, module names."""
+"""Shared by all backbones built on Qwen-VL parts: loading, ChatML prompts, frame sizes, module names."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from omnimem.backbones.audio_encoder import AudioEncoder
 from omnimem.backbones.base import Backbone
-from omnimem.backbones.checkpoint import load_processor, load_stock
-from omnimem.backbones.ear import Ear
-from omnimem.backbones.layout import LayoutEncoder, common_multiple, group_size
+from omnimem.backbones.checkpoint import load_pretrained, load_processor
+from omnimem.backbones.layout import LayoutEncoder, common_multiple, patches_per_timestamp
 from omnimem.backbones.vision import PixelLimits
 from omnimem.memory import attach
 
 ANSWER_END = "<|im_end|>"
-"""Token that ends a turn."""
+"""Token that ends a turn (ChatML)."""
 
 
 class QwenBackbone(Backbone):
-    """A model that speaks ChatML and sees through a Qwen vision tower.
+    """A model with ChatML prompts and a vision tower that encodes temporal patches.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Loaded stock model.
+        Loaded transformers model; its decoder is prepared for `CompressedCache`.
     processor : ProcessorMixin
         Its processor.
     model_id : str
-        Where it came from.
+        Folder or hub id it was loaded from.
 
     Attributes
     ----------
     encoder_class : type
-        Layout of its streams.
+        Stream encoder.
     system_prompt : str or None
-        What the model was trained to find before the user's turn.
+        Text of the system turn, if the model was trained with one.
     frame_tokens : tuple of int
-        Fewest and most positions of a resized frame by default (before two frames become one temporal patch).
+        Default minimum and maximum number of tokens per resized frame.
     """
 
     model_class: ClassVar[Any]
@@ -58,14 +58,14 @@ class QwenBackbone(Backbone):
     def load(
         cls, path: str | Path, dtype: torch.dtype, device: torch.device | str, load_in_4bit: bool = False
     ) -> QwenBackbone:
-        """Load a checkpoint folder or hub id; every weight must be there (see `load_stock`)."""
+        """Load a checkpoint from a folder or the hub (see `load_pretrained`)."""
         quantized = cls.skip_quantization_modules if load_in_4bit else None
-        model = load_stock(cls.model_class, path, dtype, device, quantized)
+        model = load_pretrained(cls.model_class, path, dtype, device, quantized)
         return cls(model, load_processor(cls.processor_class, path), str(path))
 
     @property
     def language_model(self) -> Any:
-        """The stock text decoder."""
+        """Text decoder of the model."""
         return self.model.model.language_model
 
     @property
@@ -76,8 +76,8 @@ class QwenBackbone(Backbone):
     def stream_encoder(
         self,
         *,
-        picture: bool,
-        sound: bool,
+        video: bool,
+        audio: bool,
         fps: float,
         duration: float | None = None,
         time_scale: float | str = "auto",
@@ -86,11 +86,11 @@ class QwenBackbone(Backbone):
         timestamps: int | None = None,
         **more: Any,
     ) -> LayoutEncoder:
-        """Begin a stream in the model's layout; see `Backbone.stream_encoder`, and `encoder_class` for `more`."""
+        """Create the encoder of one stream; see `Backbone.stream_encoder`, and `encoder_class` for `more`."""
         return self.encoder_class(
             self,
-            picture=picture,
-            sound=sound,
+            video=video,
+            audio=audio,
             fps=fps,
             duration=duration,
             time_scale=time_scale,
@@ -100,12 +100,12 @@ class QwenBackbone(Backbone):
             **more,
         )
 
-    def ear(self) -> Ear | None:
-        """What makes embeddings of sound, in layouts that take any (see `Ear`)."""
+    def audio_encoder(self) -> AudioEncoder | None:
+        """Separate audio encoder of models that have one (video-SALMONN 2+)."""
         return None
 
     def pixel_limits(self, max_pixels: int | None = None) -> PixelLimits:
-        """Limits of a resized frame: the model's own, never above what its video processor or the caller allows."""
+        """Limits of a resized frame: the model's, lowered to those of the video processor and to `max_pixels`."""
         processor = self.processor.video_processor
         factor = processor.patch_size * processor.merge_size
         least, most = (tokens * factor**2 for tokens in self.frame_tokens)
@@ -114,74 +114,74 @@ class QwenBackbone(Backbone):
 
     @property
     def temporal_patch(self) -> int:
-        """Frames of a temporal patch."""
+        """Frames per temporal patch."""
         return self.config.vision_config.temporal_patch_size
 
     def tokens_per_chunk(
         self,
         *,
-        frame: tuple[int, int] | None,
-        sound: bool,
+        frame_size: tuple[int, int] | None,
+        audio: bool,
         fps: float,
         seconds: float,
         chunk_seconds: float,
         max_pixels: int | None = None,
     ) -> list[tuple[int, int]]:
-        """Temporal patches times positions of a resized frame, and what `audio_positions` says."""
-        per_patch = 0 if frame is None else self.pixel_limits(max_pixels).tokens(*frame)
+        """Temporal patches times tokens per resized frame, and `audio_tokens`; see `Backbone.tokens_per_chunk`."""
+        per_patch = 0 if frame_size is None else self.pixel_limits(max_pixels).tokens(*frame_size)
         chunks = []
         for number in range(math.ceil(seconds / chunk_seconds)):
             length = min(chunk_seconds, seconds - number * chunk_seconds)
             patches = math.ceil(math.ceil(length * fps) / self.temporal_patch)
-            chunks.append((patches * per_patch, self.audio_positions(length) if sound and self.supports_audio else 0))
+            chunks.append((patches * per_patch, self.audio_tokens(length) if audio and self.supports_audio else 0))
         return chunks
 
     def text_tokens(self, fps: float, seconds: float, timestamps: int | None) -> int:
-        """The times between the pictures of models that write them, and the tokens around each group of pictures."""
-        if not self.frame_anchored:
+        """Timestamps, and start and end token of each group of patches, for models that write timestamps."""
+        if not self.spatial_ids_advance:
             return 0
         patches = math.ceil(math.ceil(seconds * fps) / self.temporal_patch)
-        groups = math.ceil(patches / group_size(patches, timestamps))
+        groups = math.ceil(patches / patches_per_timestamp(patches, timestamps))
         return groups * (self.text_ids(f"<{seconds:.1f} seconds>").shape[1] + 2)
 
-    def audio_positions(self, seconds: float) -> int:
-        """Positions that so much sound becomes."""
-        raise NotImplementedError(f"{self.name} takes no sound")
+    def audio_tokens(self, seconds: float) -> int:
+        """Number of audio tokens for `seconds` of audio."""
+        raise NotImplementedError(f"{self.name} does not support audio")
 
     @property
-    def opening(self) -> str:
-        """Text before the media: system turn, where the model has one, and the start of the user's."""
+    def prompt_prefix(self) -> str:
+        """Text before the media: the system turn, if any, and the start of the user turn."""
         system = "" if self.system_prompt is None else f"<|im_start|>system\n{self.system_prompt}{ANSWER_END}\n"
         return f"{system}<|im_start|>user\n"
 
     def question_turn(self, question: str) -> str:
-        """Text after the media: the question and the start of the assistant's turn."""
+        """Text after the media: the question and the start of the assistant turn."""
         return f"{question}{ANSWER_END}\n<|im_start|>assistant\n"
 
     def question_ids(self, question: str) -> Tensor:
-        """ChatML: the question, end of the user's turn, start of the assistant's."""
+        """Token ids of `question_turn`, int64 ``[1, Q]``."""
         return self.text_ids(self.question_turn(question))
 
     def answer_ids(self, answer: str) -> Tensor:
-        """The answer and ``<|im_end|>``."""
+        """Token ids of the answer and ``<|im_end|>``, int64 ``[1, A]``."""
         return self.text_ids(answer + ANSWER_END)
 
     @property
     def vision_start(self) -> int:
-        """Id of the token before pictures."""
+        """Id of the token that starts video."""
         return self.config.vision_start_token_id
 
     @property
     def vision_end(self) -> int:
-        """Id of the token behind them."""
+        """Id of the token that ends video."""
         return self.config.vision_end_token_id
 
-    def chunk_alignment(self, fps: float, sound: bool = True) -> float:
+    def chunk_alignment(self, fps: float, audio: bool = True) -> float:
         """Whole temporal patches."""
         return common_multiple(self.temporal_patch / fps)
 
     def token_id(self, name: str) -> int:
-        """Id of a special token by its spelling."""
+        """Id of a special token, such as ``<|im_end|>``."""
         return self.tokenizer.convert_tokens_to_ids(name)
 
     @property
@@ -191,9 +191,9 @@ class QwenBackbone(Backbone):
         return sorted(set(known) - {None})
 
     def set_rope_deltas(self, deltas: Tensor) -> None:
-        """State on the stock model, which a second video would inherit: set before every generation."""
+        """Set before every generation: the model keeps the value of the previous one otherwise."""
         self.model.model.rope_deltas = deltas
 
-    def lora_targets(self, names: Sequence[str]) -> str:
-        """Projections of the decoder layers; the encoders have modules of the same names."""
+    def lora_target_regex(self, names: Sequence[str]) -> str:
+        """Projections of the decoder layers; bare names would also match modules of the encoders."""
         return rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(names)})"

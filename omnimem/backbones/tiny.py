@@ -1,4 +1,4 @@
-"""What the tiny offline stand-ins share: a tokenizer built in place, a chat template, the way to the disk."""
+"""Shared by the tiny random models: tokenizer, chat template, writing a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from omnimem.backbones.checkpoint import quiet_stock
+from omnimem.backbones.checkpoint import quiet_transformers
 from omnimem.files import atomic_directory, atomic_write_json
 
 CORPUS = [
@@ -21,7 +21,7 @@ CORPUS = [
     "The astronaut drops a hammer and a feather on the Moon. A red flower opens. A toy rabbit on a table.",
     "A telescope mirror in a clean room. A timecode is running. Music is playing. There is silence.",
 ]
-"""What the byte-pair merges are learnt from; any text can be encoded all the same (byte level)."""
+"""Training text of the byte-pair merges; the byte-level tokenizer can encode any other text too."""
 
 VISION_TOKENS = {
     "eos_token": "<|im_end|>",
@@ -32,11 +32,11 @@ VISION_TOKENS = {
     "vision_start_token": "<|vision_start|>",
     "vision_end_token": "<|vision_end|>",
 }
-"""Names and spellings as in the published tokenizers of the vision-language models."""
+"""Special tokens as in the published tokenizers of the vision-language models."""
 
 
 def tiny_tokenizer(special: Mapping[str, str], *texts: str) -> PreTrainedTokenizerFast:
-    """Byte-level byte-pair tokenizer of about 500 entries, built in place from `texts` and `CORPUS`."""
+    """Byte-level BPE tokenizer of about 500 entries, trained on `texts` and `CORPUS`, with `special` tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -47,17 +47,17 @@ def tiny_tokenizer(special: Mapping[str, str], *texts: str) -> PreTrainedTokeniz
         show_progress=False,
     )
     tokenizer.train_from_iterator([*texts, *CORPUS], trainer)
-    named = dict(special)
+    extra = dict(special)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token=named.pop("eos_token"),
-        pad_token=named.pop("pad_token"),
-        extra_special_tokens=named,
+        eos_token=extra.pop("eos_token"),
+        pad_token=extra.pop("pad_token"),
+        extra_special_tokens=extra,
     )
 
 
 def chat_template(video: str, audio: str, image: str) -> str:
-    """ChatML with these placeholders for media."""
+    """ChatML template with these placeholders for media."""
     return (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n"
         "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
@@ -87,15 +87,15 @@ def write_tiny(
     make : callable
         Builds the model.
     processor : object with ``save_pretrained``, or several
-        Saved beside it.
+        Saved in the same folder.
     config : PreTrainedConfig or dict, optional
-        Of the published checkpoint, where that is not the model's own; a dict is written as it is.
+        Content of ``config.json``, if it is not the configuration of the model; a dict is written unchanged.
     hub_name : callable
-        Key of a weight in the published checkpoint.
+        Maps the name of a weight to its key in the published checkpoint.
     hub_parts : callable
-        What the published checkpoint holds instead of a weight, before it is named.
+        Splits a weight into the weights of the published checkpoint, before `hub_name`.
     """
-    with quiet_stock():
+    with quiet_transformers():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = make().eval()
@@ -104,8 +104,8 @@ def write_tiny(
                 atomic_write_json(folder / "config.json", config)
             else:
                 (config or model.config).save_pretrained(folder)
-            for one in processor if isinstance(processor, tuple) else (processor,):
-                one.save_pretrained(folder)
+            for part in processor if isinstance(processor, tuple) else (processor,):
+                part.save_pretrained(folder)
             tied = set(getattr(model, "all_tied_weights_keys", None) or ())
             weights = {
                 hub_name(name): part.contiguous()
@@ -118,6 +118,6 @@ def write_tiny(
 
 
 def mrope_section(head_dim: int) -> list[int]:
-    """Frequencies for time, height and width: a quarter for time, as in the published models."""
+    """Number of M-RoPE frequencies for time, height and width: a quarter for time, as in the published models."""
     time = head_dim // 8
     return [time, (head_dim // 2 - time) // 2, (head_dim // 2 - time) // 2]

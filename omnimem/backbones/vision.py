@@ -1,7 +1,7 @@
-"""Pictures of a chunk as decoder inputs, on the stock processor and vision tower.
+"""Frames of a chunk to decoder inputs, with the video processor and vision tower of transformers.
 
-Every frame is resized by itself and the towers never look beyond a temporal patch, so a chunk gives what the whole clip
-would, and no more than a chunk is ever in memory as pixels or embeddings.
+Frames are resized independently and the vision towers attend within one temporal patch, so encoding chunk by chunk
+equals encoding the whole clip, and only the pixels and embeddings of one chunk are in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 @dataclass(frozen=True)
 class PixelLimits:
-    """Fewest and most pixels of a resized frame, and what its sides are multiples of."""
+    """Minimum and maximum number of pixels of a resized frame; both sides are multiples of `factor`."""
 
     least: int
     most: int
@@ -27,22 +27,22 @@ class PixelLimits:
 
     @property
     def size(self) -> dict[str, int]:
-        """The same in the words of the stock processor of single frames."""
+        """The limits as `size` of transformers' image processors."""
         return {"shortest_edge": self.least, "longest_edge": self.most}
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Sides of a frame after the resize."""
+        """Height and width of a frame after resizing."""
         return smart_resize(height, width, self.factor, self.least, self.most)
 
     def tokens(self, height: int, width: int) -> int:
-        """Positions of a temporal patch of such frames."""
+        """Tokens per temporal patch for frames of this size."""
         resized_height, resized_width = self.resized(height, width)
         return (resized_height // self.factor) * (resized_width // self.factor)
 
 
 @dataclass(frozen=True)
-class Patches:
-    """Temporal patches of a chunk.
+class FramePatches:
+    """Encoded temporal patches of a chunk: P patches of N tokens.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class Patches:
     deepstack : Tensor or None
         ``[L, P, N, C]``, see `ChunkInputs`.
     height, width : int
-        Positions of a patch by side; N is their product.
+        Tokens per patch along each side; N is their product.
     """
 
     embeds: Tensor
@@ -63,18 +63,18 @@ class Patches:
         return len(self.embeds)
 
 
-def encode_frames(backbone: Any, frames: np.ndarray, limits: PixelLimits) -> Patches:
-    """Encode frames uint8 ``[T, H, W, 3]``; an odd last one is repeated, as the stock processor does."""
+def encode_frames(backbone: Any, frames: np.ndarray, limits: PixelLimits) -> FramePatches:
+    """Encode frames uint8 ``[T, H, W, 3]``; the processor repeats the last frame to fill a temporal patch."""
     pixels, grid = patchify(backbone.processor.video_processor, frames, limits)
     grid = grid.to(backbone.device)
     features = backbone.model.get_video_features(pixels.to(backbone.device), grid)
     count, height, width = grid[0].tolist()
     merge = backbone.processor.video_processor.merge_size
     height, width = height // merge, width // merge
-    # One tuple entry a video, of which there is one; some models leave them uncut.
-    deepstack = [_whole(layer) for layer in getattr(features, "deepstack_features", None) or ()]
-    return Patches(
-        embeds=_whole(features.pooler_output).view(count, height * width, -1),
+    # Some models return one tensor per video (there is one video), others a single tensor.
+    deepstack = [_as_tensor(layer) for layer in getattr(features, "deepstack_features", None) or ()]
+    return FramePatches(
+        embeds=_as_tensor(features.pooler_output).view(count, height * width, -1),
         deepstack=torch.stack(deepstack).view(len(deepstack), count, height * width, -1) if deepstack else None,
         height=height,
         width=width,
@@ -82,9 +82,10 @@ def encode_frames(backbone: Any, frames: np.ndarray, limits: PixelLimits) -> Pat
 
 
 def patchify(processor: BaseVideoProcessor, frames: np.ndarray, limits: PixelLimits) -> tuple[Tensor, Tensor]:
-    """Pixels ``[P * h * w, D]`` and grid ``[1, 3]`` of frames, each resized by itself.
+    """Pixels ``[P * h * w, D]`` and grid ``[1, 3]`` of frames uint8 ``[T, H, W, 3]``, each resized independently.
 
-    The stock resize of some models divides a budget of pixels by the number of frames, which a stream does not know.
+    Some video processors divide a pixel budget by the number of frames, which a stream does not know; the resize here
+    is done before, so that they do not.
     """
     video = torch.from_numpy(frames).permute(0, 3, 1, 2)
     height, width = limits.resized(*video.shape[-2:])
@@ -100,5 +101,5 @@ def patchify(processor: BaseVideoProcessor, frames: np.ndarray, limits: PixelLim
     return processed["pixel_values_videos"], processed["video_grid_thw"]
 
 
-def _whole(features: Any) -> Tensor:
+def _as_tensor(features: Any) -> Tensor:
     return features if isinstance(features, Tensor) else torch.cat(list(features))

@@ -89,7 +89,7 @@ class CompressedCache(Cache):
         self.profile = profile
         self.method = method
         self.gradient = gradient
-        self.frame_anchored = False
+        self.spatial_ids_advance = False
         self._start()
 
     def _start(self) -> None:
@@ -127,7 +127,7 @@ class CompressedCache(Cache):
         """
         if self._compact_ids is None:
             return position_ids, next_position_id
-        self._compact_ids.anchored = self.frame_anchored
+        self._compact_ids.spatial_ids_advance = self.spatial_ids_advance
         return self._compact_ids.assign(position_ids, modality, valid, next_position_id, text)
 
     def begin(

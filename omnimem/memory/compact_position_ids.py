@@ -28,12 +28,12 @@ class CompactPositionIds:
 
     Attributes
     ----------
-    anchored : bool
+    spatial_ids_advance : bool
         Whether height and width ids of frames count from the current position of the stream.
     """
 
     def __init__(self) -> None:
-        self.anchored = False
+        self.spatial_ids_advance = False
         self.start: Tensor | None = None
         self.next: Tensor | None = None
         self.shift: Tensor | None = None
@@ -70,7 +70,7 @@ class CompactPositionIds:
         if self.shift is None:
             self.shift = self.next - first
         moved = position_ids + self.shift[None, :, None]
-        if not self.anchored:
+        if not self.spatial_ids_advance:
             moved[1:] = torch.where(modality == VISUAL, position_ids[1:], moved[1:])
         return moved, next_position_id + self.shift
 
@@ -86,9 +86,15 @@ class CompactPositionIds:
             media = layer.valid & (time >= start[:, None])
             is_frame = media & (layer.modality == VISUAL)
             # Height and width ids that move with the time ids occupy ids that no other token may have.
-            occupied = torch.where(is_frame, torch.maximum(time, height_width), time) if self.anchored else time
+            occupied = (
+                torch.where(is_frame, torch.maximum(time, height_width), time) if self.spatial_ids_advance else time
+            )
             ids, end = _without_gaps(time, occupied, media, start)
-            beside = end if self.anchored else torch.maximum(end, height_width.masked_fill(~is_frame, -1).amax(1) + 1)
+            beside = (
+                end
+                if self.spatial_ids_advance
+                else torch.maximum(end, height_width.masked_fill(~is_frame, -1).amax(1) + 1)
+            )
             following = torch.maximum(following, beside.view(batch, -1).amax(1))
             closed.append((media, ids, end))
         self.next, self.shift = following, None
@@ -100,7 +106,7 @@ class CompactPositionIds:
     def _moved(self, metadata: TokenMetadata, media: Tensor, time: Tensor) -> TokenMetadata:
         position_ids = time[..., None].expand_as(metadata.position_ids).clone()
         height_width = metadata.position_ids[..., 1:]
-        if self.anchored:
+        if self.spatial_ids_advance:
             height_width = height_width + (time - metadata.position_ids[..., 0])[..., None]
         position_ids[..., 1:] = torch.where(
             (metadata.modality == VISUAL)[..., None], height_width, position_ids[..., 1:]

@@ -33,7 +33,7 @@ def whole_clip(path: Path, fps: float, **options) -> tuple[np.ndarray, np.ndarra
 
 
 def stock_inputs(backbone: Backbone, frames: np.ndarray, audio: np.ndarray | None, fps: float) -> dict:
-    text = backbone.opening + "<|vision_bos|><|VIDEO|><|vision_eos|>" + backbone.question_turn(QUESTION)
+    text = backbone.prompt_prefix + "<|vision_bos|><|VIDEO|><|vision_eos|>" + backbone.question_turn(QUESTION)
     sound = {}
     if audio is not None:
         sound = {
@@ -94,8 +94,8 @@ def streamed_logits(backbone: Backbone, path: Path, fps: float, chunk_seconds: f
     stream = Stream(backbone, cache)
     reader = open_media(path, fps=fps, chunk_seconds=chunk_seconds, **options)
     encoder = backbone.stream_encoder(
-        picture=reader.info.has_video,
-        sound=reader.info.has_audio and options.get("audio", True),
+        video=reader.info.has_video,
+        audio=reader.info.has_audio and options.get("audio", True),
         fps=fps,
         duration=reader.info.duration,
         mel_floor=floor,

@@ -149,7 +149,7 @@ def test_a_question_before_the_first_frame(tiny_of, name):
     backbone = load_backbone(tiny_of(name), dtype="float32", device="cpu")
     profile = BudgetProfile.uniform(backbone.config, 24, 5.0 if backbone.supports_audio else float("inf"))
     stream = Stream(backbone, CompressedCache(profile, build_selection("omnimem")))
-    encoder = backbone.stream_encoder(picture=True, sound=False, fps=1.0)
+    encoder = backbone.stream_encoder(video=True, audio=False, fps=1.0)
     tape = ChunkwiseBPTT(stream, Store(), lockstep=True)
     tape.forward(encoder.prefix())
     assert len(encoder.closing()) == 0

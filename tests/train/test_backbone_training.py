@@ -153,7 +153,7 @@ def test_padding_of_an_ended_stream_has_no_deepstack(tiny_of):
         modality=torch.full((1, 2), VISUAL, dtype=torch.int8), time=torch.zeros(1, 2),
         next_position_id=torch.tensor([2]), deepstack=torch.ones(3, 1, 2, 64),
     )  # fmt: skip
-    encoder = backbone.stream_encoder(picture=True, sound=False, fps=1.0)
+    encoder = backbone.stream_encoder(video=True, audio=False, fps=1.0)
     batch = ChunkInputs.batch([encoder.empty_step(), brings])
     assert batch.deepstack is not None and batch.deepstack.shape == (3, 2, 2, 64)
     assert batch.deepstack[:, 0].eq(0).all() and batch.deepstack[:, 1].eq(1).all()

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video (video without sound)."""
+"""LLaVA-NeXT-Video (video only)."""
 
 from omnimem.backbones.llava_next_video.backbone import LlavaNextVideo as BACKBONE
 

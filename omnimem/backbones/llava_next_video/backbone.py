@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video on stock transformers classes: video without sound, a Llama, Mistral or Yi decoder."""
+"""LLaVA-NeXT-Video with the model class of transformers: video only, a Llama, Mistral or Yi decoder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from omnimem.backbones.llava_next_video.tiny import build_tiny
 
 
 class LlavaNextVideo(LlavaBackbone):
-    """Frames of 144 ids: at one a second the 4,096 of the 7B last 28 s.
+    """144 tokens per frame: at 1 fps the 4,096 trained position ids of the 7B model last 28 s.
 
-    The turns are Vicuna's (``USER: … ASSISTANT:``), Mistral's (7B-32K) or ChatML (34B), as the checkpoint's template
-    says.
+    The chat template of the checkpoint decides the prompt format: Vicuna (``USER: … ASSISTANT:``), Mistral (7B-32K) or
+    ChatML (34B).
     """
 
     name = "llava_next_video"
@@ -23,6 +23,6 @@ class LlavaNextVideo(LlavaBackbone):
 
     @property
     def frame_side(self) -> int:
-        """Positions by side of a frame: the tower's grid pooled (24 become 12)."""
+        """Tokens per frame along each side: the patch grid of the vision tower, pooled (24 to 12)."""
         vision = self.config.vision_config
         return vision.image_size // vision.patch_size // self.config.spatial_pool_stride

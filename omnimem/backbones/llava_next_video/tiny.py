@@ -1,4 +1,4 @@
-"""A tiny offline LLaVA-NeXT-Video, saved in the hub's layout (``language_model.*``, ``vision_tower.*``…)."""
+"""A tiny random LLaVA-NeXT-Video with the key names of the published checkpoints (``language_model.*``…)."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ CHAT_TEMPLATE = (
     "{% for part in message.content if part.type == 'text' %}{{ part.text + ' ' }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-"""Writes what the published one of the 7B writes: Vicuna's turns, pictures before text."""
+"""Produces the same prompts as the template of the published 7B: Vicuna format, media before text."""
 
 SIDE, PATCH = 84, 14
-"""Six patches by side, pooled to three."""
+"""Frame size and patch size in pixels: 6×6 patches, pooled to 3×3."""
 
 
 def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 64) -> Path:
-    """Write a tiny random checkpoint in the hub's layout; returns the folder (an existing one is replaced)."""
+    """Write a tiny random checkpoint to `path`, replacing an existing folder; returns `path`."""
     tokenizer = llama_tokenizer()
     size, crop = {"shortest_edge": SIDE}, {"height": SIDE, "width": SIDE}
     pinpoints = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
@@ -57,7 +57,7 @@ def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 6
             "num_key_value_heads": 4,
             "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
-            # The published 0.02 fits width 4096; at width 64 the same signal needs 1/sqrt(64).
+            # Published: 0.02 at width 4096. Width 64 needs 1/sqrt(64) for activations of similar size.
             "initializer_range": hidden**-0.5,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
@@ -81,17 +81,17 @@ def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 6
 
 
 def llama_tokenizer() -> LlamaTokenizer:
-    """Byte-pair tokenizer of about 500 entries, as Llama 2 has one: ``▁`` is a space, bytes spell what is unknown."""
+    """Byte-pair tokenizer of about 500 entries like that of Llama 2: ``▁`` for spaces, byte fallback."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    # Words begin with their space, and no merge goes over one.
+    # A word starts with its space; merges do not cross words.
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=first, show_progress=False)
+    special_tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special_tokens, show_progress=False)
     tokenizer.train_from_iterator(["USER: ASSISTANT:", *CORPUS], trainer)
-    learnt = json.loads(tokenizer.to_str())["model"]
+    trained = json.loads(tokenizer.to_str())["model"]
     return LlamaTokenizer(
-        vocab=learnt["vocab"],
-        merges=[tuple(merge) for merge in learnt["merges"]],
+        vocab=trained["vocab"],
+        merges=[tuple(merge) for merge in trained["merges"]],
         pad_token="<pad>",
         add_bos_token=True,
         extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision (video without sound)."""
+"""LLaVA-OneVision (video only)."""
 
 from omnimem.backbones.llava_onevision.backbone import LlavaOnevision as BACKBONE
 

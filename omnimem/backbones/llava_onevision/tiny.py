@@ -1,4 +1,4 @@
-"""A tiny offline LLaVA-OneVision, saved in the hub's layout (``language_model.*``, ``vision_tower.*``…)."""
+"""A tiny random LLaVA-OneVision with the key names of the published checkpoints (``language_model.*``…)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPECIAL_TOKENS = {
     "image_token": "<image>",
     "video_token": "<video>",
 }
-"""Names and spellings as in the published tokenizer."""
+"""Special tokens as in the published tokenizer."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role + ' ' }}"
@@ -32,14 +32,14 @@ CHAT_TEMPLATE = (
     "{% for part in message.content if part.type == 'text' %}{{ '\n' + part.text }}{% endfor %}{% endif %}"
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Writes what the published one writes: pictures before text, a line feed before each text, none between turns."""
+"""Produces the same prompts as the published template: media first, a line feed before text, none between turns."""
 
 SIDE, PATCH = 70, 14
-"""Five patches by side become three, so that halving rounds up as 27 becomes 14 in the published model."""
+"""Frame size and patch size in pixels: 5×5 patches become 3×3, rounded up like 27 to 14 in the published model."""
 
 
 def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 64) -> Path:
-    """Write a tiny random checkpoint in the hub's layout; returns the folder (an existing one is replaced)."""
+    """Write a tiny random checkpoint to `path`, replacing an existing folder; returns `path`."""
     tokenizer = tiny_tokenizer(SPECIAL_TOKENS)
     size = {"height": SIDE, "width": SIDE}
     normal = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -62,7 +62,7 @@ def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 6
             "num_key_value_heads": 2,
             "max_position_embeddings": 32768,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-            # The published 0.02 fits width 3584; at width 64 the same signal needs 1/sqrt(64).
+            # Published: 0.02 at width 3584. Width 64 needs 1/sqrt(64) for activations of similar size.
             "initializer_range": hidden**-0.5,
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id,

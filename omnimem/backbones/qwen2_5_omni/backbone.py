@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni's thinker on stock transformers classes."""
+"""The thinker of Qwen2.5-Omni with the model class of transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from omnimem.backbones.qwen2_5_omni.tiny import build_tiny
 
 
 class Qwen2_5Omni(QwenBackbone):
-    """The thinker: sees and hears a stream, answers in text."""
+    """Video and audio in, text out."""
 
     name = "qwen2_5_omni"
     model_types = ("qwen2_5_omni", "qwen2_5_omni_thinker")
@@ -26,10 +26,10 @@ class Qwen2_5Omni(QwenBackbone):
     system_prompt = SYSTEM_PROMPT
     build_tiny = staticmethod(build_tiny)
 
-    def chunk_alignment(self, fps: float, sound: bool = True) -> float:
-        """Whole sound blocks and whole temporal patches: two seconds at whole frame rates."""
+    def chunk_alignment(self, fps: float, audio: bool = True) -> float:
+        """Whole audio blocks (2 s) and whole temporal patches: 2 s at integer frame rates."""
         return common_multiple(float(self.config.seconds_per_chunk), self.temporal_patch / fps)
 
-    def audio_positions(self, seconds: float) -> int:
-        """25 a second."""
+    def audio_tokens(self, seconds: float) -> int:
+        """25 per second."""
         return round(seconds * AUDIO_TOKENS_PER_SECOND)

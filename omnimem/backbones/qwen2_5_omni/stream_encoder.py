@@ -1,37 +1,36 @@
-"""Picture and sound of a stream as Qwen2.5-Omni positions, chunk by chunk.
+"""Stream encoder of Qwen2.5-Omni: video and audio interleaved in blocks of 2 s.
 
-The layout is the processor's, ``<|vision_bos|><|audio_bos|>[2 s video][2 s sound]…<|audio_eos|><|vision_eos|>``,
-and the rotary ids are TMRoPE's, equal to the model's own `get_rope_index` on the whole clip: video
-(start + ⌊t·25⌋, start + h, start + w), sound start + i on all three rows, each opening and closing pair on one
-position. Encoders run on the chunk alone and are exact there: the vision tower never looks beyond a temporal patch,
-the audio tower never beyond 2 s.
+The layout is that of the model's processor,
+``<|vision_bos|><|audio_bos|>[2 s video][2 s audio]…<|audio_eos|><|vision_eos|>``. The position ids are TMRoPE
+(arXiv 2503.20215) and equal `get_rope_index` on the whole clip: video (start + ⌊25·t⌋, start + h,
+start + w), audio start + i on all three axes; the two start tokens share one id, and so do the two end tokens.
+
+Encoding by chunks is exact: the vision tower attends within one temporal patch, the audio tower within 2 s.
 """
 
 from __future__ import annotations
 
 from copy import copy
 from math import floor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from omnimem.backbones.base import ChunkInputs
-from omnimem.backbones.layout import LayoutEncoder, Piece, patch_ids
+from omnimem.backbones.chunk_inputs import ChunkInputs
+from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_ids
 from omnimem.backbones.mel import MelStream
+from omnimem.backbones.qwen import QwenBackbone
 from omnimem.backbones.vision import encode_frames
 from omnimem.media import Chunk
 from omnimem.modality import AUDIO, VISUAL
 
-if TYPE_CHECKING:
-    from omnimem.backbones.qwen2_5_omni.backbone import Qwen2_5Omni
-
 AUDIO_TOKENS_PER_SECOND = 25
-"""Positions a second of sound becomes: 100 mel frames, halved twice by the audio tower."""
+"""Audio tokens per second: the audio tower halves 100 mel frames twice."""
 
 
 class Qwen2_5OmniStreamEncoder(LayoutEncoder):
-    """Encoder of one stream; see `Backbone.stream_encoder` for what is not listed.
+    """Encoder of one stream; see `Backbone.stream_encoder` for the other parameters.
 
     Parameters
     ----------
@@ -39,86 +38,88 @@ class Qwen2_5OmniStreamEncoder(LayoutEncoder):
         See `MelStream`.
     """
 
-    def __init__(self, backbone: Qwen2_5Omni, *, mel_floor: float | str = "running", **asked: Any) -> None:
-        super().__init__(backbone, **asked)
+    backbone: QwenBackbone
+
+    def __init__(self, backbone: QwenBackbone, *, mel_floor: float | str = "running", **options: Any) -> None:
+        super().__init__(backbone, **options)
         config = backbone.config
-        self.group_seconds = float(config.seconds_per_chunk)
+        self.block_seconds = float(config.seconds_per_chunk)
         self.seconds_per_patch = torch.tensor(backbone.temporal_patch / self.fps)
         self.limits = backbone.pixel_limits(self.max_pixels)
         self.mel = MelStream(backbone.processor.feature_extractor, 2 * config.audio_config.n_window, mel_floor)
-        self.opening_ids = backbone.text_ids(backbone.opening)
+        self.prompt_prefix_ids = backbone.text_ids(backbone.prompt_prefix)
         per_second = config.position_id_per_seconds
-        self.time_scale = self.choose_time_scale(per_second, self.opening_ids.shape[1])
+        self.time_scale = self.choose_time_scale(per_second, self.prompt_prefix_ids.shape[1])
         self.ids_per_second = per_second * self.time_scale
         self.patches_seen = 0
         self.audio_seen = 0
         self.start = 0
 
     def prefix(self) -> ChunkInputs:
-        """System and user turn, then the opening token(s) of the media, which share one position."""
-        names = (["vision_bos"] if self.picture else []) + (["audio_bos"] if self.sound else [])
-        opening = self.text(self.opening_ids)
-        marks = self.text(self._ids(names), [self.next_position_id] * len(names))
+        """System prompt, start of the user turn, and the start tokens of the media, which share one position id."""
+        names = (["vision_bos"] if self.has_video else []) + (["audio_bos"] if self.has_audio else [])
+        prompt = self.text(self.prompt_prefix_ids)
+        start_tokens = self.text(self._ids(names), [self.next_position_id] * len(names))
         self.start = self.next_position_id = int(self.next_position_id) + 1
-        return self.join([opening, marks])
+        return self.join([prompt, start_tokens])
 
     def closing(self) -> ChunkInputs:
-        """The closing token(s) of the media on one position."""
-        names = (["audio_eos"] if self.sound else []) + (["vision_eos"] if self.picture else [])
-        marks = self.text(self._ids(names), [self.next_position_id] * len(names))
-        return self.join([marks], self.next_position_id + 1)
+        """The end tokens of the media, which share one position id."""
+        names = (["audio_eos"] if self.has_audio else []) + (["vision_eos"] if self.has_video else [])
+        end_tokens = self.text(self._ids(names), [self.next_position_id] * len(names))
+        return self.join([end_tokens], self.next_position_id + 1)
 
     def fork(self) -> Qwen2_5OmniStreamEncoder:
-        """Another encoder at the same place of the stream; the loudest sound so far is part of the place."""
+        """Copy of this encoder with its own state, which includes the running maximum of the mel features."""
         other = copy(self)
         other.mel = copy(self.mel)
         return other
 
     def encode(self, chunk: Chunk) -> ChunkInputs:
-        """Encode a chunk that starts where the last one ended.
+        """Encode the next chunk.
 
         Parameters
         ----------
         chunk : Chunk
-            Frames uint8 ``[T, H, W, 3]`` and 16 kHz sound of ``[t0, t1)``.
+            Frames uint8 ``[T, H, W, 3]`` and 16 kHz audio of ``[t0, t1)`` seconds.
 
         Returns
         -------
         ChunkInputs
-            One row: for each 2 s its video positions, then its sound positions.
+            Batch size 1: for each 2 s the video tokens, then the audio tokens.
 
         Raises
         ------
         OmniMemError
-            The chunk does not begin at a block boundary of the encoders.
+            The chunk does not start at a multiple of the chunk alignment.
         """
         self.check_start(chunk)
-        video = self._video(chunk) if self.picture and len(chunk.frames) else []
-        audio = self._audio(chunk) if self.sound and chunk.audio is not None else []
-        groups = sorted({group for group, _ in (*video, *audio)})
-        ordered = [piece for group in groups for pieces in (video, audio) for at, piece in pieces if at == group]
+        video = self._video(chunk) if self.has_video and len(chunk.frames) else []
+        audio = self._audio(chunk) if self.has_audio and chunk.audio is not None else []
+        blocks = sorted({block for block, _ in (*video, *audio)})
+        ordered = [span for block in blocks for spans in (video, audio) for index, span in spans if index == block]
         if ordered:
-            # The model's rule: text goes on one past the largest id of the *last* piece.
-            self.next_position_id = int(ordered[-1].positions.max()) + 1
+            # As in get_rope_index: text continues after the largest id of the *last* span.
+            self.next_position_id = int(ordered[-1].position_ids.max()) + 1
         return self.join(ordered)
 
-    def _video(self, chunk: Chunk) -> list[tuple[int, Piece]]:
-        """Video positions of the chunk, one piece a temporal patch, with the number of its 2 s."""
+    def _video(self, chunk: Chunk) -> list[tuple[int, TokenSpan]]:
+        """Video tokens of the chunk: (index of the 2 s block, span) for each temporal patch."""
         patches = encode_frames(self.backbone, chunk.frames, self.limits)
         numbers = torch.arange(self.patches_seen, self.patches_seen + len(patches))
         self.patches_seen += len(patches)
         seconds = numbers * self.seconds_per_patch
-        # In float32 and this order, as the model computes it.
+        # Same dtype (float32) and order of operations as in the model.
         time = (seconds * self.ids_per_second).long()
-        pieces = []
+        spans = []
         for i, embeds in enumerate(patches.embeds):
             ids = patch_ids(time[i : i + 1], patches.height, patches.width) + self.start
-            group = floor(seconds[i].item() / self.group_seconds + 1e-6)
-            pieces.append((group, Piece(embeds, ids, VISUAL, seconds[i].expand(len(embeds)).float())))
-        return pieces
+            block = floor(seconds[i].item() / self.block_seconds + 1e-6)
+            spans.append((block, TokenSpan(embeds, ids, VISUAL, seconds[i].expand(len(embeds)).float())))
+        return spans
 
-    def _audio(self, chunk: Chunk) -> list[tuple[int, Piece]]:
-        """Sound positions of the chunk, one piece for each 2 s, with their number."""
+    def _audio(self, chunk: Chunk) -> list[tuple[int, TokenSpan]]:
+        """Audio tokens of the chunk: (index of the 2 s block, span) for each 2 s."""
         mel = self.mel.frames(chunk)
         tokens = _audio_tokens(mel.shape[1])
         if tokens == 0:
@@ -132,20 +133,21 @@ class Qwen2_5OmniStreamEncoder(LayoutEncoder):
         self.audio_seen += tokens
         ids = (self.start + (numbers * self.time_scale).long()).expand(3, -1)
         seconds = numbers / AUDIO_TOKENS_PER_SECOND
-        size = round(self.group_seconds * AUDIO_TOKENS_PER_SECOND)
+        size = round(self.block_seconds * AUDIO_TOKENS_PER_SECOND)
         return [
             (
                 int(numbers[i]) // size,
-                Piece(features[i : i + size], ids[:, i : i + size], AUDIO, seconds[i : i + size]),
+                TokenSpan(features[i : i + size], ids[:, i : i + size], AUDIO, seconds[i : i + size]),
             )
             for i in range(0, tokens, size)
         ]
 
     def _ids(self, names: list[str]) -> Tensor:
+        """Token ids ``[1, N]`` of special tokens by their names in the tokenizer."""
         tokenizer = self.backbone.tokenizer
         return torch.tensor([[self.backbone.token_id(getattr(tokenizer, f"{name}_token")) for name in names]])
 
 
 def _audio_tokens(frames: int) -> int:
-    """Sound positions of so many mel frames: two strided stages in the tower."""
+    """Audio tokens for a number of mel frames: a convolution and a pooling of stride 2."""
     return max(0, ((frames - 1) // 2 + 1 - 2) // 2 + 1) if frames else 0

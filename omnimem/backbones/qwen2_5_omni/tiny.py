@@ -1,7 +1,7 @@
-"""A tiny offline Qwen2.5-Omni: the real classes with a small configuration, random weights, its own tokenizer.
+"""A tiny random Qwen2.5-Omni: transformers' classes with a small configuration and its own tokenizer.
 
-It is saved in the hub's layout (``thinker.*`` keys under a whole-model configuration) and loaded by the same code as
-the real checkpoint, so everything that works on it works on Qwen2.5-Omni-7B::
+It is saved in the format of the published checkpoint (``thinker.*`` keys, configuration of the full model) and loaded
+by the same code as Qwen2.5-Omni-7B::
 
     python -c "from omnimem.backbones.qwen2_5_omni.tiny import build_tiny; build_tiny('tiny')"
 """
@@ -22,7 +22,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from omnimem.backbones.checkpoint import quiet_stock
+from omnimem.backbones.checkpoint import quiet_transformers
 from omnimem.backbones.qwen2_5_omni.prompt import SYSTEM_PROMPT
 from omnimem.backbones.tiny import chat_template, mrope_section, tiny_tokenizer, write_tiny
 
@@ -41,7 +41,7 @@ SPECIAL_TOKENS = {
     "audio_bos_token": "<|audio_bos|>",
     "audio_eos_token": "<|audio_eos|>",
 }
-"""Names and spellings as in the published tokenizer."""
+"""Special tokens as in the published tokenizer."""
 
 CHAT_TEMPLATE = chat_template(
     video="<|vision_bos|><|VIDEO|><|vision_eos|>",
@@ -51,8 +51,8 @@ CHAT_TEMPLATE = chat_template(
 
 
 def tiny_processor(tokenizer: PreTrainedTokenizerFast | None = None) -> Qwen2_5OmniProcessor:
-    """The stock processor with published image, video and sound settings around the tiny tokenizer."""
-    # At most 16 tokens a frame (112x112 pixels) instead of 128 to 768, so that CPU streams stay short.
+    """Processor with the published image, video and audio settings and the tiny tokenizer."""
+    # At most 16 tokens per frame (112x112 pixels) instead of 128 to 768, to keep CPU tests short.
     size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 16 * 28 * 28}
     return Qwen2_5OmniProcessor(
         image_processor=Qwen2VLImageProcessor(size=size),
@@ -78,7 +78,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, layers: int = 3, hidden: int
             "max_position_embeddings": 32768,
             "rope_parameters": {"rope_type": "default", "mrope_section": mrope_section(head_dim), "rope_theta": 1e6},
             "tie_word_embeddings": False,
-            # The published 0.02 fits width 3584; at width 64 the same signal needs 1/sqrt(64).
+            # Published: 0.02 at width 3584. Width 64 needs 1/sqrt(64) for activations of similar size.
             "initializer_range": hidden**-0.5,
             "pad_token_id": token["pad_token"],
             "eos_token_id": token["eos_token"],
@@ -111,7 +111,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, layers: int = 3, hidden: int
         tie_word_embeddings=False,
         initializer_range=hidden**-0.5,
     )
-    # Not declared by the configuration class, but get_rope_index reads the second, and the hub's files have all three.
+    # Not declared by the configuration class, but in the published files; get_rope_index reads the second.
     config.pad_token_id = token["pad_token"]
     config.vision_start_token_id = token["vision_bos_token"]
     config.vision_end_token_id = token["vision_eos_token"]
@@ -119,7 +119,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, layers: int = 3, hidden: int
 
 
 def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 64) -> Path:
-    """Write a tiny random checkpoint in the hub's layout.
+    """Write a tiny random checkpoint in the format of the published one.
 
     Parameters
     ----------
@@ -136,23 +136,23 @@ def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 6
         The folder.
     """
     tokenizer = tiny_tokenizer(SPECIAL_TOKENS, SYSTEM_PROMPT)
-    # The stock default of the talker (not saved here) names ids outside its own vocabulary and warns of it.
-    with quiet_stock():
+    # The default configuration of the talker (not saved here) logs warnings about its token ids.
+    with quiet_transformers():
         thinker = tiny_config(tokenizer, layers, hidden)
-        whole = Qwen2_5OmniConfig(thinker_config=thinker.to_dict(), enable_audio_output=False)
-    whole.architectures = ["Qwen2_5OmniForConditionalGeneration"]
+        full_config = Qwen2_5OmniConfig(thinker_config=thinker.to_dict(), enable_audio_output=False)
+    full_config.architectures = ["Qwen2_5OmniForConditionalGeneration"]
     return write_tiny(
         path,
         seed,
         lambda: Qwen2_5OmniThinkerForConditionalGeneration(thinker),
         tiny_processor(tokenizer),
-        whole,
+        full_config,
         hub_name,
     )
 
 
 def hub_name(name: str) -> str:
-    """Key of a thinker weight in the published checkpoint."""
+    """Key of a weight in the published checkpoint, from its name in the transformers model."""
     name = name.replace("model.language_model.", "model.", 1)
     for tower in ("visual", "audio_tower"):
         name = name.replace(f"model.{tower}.", f"{tower}.", 1)

@@ -1,4 +1,4 @@
-"""A tiny offline Qwen2.5-VL, saved in the hub's layout (``visual.*``, ``model.*``, flat configuration)."""
+"""A tiny random Qwen2.5-VL in the published format (keys ``visual.*`` and ``model.*``, flat configuration)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tiny_parameters(tokenizer: PreTrainedTokenizerFast, layers: int, hidden: int
                 "mrope_section": mrope_section(hidden // 4),
                 "rope_theta": 1e6,
             },
-            # The published 0.02 fits width 3584; at width 64 the same signal needs 1/sqrt(64).
+            # Published: 0.02 at width 3584. Width 64 needs 1/sqrt(64) for activations of similar size.
             "initializer_range": hidden**-0.5,
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id,
@@ -62,15 +62,15 @@ def tiny_parameters(tokenizer: PreTrainedTokenizerFast, layers: int, hidden: int
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Ids that configurations of vision-language models name."""
+    """Special token ids in the configurations of vision-language models."""
     names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
     return {f"{name}_id": int(tokenizer.convert_tokens_to_ids(VISION_TOKENS[name])) for name in names}  # pyright: ignore
 
 
 def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 64) -> Path:
-    """Write a tiny random checkpoint in the hub's layout; returns the folder (an existing one is replaced)."""
+    """Write a tiny random checkpoint to `path`, replacing an existing folder; returns `path`."""
     tokenizer = tiny_tokenizer(VISION_TOKENS)
-    # At most 16 positions a frame, so that CPU streams stay short.
+    # At most 16 tokens per frame, to keep CPU tests short.
     size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 16 * 28 * 28}
     processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size),
@@ -83,5 +83,5 @@ def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 6
 
 
 def hub_name(name: str) -> str:
-    """Key of a weight in the published checkpoint."""
+    """Key of a weight in the published checkpoint, from its name in the transformers model."""
     return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)

@@ -1,4 +1,4 @@
-"""Qwen3-Omni's thinker on stock transformers classes: a mixture of experts that sees and hears."""
+"""The thinker of Qwen3-Omni, a mixture of experts, with the model class of transformers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from transformers import (
 
 from omnimem.backbones.layout import common_multiple
 from omnimem.backbones.qwen import QwenBackbone
-from omnimem.backbones.qwen3_omni.stream_encoder import Qwen3OmniStreamEncoder, sound_positions
+from omnimem.backbones.qwen3_omni.stream_encoder import (
+    Qwen3OmniStreamEncoder,
+    attention_window_frames,
+    audio_tokens,
+)
 from omnimem.backbones.qwen3_omni.tiny import build_tiny
 from omnimem.errors import OmniMemError
 
 
 class Qwen3Omni(QwenBackbone):
-    """The thinker: sees and hears a stream, answers in text."""
+    """Video and audio in, text out."""
 
     name = "qwen3_omni"
     model_types = ("qwen3_omni_moe", "qwen3_omni_moe_thinker")
@@ -38,59 +42,53 @@ class Qwen3Omni(QwenBackbone):
         "audio_in": "audio_tower.proj1",
         "audio": "audio_tower.proj2",
     }
-    # Experts and their routers are bare parameters, which NF4 passes over: nine tenths of this model stay as they are.
+    # Experts and routers are bare parameters, which bitsandbytes does not quantize: 90 % of the weights stay as loaded.
     skip_quantization_modules: ClassVar[tuple[str, ...]] = ("model.visual", "model.audio_tower", "lm_head")
     build_tiny = staticmethod(build_tiny)
 
     def __init__(self, model: Any, processor: Any, model_id: str = "") -> None:
         super().__init__(model, processor, model_id)
         if model.dtype == torch.float64:
-            # PyTorch's grouped product of matrices, which transformers chooses, does not take double precision.
+            # torch's grouped matrix multiplication, the default of transformers, does not support float64.
             model.set_experts_implementation("eager")
 
     @classmethod
     def load(
         cls, path: str | Path, dtype: torch.dtype, device: torch.device | str, load_in_4bit: bool = False
     ) -> QwenBackbone:
-        """Load a checkpoint folder or hub id; every weight must be there (see `load_stock`)."""
+        """Load a checkpoint from a folder or the hub (see `load_pretrained`)."""
         try:
             return super().load(path, dtype, device, load_in_4bit)
         except OmniMemError as error:
-            # transformers joins the experts of a layer while loading and does not say which one it could not.
+            # transformers stacks the experts of a layer while loading; its error does not name the missing expert.
             if problem := _incomplete_experts(Path(path)):
                 raise OmniMemError(f"cannot load {path}: {problem}") from error
             raise
 
-    @property
-    def sound_window(self) -> int:
-        """Mel frames of a window of the audio tower's attention, beyond which it never looks (800 as published)."""
-        audio = self.config.audio_config
-        return audio.n_window_infer // (2 * audio.n_window) * 2 * audio.n_window
-
-    def chunk_alignment(self, fps: float, sound: bool = True) -> float:
-        """Whole temporal patches and, with sound, whole windows of the audio tower: 8 s as published."""
+    def chunk_alignment(self, fps: float, audio: bool = True) -> float:
+        """Whole temporal patches and, with audio, whole attention windows of the audio tower (8 s)."""
         patch = self.temporal_patch / fps
         extractor = self.processor.feature_extractor
-        window = self.sound_window * extractor.hop_length / extractor.sampling_rate
-        return common_multiple(window, patch) if sound else common_multiple(patch)
+        window = attention_window_frames(self.config.audio_config) * extractor.hop_length / extractor.sampling_rate
+        return common_multiple(window, patch) if audio else common_multiple(patch)
 
-    def audio_positions(self, seconds: float) -> int:
-        """13 a second, and what the audio tower makes of the rest."""
+    def audio_tokens(self, seconds: float) -> int:
+        """13 per second, and the tokens of the last, shorter block."""
         extractor = self.processor.feature_extractor
         frames = int(round(seconds * extractor.sampling_rate, 3)) // extractor.hop_length
-        return sound_positions(frames, 2 * self.config.audio_config.n_window)
+        return audio_tokens(frames, 2 * self.config.audio_config.n_window)
 
-    def lora_targets(self, names: Sequence[str]) -> str:
-        """Projections of the decoder's attention: what follows it are experts, which are no linear layers."""
+    def lora_target_regex(self, names: Sequence[str]) -> str:
+        """Projections of the attention layers; the experts are not linear layers."""
         return rf".*language_model\.layers\.\d+\.self_attn\.({'|'.join(names)})"
 
 
 EXPERT = re.compile(r"((?:thinker\.)?model\.(?:language_model\.)?layers\.\d+\.mlp\.experts)\.\d+\.\w+_proj\.weight")
-"""Key of one expert's weight in the published checkpoint."""
+"""Key of a weight of one expert in the published checkpoint."""
 
 
 def _incomplete_experts(folder: Path) -> str:
-    """Which weights of single experts a folder lacks or has too many of; nothing where that is not what ails it."""
+    """Names the missing and unexpected weights of experts in a folder; empty if there are none."""
     found: set[str] = set()
     try:
         config = Qwen3OmniMoeThinkerConfig.from_pretrained(folder)

@@ -1,8 +1,8 @@
-"""A tiny offline Qwen3-Omni: the real classes with a small configuration, random weights, its own tokenizer.
+"""A tiny random Qwen3-Omni: transformers' classes with a small configuration and its own tokenizer.
 
-It is saved in the hub's layout (``thinker.*`` keys under a whole-model configuration, every expert by itself) and
-loaded by the same code as the real checkpoint. One thing is smaller than there for the sake of short clips: the audio
-tower looks 2 s far instead of 8, so chunks may be 2 s long::
+It is saved in the format of the published checkpoint (``thinker.*`` keys, configuration of the full model, one weight
+per expert) and loaded by the same code. Its audio tower has attention windows of 2 s instead of 8 s, so chunks may be
+2 s long::
 
     python -c "from omnimem.backbones.qwen3_omni.tiny import build_tiny; build_tiny('tiny')"
 """
@@ -25,7 +25,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from omnimem.backbones.checkpoint import quiet_stock
+from omnimem.backbones.checkpoint import quiet_transformers
 from omnimem.backbones.qwen2_5_omni.tiny import hub_name
 from omnimem.backbones.tiny import chat_template, tiny_tokenizer, write_tiny
 
@@ -41,7 +41,7 @@ SPECIAL_TOKENS = {
     "audio_bos_token": "<|audio_start|>",
     "audio_eos_token": "<|audio_end|>",
 }
-"""Names and spellings as in the published tokenizer."""
+"""Special tokens as in the published tokenizer."""
 
 CHAT_TEMPLATE = chat_template(
     video="<|vision_start|><|video_pad|><|vision_end|>",
@@ -51,8 +51,8 @@ CHAT_TEMPLATE = chat_template(
 
 
 def tiny_processor(tokenizer: PreTrainedTokenizerFast | None = None) -> Qwen3OmniMoeProcessor:
-    """The stock processor with published image, video and sound settings around the tiny tokenizer."""
-    # At most 16 tokens a frame (128x128 pixels) instead of 128 to 768, so that CPU streams stay short.
+    """Processor with the published image, video and audio settings and the tiny tokenizer."""
+    # At most 16 tokens per frame (128x128 pixels) instead of 128 to 768, to keep CPU tests short.
     size = {"shortest_edge": 4 * 32 * 32, "longest_edge": 16 * 32 * 32}
     return Qwen3OmniMoeProcessor(
         image_processor=Qwen2VLImageProcessor(size=size, patch_size=16),
@@ -64,9 +64,9 @@ def tiny_processor(tokenizer: PreTrainedTokenizerFast | None = None) -> Qwen3Omn
 
 
 def tiny_config(
-    tokenizer: PreTrainedTokenizerFast, layers: int = 4, hidden: int = 64, sound_window: int = 200
+    tokenizer: PreTrainedTokenizerFast, layers: int = 4, hidden: int = 64, audio_window: int = 200
 ) -> Qwen3OmniMoeThinkerConfig:
-    """Configuration of the tiny thinker: 4 experts of which 2 work, three deepstack maps, two small encoders."""
+    """Configuration of the tiny thinker: 4 experts, 2 active, three DeepStack layers, two small encoders."""
     token: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(text) for name, text in SPECIAL_TOKENS.items()}
     config = Qwen3OmniMoeThinkerConfig(
         text_config={
@@ -87,7 +87,7 @@ def tiny_config(
                 "mrope_interleaved": True,
                 "rope_theta": 1e6,
             },
-            # The published 0.02 fits width 2048; at width 64 the same signal needs 1/sqrt(64).
+            # Published: 0.02 at width 2048. Width 64 needs 1/sqrt(64) for activations of similar size.
             "initializer_range": hidden**-0.5,
             "pad_token_id": token["pad_token"],
             "eos_token_id": token["eos_token"],
@@ -110,18 +110,18 @@ def tiny_config(
             "encoder_ffn_dim": 64,
             "downsample_hidden_size": 8,
             "output_dim": hidden,
-            "n_window_infer": sound_window,
+            "n_window_infer": audio_window,
             "initializer_range": 32**-0.5,
         },
         image_token_id=token["image_token"],
         audio_token_id=token["audio_token"],
         video_token_id=token["video_token"],
         audio_start_token_id=token["audio_bos_token"],
-        # The default of the class, 25, is not what its processor merges by.
+        # As published and as in the processor; the default of the configuration class is 25.
         position_id_per_seconds=13,
         initializer_range=hidden**-0.5,
     )
-    # Not declared by the configuration class, but get_rope_index reads the third, and the hub's files have all of them.
+    # Not declared by the configuration class, but in the published files; get_rope_index reads the third.
     config.pad_token_id = token["pad_token"]
     config.audio_end_token_id = token["audio_eos_token"]
     config.vision_start_token_id = token["vision_bos_token"]
@@ -129,8 +129,8 @@ def tiny_config(
     return config
 
 
-def build_tiny(path: str | Path, seed: int = 0, layers: int = 4, hidden: int = 64, sound_window: int = 200) -> Path:
-    """Write a tiny random checkpoint in the hub's layout.
+def build_tiny(path: str | Path, seed: int = 0, layers: int = 4, hidden: int = 64, audio_window: int = 200) -> Path:
+    """Write a tiny random checkpoint in the format of the published one.
 
     Parameters
     ----------
@@ -140,8 +140,8 @@ def build_tiny(path: str | Path, seed: int = 0, layers: int = 4, hidden: int = 6
         Seed of the weights.
     layers, hidden : int
         Size of the language model.
-    sound_window : int
-        Mel frames of an attention window of the audio tower; 800 as published.
+    audio_window : int
+        Mel frames per attention window of the audio tower (published: 800).
 
     Returns
     -------
@@ -149,24 +149,24 @@ def build_tiny(path: str | Path, seed: int = 0, layers: int = 4, hidden: int = 6
         The folder.
     """
     tokenizer = tiny_tokenizer(SPECIAL_TOKENS)
-    # The stock defaults of the talker (not saved here) name ids outside its own vocabulary and warn of it.
-    with quiet_stock():
-        thinker = tiny_config(tokenizer, layers, hidden, sound_window)
-        whole = Qwen3OmniMoeConfig(thinker_config=thinker.to_dict(), enable_audio_output=False)
-    whole.architectures = ["Qwen3OmniMoeForConditionalGeneration"]
+    # The default configuration of the talker (not saved here) logs warnings about its token ids.
+    with quiet_transformers():
+        thinker = tiny_config(tokenizer, layers, hidden, audio_window)
+        full_config = Qwen3OmniMoeConfig(thinker_config=thinker.to_dict(), enable_audio_output=False)
+    full_config.architectures = ["Qwen3OmniMoeForConditionalGeneration"]
     return write_tiny(
         path,
         seed,
         lambda: Qwen3OmniMoeThinkerForConditionalGeneration(thinker),
         tiny_processor(tokenizer),
-        whole,
+        full_config,
         hub_name,
         hub_parts,
     )
 
 
 def hub_parts(name: str, weight: Tensor) -> Mapping[str, Tensor]:
-    """Weights of the single experts, where the stock class holds those of all in one ``[E, …]``."""
+    """Split the stacked weights of all experts ``[E, …]`` into one weight per expert, as in the published files."""
     if ".experts." not in name:
         return {name: weight}
     experts, kind = name.rsplit(".", 1)

@@ -1,4 +1,4 @@
-"""A tiny offline Qwen3-VL, saved in the hub's layout."""
+"""A tiny random Qwen3-VL in the format of the published checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from omnimem.backbones.tiny import VISION_TOKENS, tiny_tokenizer, write_tiny
 
 
 def tiny_parameters(tokenizer: PreTrainedTokenizerFast, layers: int, hidden: int) -> dict[str, Any]:
-    """Configuration of the tiny model: 4 heads, 2 key-value heads, three deepstack maps."""
+    """Configuration of the tiny model: 4 heads, 2 key-value heads, three DeepStack layers."""
     return {
         "text_config": {
             "vocab_size": len(tokenizer),
@@ -36,7 +36,7 @@ def tiny_parameters(tokenizer: PreTrainedTokenizerFast, layers: int, hidden: int
                 "mrope_interleaved": True,
                 "rope_theta": 5e6,
             },
-            # The published 0.02 fits width 4096; at width 64 the same signal needs 1/sqrt(64).
+            # Published: 0.02 at width 4096. Width 64 needs 1/sqrt(64) for activations of similar size.
             "initializer_range": hidden**-0.5,
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id,
@@ -58,7 +58,7 @@ def tiny_parameters(tokenizer: PreTrainedTokenizerFast, layers: int, hidden: int
 
 
 def tiny_vision() -> dict[str, Any]:
-    """Image and video processor; at most 16 positions a frame, so that CPU streams stay short."""
+    """Image and video processor; at most 16 tokens per frame, to keep CPU tests short."""
     size = {"shortest_edge": 4 * 32 * 32, "longest_edge": 16 * 32 * 32}
     return {
         "image_processor": Qwen2VLImageProcessor(size=size, patch_size=16),
@@ -67,7 +67,7 @@ def tiny_vision() -> dict[str, Any]:
 
 
 def build_tiny(path: str | Path, seed: int = 0, layers: int = 4, hidden: int = 64) -> Path:
-    """Write a tiny random checkpoint in the hub's layout; returns the folder (an existing one is replaced)."""
+    """Write a tiny random checkpoint to `path`, replacing an existing folder; returns `path`."""
     tokenizer = tiny_tokenizer(VISION_TOKENS)
     processor = Qwen3VLProcessor(**tiny_vision(), tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
     config = Qwen3VLConfig(**tiny_parameters(tokenizer, layers, hidden))

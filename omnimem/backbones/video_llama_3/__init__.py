@@ -1,4 +1,4 @@
-"""VideoLLaMA 3 (video without sound)."""
+"""VideoLLaMA 3 (video only)."""
 
 from omnimem.backbones.video_llama_3.backbone import VideoLlama3 as BACKBONE
 

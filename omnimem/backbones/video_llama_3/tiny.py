@@ -1,4 +1,4 @@
-"""A tiny offline VideoLLaMA 3, saved in the hub's layout."""
+"""A tiny random VideoLLaMA 3 in the format of the published checkpoints."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ SPECIAL_TOKENS = {
     "image_token": "<|image_pad|>",
     "video_token": "<|video_pad|>",
 }
-"""Names and spellings as in the published tokenizer."""
+"""Special tokens as in the published tokenizer."""
 
 CHAT_TEMPLATE = chat_template("<|video_pad|>\n", "", "<|image_pad|>\n")
-"""Writes what the published one writes: ChatML without a system turn, a line feed behind pictures."""
+"""Produces the same prompts as the published template: ChatML without a system turn, a line feed after media."""
 
 PATCH, MAX_FRAMES = 14, 16
 SIZE = {"shortest_edge": 4 * 28 * 28, "longest_edge": MAX_FRAMES * 9 * 28 * 28}
-"""From 4 positions a frame to 9 in the longest trained clip (published: from 16 to 91 in 180 frames)."""
+"""Pixel limits: 4 to 9 tokens per frame in the longest trained clip (published: 16 to 91 in 180 frames)."""
 
 
 def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 64) -> Path:
-    """Write a tiny random checkpoint in the hub's layout; returns the folder (an existing one is replaced)."""
+    """Write a tiny random checkpoint to `path`, replacing an existing folder; returns `path`."""
     tokenizer = tiny_tokenizer(SPECIAL_TOKENS, "Time 0.0s:,Time 12.5s:")
     normal = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     processor = VideoLlama3Processor(
@@ -52,7 +52,7 @@ def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 6
             "num_key_value_heads": 2,
             "max_position_embeddings": 32768,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-            # The published 0.02 fits width 3584; at width 64 the same signal needs 1/sqrt(64).
+            # Published: 0.02 at width 3584. Width 64 needs 1/sqrt(64) for activations of similar size.
             "initializer_range": hidden**-0.5,
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id,

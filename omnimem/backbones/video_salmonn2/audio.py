@@ -1,7 +1,7 @@
-"""The audio branch of video-SALMONN 2+: 30 s of log-mel features become 60 decoder inputs.
+"""Audio branch of video-SALMONN 2+ (both families): 30 s of log-mel features to 60 decoder inputs.
 
-Whisper's encoder reads a segment of 30 s; every window of 25 of its 1,500 frames (0.5 s) is condensed by a Q-Former
-with one query, and projected to the decoder's width. The same in both families.
+Whisper's encoder maps a segment of 30 s to 1,500 frames; a Q-Former with one query reduces every window of 25 frames
+(0.5 s) to one vector, which is projected to the hidden size of the decoder.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from omnimem.backbones.video_salmonn2.configuration import VideoSalmonn2AudioConfig
 
 SEGMENT_SECONDS = 30
-"""Seconds that Whisper's encoder reads at once."""
+"""Input length of Whisper's encoder in seconds."""
 
 
 class AudioConnector(nn.Module):
-    """Windows of encoder states to decoder inputs; a module of its own, so that it is trained and saved whole."""
+    """Q-Former and projection in one module, so that recipes can train and save it as one projector."""
 
     def __init__(self, config: VideoSalmonn2AudioConfig) -> None:
         super().__init__()
@@ -30,14 +30,14 @@ class AudioConnector(nn.Module):
         self.audio_proj = nn.Linear(qformer.hidden_size, config.output_dim)
 
     def forward(self, windows: Tensor) -> Tensor:
-        """Windows ``[W, 25, d]`` to ``[W, queries, C]``."""
+        """Windows of encoder states ``[W, 25, d]`` to decoder inputs ``[W, queries, C]``."""
         query = self.q_tokens.expand(len(windows), -1, -1)
         states = self.qformer(query_embeds=query, encoder_hidden_states=windows).last_hidden_state
         return self.audio_proj(states)
 
 
 class VideoSalmonn2AudioModel(PreTrainedModel):
-    """Encoder and connector."""
+    """Whisper encoder and connector."""
 
     config_class = VideoSalmonn2AudioConfig
     config: VideoSalmonn2AudioConfig
@@ -62,12 +62,12 @@ class VideoSalmonn2AudioModel(PreTrainedModel):
             module.q_tokens.normal_(std=module.qformer.config.initializer_range)
 
     def train(self, mode: bool = True) -> VideoSalmonn2AudioModel:
-        """Without dropout in training too: on the way back a chunk is heard again, and has to sound the same."""
+        """Keep evaluation mode: the backward pass recomputes a chunk, and dropout would change its audio tokens."""
         return super().train(False)
 
     @property
     def tokens_per_segment(self) -> int:
-        """Decoder inputs that 30 s become: 60."""
+        """Decoder inputs per segment of 30 s: 60."""
         windows = (self.config.max_source_positions - self.window) // self.stride + 1
         return windows * self.config.query_length
 

@@ -1,6 +1,6 @@
-"""Configurations of video-SALMONN 2+: a stock vision-language configuration with an audio branch.
+"""Configurations of video-SALMONN 2+: transformers' vision-language configurations with an audio section.
 
-Published files are read as they are: flat (3B, 7B, 72B) or nested (4B, 8B), the Q-Former in the words of BERT.
+Published files are accepted unchanged: flat (3B, 7B, 72B) or nested (4B, 8B), with BERT's key names for the Q-Former.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import Blip2QFormerConfig, Qwen2_5_VLConfig, Qwen3VLConfig, WhisperConfig
 
-# What the published code takes where a published file says nothing.
+# Defaults of the released code for keys that a published file lacks.
 QFORMER_DEFAULTS = {
     "hidden_size": 3072,
     "num_hidden_layers": 2,
@@ -31,11 +31,11 @@ TEXT_DEFAULTS = {
 }
 VISION_DEFAULTS = {"hidden_size": 1280}
 TIME_IDS_PER_SECOND = 2
-"""Time ids a second of picture in the Qwen2.5-VL family, whatever a file says."""
+"""Time ids per second of video in the Qwen2.5-VL family; the value in configuration files is ignored."""
 
 
 class VideoSalmonn2AudioConfig(WhisperConfig):
-    """Whisper encoder, windows of its output, one Q-Former query a window, a projection to the decoder's width."""
+    """Whisper encoder, Q-Former with one query per window of encoder states, projection to the decoder."""
 
     model_type = "video_salmonn2_audio"
     base_config_key = "audio_config"
@@ -54,10 +54,10 @@ class VideoSalmonn2AudioConfig(WhisperConfig):
     is_encoder_decoder: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Take over what the published files say in BERT's words."""
-        given = self.qformer_config or {}
-        if isinstance(given, dict) and "encoder_hidden_size" not in given:
-            published = {**QFORMER_DEFAULTS, **given}
+        """Convert the Q-Former section of published files (BERT's key names) to `Blip2QFormerConfig`."""
+        section = self.qformer_config or {}
+        if isinstance(section, dict) and "encoder_hidden_size" not in section:
+            published = {**QFORMER_DEFAULTS, **section}
             self.query_length = published.get("query_length", self.query_length)
             self.output_dim = published.get("out_hidden_size", self.output_dim)
             known = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
@@ -71,7 +71,7 @@ class VideoSalmonn2AudioConfig(WhisperConfig):
 
 
 class _OwnType:
-    """Published files call themselves by the type of the vision-language model they were made from."""
+    """Replace the model type in a configuration file: published files have that of the base model."""
 
     model_type: ClassVar[str]
 
@@ -93,7 +93,7 @@ class VideoSalmonn2Config(_OwnType, Qwen3VLConfig):
     audio_token_id: int = 151669
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Sound is projected to the decoder's width, whatever the file says."""
+        """Set the output size of the audio branch to the hidden size of the decoder."""
         super().__post_init__(**kwargs)
         self.audio_config.output_dim = self.text_config.hidden_size  # pyright: ignore
 
@@ -111,7 +111,7 @@ class VideoSalmonn2Qwen2_5Config(_OwnType, Qwen2_5_VLConfig):
     audio_token_id: int = 151665
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Defaults of the published code for what a file leaves out; sound as in `VideoSalmonn2Config`."""
+        """Apply the defaults of the released code; output size of the audio branch as in `VideoSalmonn2Config`."""
         if self.text_config is None:
             kwargs = {**TEXT_DEFAULTS, **kwargs}
         if self.vision_config is None or isinstance(self.vision_config, dict):
@@ -122,6 +122,6 @@ class VideoSalmonn2Qwen2_5Config(_OwnType, Qwen2_5_VLConfig):
 
 
 def is_qwen2_5(config: dict[str, Any]) -> bool:
-    """Whether a configuration file is of the Qwen2.5-VL family: flat as published, nested if saved again."""
+    """Whether a configuration belongs to the Qwen2.5-VL family (flat as published, nested if saved by transformers)."""
     text = config.get("text_config")
     return text is None or "qwen2_5" in text.get("model_type", "")

@@ -1,7 +1,7 @@
-"""Names of weights: those of the published video-SALMONN 2+ checkpoints, and ours.
+"""Weight names of the published video-SALMONN 2+ checkpoints and of the modules here.
 
-transformers translates them while a checkpoint is read, and back while one is written, so
-that exports have the published names.
+transformers converts the names when it loads a checkpoint, and back when it saves one, so exports have the published
+names.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 IGNORED = [r"audio\.(connector\.)?qformer\..*position_ids"]
-"""Published buffers that hold no weight."""
+"""Published buffers that are not weights."""
 
-OURS = "model.audio."
+MODULE = "model.audio."
+"""Prefix of the audio branch in the transformers model."""
 
 ENCODER = ("conv1", "conv2", "embed_positions", "layers", "layer_norm")
 
@@ -23,14 +24,14 @@ AUDIO = {
     "q_tokens": "connector.q_tokens",
     "audio_proj.": "connector.audio_proj.",
     "qformer.bert.": "connector.qformer.",
-    # Behind the one above on the way in, before it on the way out.
+    # Applied after the entry above when loading, before it when saving.
     "connector.qformer.embeddings.LayerNorm.": "connector.qformer.layernorm.",
 }
-"""What stands behind ``audio.`` there, and here."""
+"""Published name → name here, both without the prefix of the audio branch."""
 
 
 def register() -> None:
-    """Tell transformers of both families."""
+    """Register the name conversions of both families with transformers."""
     register_checkpoint_conversion_mapping("video_salmonn2", _audio("model.audio."), overwrite=True)
     register_checkpoint_conversion_mapping(
         "video_salmonn2_qwen2_5",
@@ -44,22 +45,23 @@ def register() -> None:
 
 
 def published(name: str, root: str) -> str:
-    """Name of one of our audio weights in a published checkpoint, where they stand below `root`."""
-    for there, here in reversed(AUDIO.items()):
-        start = OURS if there.startswith("connector") else root
-        if name.startswith(OURS + here):
-            name = start + there + name.removeprefix(OURS + here)
+    """Published name of an audio weight; `root` is the published prefix of the audio branch."""
+    for published_name, module_name in reversed(AUDIO.items()):
+        prefix = MODULE if published_name.startswith("connector") else root
+        if name.startswith(MODULE + module_name):
+            name = prefix + published_name + name.removeprefix(MODULE + module_name)
     return name.replace("attention.attention.", "attention.self.")
 
 
-def _audio(published: str) -> list[WeightRenaming | WeightConverter]:
+def _audio(root: str) -> list[WeightRenaming | WeightConverter]:
+    """Conversions of the audio weights, whose published prefix is `root`."""
     names: list[WeightRenaming | WeightConverter] = [
-        _renaming((OURS if there.startswith("connector") else published) + there, OURS + here)
-        for there, here in AUDIO.items()
+        _renaming((MODULE if published_name.startswith("connector") else root) + published_name, MODULE + module_name)
+        for published_name, module_name in AUDIO.items()
     ]
-    # The Q-Former's layers, in the words of BERT and of BLIP-2.
+    # Layers of the Q-Former: names of BERT and of BLIP-2.
     return [*names, WeightRenaming(r"attention\.self\.", "attention.attention.")]
 
 
-def _renaming(published: str, ours: str) -> WeightRenaming:
-    return WeightRenaming(f"^{re.escape(published)}", ours)
+def _renaming(published_prefix: str, module_prefix: str) -> WeightRenaming:
+    return WeightRenaming(f"^{re.escape(published_prefix)}", module_prefix)

@@ -1,12 +1,11 @@
-"""video-SALMONN 2+ on stock vision-language classes: an audio branch beside the vision tower, its own rotary ids.
+"""video-SALMONN 2+ as extensions of transformers' vision-language classes: an audio branch and other position ids.
 
 Registered with transformers' auto classes when `omnimem.backbones.video_salmonn2` is imported::
 
     import omnimem.backbones.video_salmonn2
     model = AutoModelForImageTextToText.from_pretrained("my-export")
 
-Weights are stored under the names of the published checkpoints, which are translated on the way in and back on the way
-out (`keys`).
+Checkpoints have the published weight names; `keys` converts them when loading and saving.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from omnimem.backbones.video_salmonn2.positions import MediaTokens, group_ids, s
 from omnimem.errors import OmniMemError
 
 
-class HearingModel(nn.Module):
-    """What both families add to their stock model."""
+class AudioVisualMixin(nn.Module):
+    """What both families add to the vision-language model: audio features and position ids."""
 
     config: Any
     audio: VideoSalmonn2AudioModel
     rope_deltas: Tensor | None
 
     def get_audio_features(self, input_features: Tensor) -> Tensor:
-        """Segments of log-mel features ``[S, bins, 3000]`` to decoder inputs ``[S, 60, C]``."""
+        """Log-mel features of segments ``[S, bins, 3000]`` to decoder inputs ``[S, 60, C]``."""
         return self.audio(input_features)
 
     def forward(
@@ -52,16 +51,16 @@ class HearingModel(nn.Module):
         position_layout: str = "train",
         **kwargs: Any,
     ) -> Any:
-        """The stock forward, with sound.
+        """Forward of the vision-language model, with audio.
 
         Parameters
         ----------
         input_ids, inputs_embeds, position_ids, attention_mask, **kwargs
-            As in the stock model.
+            As in the vision-language model.
         input_features : Tensor, optional
             Log-mel features ``[S, bins, 3000]`` of all segments of 30 s, in the order of the prompt.
         position_layout : {"train", "release"}
-            See `SpanEncoder`; the Qwen3-VL family has one.
+            See `Qwen2_5VLStreamEncoder`; the Qwen3-VL family has one layout only.
         """
         media = input_features is not None or kwargs.get("pixel_values_videos") is not None
         if input_ids is not None and media:
@@ -71,7 +70,7 @@ class HearingModel(nn.Module):
                 )
             if input_features is not None:
                 embed: Any = self.get_input_embeddings()  # pyright: ignore
-                inputs_embeds = self._with_sound(input_ids, embed(input_ids), input_features)
+                inputs_embeds = self._insert_audio(input_ids, embed(input_ids), input_features)
                 input_ids = None
         return super().forward(
             input_ids=input_ids,
@@ -81,15 +80,16 @@ class HearingModel(nn.Module):
             **kwargs,
         )
 
-    def _with_sound(self, input_ids: Tensor, embeds: Tensor, input_features: Tensor) -> Tensor:
-        sound = self.get_audio_features(input_features).flatten(0, 1).to(embeds.device, embeds.dtype)
-        places = input_ids == self.config.audio_token_id
-        if int(places.sum()) != len(sound):
+    def _insert_audio(self, input_ids: Tensor, embeds: Tensor, input_features: Tensor) -> Tensor:
+        """Replace the embeddings ``[B, T, C]`` of audio placeholder tokens by audio features."""
+        audio = self.get_audio_features(input_features).flatten(0, 1).to(embeds.device, embeds.dtype)
+        placeholders = input_ids == self.config.audio_token_id
+        if int(placeholders.sum()) != len(audio):
             raise OmniMemError(
-                f"{int(places.sum())} audio tokens in the prompt for {len(sound)} of sound; every started 30 s are "
-                f"{self.audio.tokens_per_segment}"
+                f"the prompt has {int(placeholders.sum())} audio tokens, but the audio needs {len(audio)}: "
+                f"{self.audio.tokens_per_segment} for every started 30 s"
             )
-        return embeds.masked_scatter(places[..., None], sound)
+        return embeds.masked_scatter(placeholders[..., None], audio)
 
     def get_rope_index(
         self,
@@ -102,7 +102,7 @@ class HearingModel(nn.Module):
         position_layout: str = "train",
         **_: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Rotary ids ``[3, B, T]`` of whole prompts, and what to add to the count of tokens behind them ``[B, 1]``."""
+        """Position ids ``[3, B, T]`` of whole prompts; offset ``[B, 1]`` from token count to next position id."""
         if image_grid_thw is not None:
             more = {} if second_per_grid_ts is None else {"second_per_grid_ts": second_per_grid_ts}
             return super().get_rope_index(  # pyright: ignore
@@ -118,26 +118,26 @@ class HearingModel(nn.Module):
         )
         grids = torch.zeros(0, 3, dtype=torch.int64) if video_grid_thw is None else video_grid_thw.cpu()
         seconds = torch.ones(len(grids)) if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts).cpu()
-        positions, deltas = torch.zeros(3, *input_ids.shape, dtype=torch.int64), []
+        position_ids, deltas = torch.zeros(3, *input_ids.shape, dtype=torch.int64), []
         for i, row in enumerate(input_ids.cpu()):
-            real = torch.ones_like(row, dtype=torch.bool) if attention_mask is None else attention_mask[i].bool().cpu()
-            # The videos of a prompt are those that its tokens fill; what is left over belongs to the next.
+            valid = torch.ones_like(row, dtype=torch.bool) if attention_mask is None else attention_mask[i].bool().cpu()
+            # Video tokens of this prompt decide how many of the remaining grids belong to it.
             filled = (grids.prod(1) // tokens.merge**2).cumsum(0)
-            wanted = (row[real] == tokens.video).sum()
+            wanted = (row[valid] == tokens.video).sum()
             count = int((filled < wanted).sum() + (wanted > 0)) if i + 1 < len(input_ids) else len(grids)
-            found = self._ids(row[real], grids[:count], seconds[:count], tokens, position_layout)
+            found = self._position_ids(row[valid], grids[:count], seconds[:count], tokens, position_layout)
             grids, seconds = grids[count:], seconds[count:]
-            positions[:, i, real] = found
+            position_ids[:, i, valid] = found
             deltas.append(int(found[:, -1].max()) + 1 - len(row))
         device = input_ids.device
-        return positions.to(device), torch.tensor(deltas, device=device)[:, None]
+        return position_ids.to(device), torch.tensor(deltas, device=device)[:, None]
 
-    def _ids(self, ids: Tensor, grids: Tensor, seconds: Tensor, tokens: MediaTokens, layout: str) -> Tensor:
-        """Ids ``[3, T]`` of one prompt ``[T]`` with these videos."""
+    def _position_ids(self, ids: Tensor, grids: Tensor, seconds: Tensor, tokens: MediaTokens, layout: str) -> Tensor:
+        """Position ids ``[3, T]`` of one prompt ``[T]`` with these video grids ``[V, 3]``."""
         raise NotImplementedError
 
 
-class VideoSalmonn2Model(HearingModel, Qwen3VLModel):
+class VideoSalmonn2Model(AudioVisualMixin, Qwen3VLModel):
     """Qwen3-VL family (4B, 8B) without the output projection."""
 
     config_class = VideoSalmonn2Config
@@ -147,11 +147,11 @@ class VideoSalmonn2Model(HearingModel, Qwen3VLModel):
         self.audio = VideoSalmonn2AudioModel._from_config(config.audio_config)
         self.post_init()
 
-    def _ids(self, ids: Tensor, grids: Tensor, seconds: Tensor, tokens: MediaTokens, layout: str) -> Tensor:
+    def _position_ids(self, ids: Tensor, grids: Tensor, seconds: Tensor, tokens: MediaTokens, layout: str) -> Tensor:
         return group_ids(ids, grids, tokens)
 
 
-class VideoSalmonn2Qwen2_5Model(HearingModel, Qwen2_5_VLModel):
+class VideoSalmonn2Qwen2_5Model(AudioVisualMixin, Qwen2_5_VLModel):
     """Qwen2.5-VL family (3B, 7B, 72B) without the output projection."""
 
     config_class = VideoSalmonn2Qwen2_5Config
@@ -161,17 +161,17 @@ class VideoSalmonn2Qwen2_5Model(HearingModel, Qwen2_5_VLModel):
         self.audio = VideoSalmonn2AudioModel._from_config(config.audio_config)
         self.post_init()
 
-    def _ids(self, ids: Tensor, grids: Tensor, seconds: Tensor, tokens: MediaTokens, layout: str) -> Tensor:
+    def _position_ids(self, ids: Tensor, grids: Tensor, seconds: Tensor, tokens: MediaTokens, layout: str) -> Tensor:
         return span_ids(ids, grids, seconds * self.config.vision_config.tokens_per_second, tokens, layout)
 
 
 class _Generating:
-    """Sound goes in once, with the prompt."""
+    """`generate` with audio: the features are passed with the prompt only."""
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """As stock, which refuses what its own `forward` does not name."""
-        ours = ("input_features", "position_layout")
-        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in ours})  # pyright: ignore
+        """Accept the two arguments that the `forward` of the parent class does not name."""
+        added = ("input_features", "position_layout")
+        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in added})  # pyright: ignore
 
     def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict:
         inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)  # pyright: ignore

@@ -1,6 +1,6 @@
-"""Rotary ids of a whole sequence with picture and sound, in the layouts of video-SALMONN 2+.
+"""Position ids of a whole prompt with video and audio, in the layouts of video-SALMONN 2+.
 
-The stream encoders count the same ids chunk by chunk; here they are read off the token ids of a complete prompt, for
+The stream encoders compute the same ids chunk by chunk; here they follow from the token ids of a complete prompt, for
 the model's own `forward` and `generate`.
 """
 
@@ -19,7 +19,7 @@ from omnimem.errors import OmniMemError
 
 @dataclass(frozen=True)
 class MediaTokens:
-    """Token ids that stand for media, and the patches that become one position."""
+    """Placeholder token ids of media; `merge`² patches of the vision tower become one token."""
 
     video: int
     audio: int
@@ -33,20 +33,20 @@ def span_ids(
     tokens: MediaTokens,
     position_layout: str = "train",
 ) -> Tensor:
-    """Ids of a prompt in the Qwen2.5-VL family (see `SpanEncoder`).
+    """Position ids of a prompt in the Qwen2.5-VL family (see `Qwen2_5VLStreamEncoder`).
 
     Parameters
     ----------
     ids : Tensor
         int64 ``[T]`` token ids of one prompt, without padding.
     grids : Tensor
-        int64 ``[V, 3]``: temporal patches and patches by side of each video.
+        int64 ``[V, 3]``: patches of each video along time, height and width.
     ids_per_patch : Tensor
-        ``[V]`` time ids from a temporal patch to the next.
+        ``[V]`` time ids per temporal patch.
     tokens : MediaTokens
-        Which ids are media.
+        Placeholder tokens of media.
     position_layout : {"train", "release"}
-        See `SpanEncoder`.
+        See `Qwen2_5VLStreamEncoder`.
 
     Returns
     -------
@@ -56,33 +56,33 @@ def span_ids(
     Raises
     ------
     OmniMemError
-        Video tokens that the grids do not explain.
+        Video tokens and grids do not match.
     """
     videos = [_grid(grid, tokens, step) for grid, step in zip(grids, ids_per_patch, strict=True)]
     if position_layout == "release":
-        return _released(ids, videos, tokens)
+        return _release_ids(ids, videos, tokens)
     found, start = [], 0
     for media, span in _spans(ids, tokens):
-        pictures = span == tokens.video
-        if not media or not pictures.any():
-            # Sound alone is counted like text.
+        visual = span == tokens.video
+        if not media or not visual.any():
+            # Audio without video has text-like ids.
             found.append(_text(len(span), start))
             start += len(span)
             continue
-        video = _next(videos, int(pictures.sum()))
+        video = _next(videos, int(visual.sum()))
         span_positions = torch.zeros(3, len(span), dtype=torch.int64)
-        span_positions[:, pictures] = video
-        sound = torch.arange(int((~pictures).sum()))
-        span_positions[:, ~pictures] = torch.stack((sound, torch.zeros_like(sound), sound))
+        span_positions[:, visual] = video
+        audio = torch.arange(int((~visual).sum()))
+        span_positions[:, ~visual] = torch.stack((audio, torch.zeros_like(audio), audio))
         found.append(span_positions + start)
-        # Behind picture and sound by the time ids alone, but where another video follows.
-        start += int((span_positions[0] if len(sound) and not videos else span_positions).max()) + 1
+        # Text after video and audio continues after the largest time id; another video after the largest of all axes.
+        start += int((span_positions[0] if len(audio) and not videos else span_positions).max()) + 1
     _check_all_used(videos)
     return torch.cat(found, dim=1)
 
 
 def group_ids(ids: Tensor, grids: Tensor, tokens: MediaTokens) -> Tensor:
-    """Ids of a prompt in the Qwen3-VL family (see `TimestampEncoder`): ``[3, T]`` from ``[T]`` and ``[V, 3]``."""
+    """Position ids ``[3, T]`` of a prompt ``[T]`` in the Qwen3-VL family (see `Qwen3VLStreamEncoder`)."""
     sides = [(t, h // tokens.merge, w // tokens.merge) for t, h, w in grids.tolist()]
     found, start = [], 0
     for key, run in groupby(ids.tolist(), lambda token: token == tokens.video):
@@ -105,35 +105,37 @@ def group_ids(ids: Tensor, grids: Tensor, tokens: MediaTokens) -> Tensor:
 
 
 def _grid(grid: Tensor, tokens: MediaTokens, ids_per_patch: Tensor) -> Tensor:
+    """Position ids of a video, relative to its start."""
     patches, height, width = grid.tolist()
     return patch_ids(torch.arange(patches), height // tokens.merge, width // tokens.merge, ids_per_patch)
 
 
 def _spans(ids: Tensor, tokens: MediaTokens) -> Iterator[tuple[bool, Tensor]]:
-    """Runs of media tokens and of others, in turn."""
+    """Runs of media tokens and of other tokens: (is media, token ids)."""
     media = (ids == tokens.video) | (ids == tokens.audio)
     borders = (media.diff() != 0).nonzero()[:, 0] + 1
     for run in torch.tensor_split(torch.arange(len(ids)), borders.tolist()):
         yield bool(media[run[0]]), ids[run]
 
 
-def _released(ids: Tensor, videos: list[Tensor], tokens: MediaTokens) -> Tensor:
-    """As many positions as a video has patches, counted from its first, whatever stands there; the rest is text."""
-    found, start, done = [], 0, 0
+def _release_ids(ids: Tensor, videos: list[Tensor], tokens: MediaTokens) -> Tensor:
+    """Release layout: as many tokens as a grid has get its patch ids, from the first video token on; others are text."""
+    found, start, assigned = [], 0, 0
     while videos:
         video = videos.pop(0)
-        left = (ids[done:] == tokens.video).nonzero()
-        if not len(left):
+        video_tokens = (ids[assigned:] == tokens.video).nonzero()
+        if not len(video_tokens):
             raise OmniMemError("more video grids than videos in the prompt")
-        before = int(left[0])
+        before = int(video_tokens[0])
         found += [_text(before, start), video + start + before]
         start += before + int(video.max()) + 1
-        done += before + video.shape[1]
-    found.append(_text(len(ids) - done, start))
+        assigned += before + video.shape[1]
+    found.append(_text(len(ids) - assigned, start))
     return torch.cat(found, dim=1)
 
 
 def _next(videos: list[Tensor], count: int) -> Tensor:
+    """Take the ids of the next video, which must have `count` tokens."""
     if not videos or videos[0].shape[1] != count:
         raise OmniMemError(
             f"{count} video tokens, but the grid says {videos[0].shape[1] if videos else 'that there is no video'}"
@@ -147,4 +149,5 @@ def _check_all_used(videos: list) -> None:
 
 
 def _text(length: int, start: int) -> Tensor:
+    """Position ids ``[3, length]`` of text."""
     return (torch.arange(length) + start).expand(3, -1)

@@ -1,4 +1,4 @@
-"""Whole prompts with picture and sound for video-SALMONN 2+: what its streams lay out chunk by chunk."""
+"""Processor of video-SALMONN 2+ for whole prompts; streams use the stream encoders instead."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from omnimem.backbones.video_salmonn2.configuration import is_qwen2_5
 from omnimem.errors import OmniMemError
 
 TOKENS_PER_SECOND = 2
-"""Decoder inputs a second of sound becomes."""
+"""Audio tokens per second."""
 
 VIDEO, AUDIO, START, END = "<|video_pad|>", "<|audio_pad|>", "<|vision_start|>", "<|vision_end|>"
 
 
 class VideoSalmonn2Processor(ProcessorMixin):
-    """Prompts in which ``<|video_pad|>`` or ``<|audio_pad|>``, each once, stand for one video or one sound.
+    """Prompts with one placeholder, ``<|video_pad|>`` for a video or ``<|audio_pad|>`` for audio alone.
 
     Parameters
     ----------
     image_processor, video_processor
-        Stock ones of the vision-language model.
+        Those of the vision-language model.
     feature_extractor : WhisperFeatureExtractor
         Log-mel features of 30 s, 128 bins.
     tokenizer
-        With the four special tokens of media.
+        Tokenizer with the four special tokens of media.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class VideoSalmonn2Processor(ProcessorMixin):
         **kwargs: Any,
     ) -> None:
         super().__init__(image_processor, video_processor, feature_extractor, tokenizer, chat_template=chat_template)
-        # Times are written between the pictures in the Qwen3-VL family.
+        # The Qwen3-VL family writes timestamps between groups of patches.
         self.timestamps = isinstance(video_processor, Qwen3VLVideoProcessor)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> VideoSalmonn2Processor:  # pyright: ignore
-        """Read our own file, or put together what published folders hold: tokenizer and picture processors.
+        """Load a saved processor, or build one from a published folder, which has tokenizer and video processors only.
 
-        Their sound is read with the settings of Whisper-large-v3, as the published code does.
+        The feature extractor then has the settings of Whisper-large-v3, as in the released code.
         """
         file = cached_file(path, PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False)
         saved = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
@@ -90,27 +90,27 @@ class VideoSalmonn2Processor(ProcessorMixin):
         patches_per_group: int = 1,
         size: dict[str, int] | None = None,
     ) -> BatchFeature:
-        """One prompt.
+        """Tokenize one prompt and preprocess its media.
 
         Parameters
         ----------
         text : str
-            With a placeholder for the media, if any.
+            Prompt, with a placeholder if there is media.
         frames : Tensor, optional
             uint8 ``[T, 3, H, W]``, sampled at `fps`.
         fps : float
-            Frames a second.
+            Frames per second.
         audio : ndarray, optional
-            float32 ``[S]``, 16 kHz mono; of the video, or alone.
+            float32 ``[S]``, 16 kHz mono: the audio of the video, or audio alone.
         patches_per_group : int
             Temporal patches between two timestamps.
         size : dict, optional
-            Pixel limits in the words of the video processor.
+            Pixel limits, as in the video processor.
 
         Returns
         -------
         BatchFeature
-            ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` and, where there is such media,
+            ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` and, depending on the media,
             ``pixel_values_videos``, ``video_grid_thw``, ``second_per_grid_ts``, ``input_features``.
 
         Raises
@@ -119,10 +119,10 @@ class VideoSalmonn2Processor(ProcessorMixin):
             Placeholders and media do not match.
         """
         data: dict[str, Any] = {}
-        sounds = 0
+        audio_count = 0
         if audio is not None:
-            data["input_features"] = segments(self.feature_extractor, audio)
-            sounds = len(data["input_features"]) * SEGMENT_SECONDS * TOKENS_PER_SECOND
+            data["input_features"] = log_mel_segments(self.feature_extractor, audio)
+            audio_count = len(data["input_features"]) * SEGMENT_SECONDS * TOKENS_PER_SECOND
         placeholder = VIDEO if frames is not None else AUDIO
         if text.count(VIDEO) + text.count(AUDIO) != text.count(placeholder) or text.count(placeholder) != (
             frames is not None or audio is not None
@@ -139,36 +139,42 @@ class VideoSalmonn2Processor(ProcessorMixin):
             count, height, width = data["video_grid_thw"][0].tolist()
             patch = height * width // self.video_processor.merge_size**2
             times = [(step * i / fps + (min(step * (i + 1), len(frames)) - 1) / fps) / 2 for i in range(count)]
-            laid_out = self._video(count, patch, times, sounds, step / fps, patches_per_group)
-            whole = f"{START}{VIDEO}{END}"
-            text = text.replace(whole, laid_out) if whole in text else text.replace(VIDEO, laid_out)
+            expanded = self._video(count, patch, times, audio_count, step / fps, patches_per_group)
+            marked = f"{START}{VIDEO}{END}"
+            text = text.replace(marked, expanded) if marked in text else text.replace(VIDEO, expanded)
         elif audio is not None:
-            text = text.replace(AUDIO, AUDIO * sounds)
+            text = text.replace(AUDIO, AUDIO * audio_count)
         ids = self.tokenizer(text, return_tensors="pt")
         kinds = torch.zeros_like(ids["input_ids"])
         kinds[ids["input_ids"] == self.tokenizer.convert_tokens_to_ids(VIDEO)] = 2
         return BatchFeature({**ids, "mm_token_type_ids": kinds, **data})
 
-    def _video(self, patches: int, patch: int, times: Sequence[float], sounds: int, seconds: float, group: int) -> str:
-        """Placeholders of all patches and of the sound between them; what is left of the sound comes last."""
+    def _video(
+        self, patches: int, patch: int, times: Sequence[float], audio_count: int, seconds: float, group: int
+    ) -> str:
+        """Placeholders of all patches and of the audio between them, remaining audio last."""
         if not self.timestamps:
             group = patches
-        parts, given = [], 0
+        parts, audio_used = [], 0
         for first in range(0, patches, group):
             inside = range(first, min(first + group, patches))
             spans = [range(i, i + 1) for i in inside] if not self.timestamps else [inside]
             body = ""
             for span in spans:
-                until = sounds if span.stop == patches else min(sounds, int(span.stop * seconds * TOKENS_PER_SECOND))
-                body += VIDEO * (patch * len(span)) + AUDIO * (until - given)
-                given = until
+                until = (
+                    audio_count
+                    if span.stop == patches
+                    else min(audio_count, int(span.stop * seconds * TOKENS_PER_SECOND))
+                )
+                body += VIDEO * (patch * len(span)) + AUDIO * (until - audio_used)
+                audio_used = until
             time = f"<{times[first]:.1f} seconds>" if self.timestamps else ""
             parts.append(f"{time}{START}{body}{END}")
         return "".join(parts)
 
 
-def segments(extractor: Any, audio: np.ndarray) -> torch.Tensor:
-    """Log-mel features float32 ``[S, bins, 3000]`` of every started 30 s, each by itself, padded with silence."""
+def log_mel_segments(extractor: Any, audio: np.ndarray) -> torch.Tensor:
+    """Log-mel features float32 ``[S, bins, 3000]`` of the started segments of 30 s, each padded with silence."""
     size = SEGMENT_SECONDS * extractor.sampling_rate
     count = math.ceil(len(audio) / size)
     pieces = [np.ascontiguousarray(audio[i * size : (i + 1) * size]) for i in range(count)]

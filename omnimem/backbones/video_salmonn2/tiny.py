@@ -1,7 +1,7 @@
-"""Tiny offline stand-ins of video-SALMONN 2+, written in the very layouts of the published checkpoints.
+"""Tiny random video-SALMONN 2+ models of both families, in the format of the published checkpoints.
 
-Names of weights, configuration files (flat in the Qwen2.5-VL family, nested in the Qwen3-VL family, the Q-Former in the
-words of BERT) and picture processors are as published; there is no file for sound, as there is none there.
+As published: weight names, configuration files (flat in the Qwen2.5-VL family, nested in the Qwen3-VL family, BERT's
+key names for the Q-Former), video processors, and no feature extractor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = chat_template(
 
 
 def audio_parameters(hidden: int) -> dict[str, Any]:
-    """The audio branch, small, in the words of the published files."""
+    """Configuration of a small audio branch, with the key names of the published files."""
     return {
         "model_type": "whisper",
         "d_model": 32,
@@ -61,7 +61,7 @@ def audio_parameters(hidden: int) -> dict[str, Any]:
 
 
 def build_tiny(path: str | Path, seed: int = 0, layers: int = 4, hidden: int = 64) -> Path:
-    """Write a tiny random checkpoint of the Qwen3-VL family; returns the folder (an existing one is replaced)."""
+    """Write a tiny random checkpoint of the Qwen3-VL family to `path`, replacing an existing folder; returns `path`."""
     tokenizer = _tokenizer()
     config = {
         "architectures": ["video_SALMONN2_plus"],
@@ -83,7 +83,7 @@ def build_tiny(path: str | Path, seed: int = 0, layers: int = 4, hidden: int = 6
 
 
 def build_tiny_qwen2_5(path: str | Path, seed: int = 0, layers: int = 4, hidden: int = 64) -> Path:
-    """Write a tiny random checkpoint of the Qwen2.5-VL family; returns the folder (an existing one is replaced)."""
+    """Write a tiny random checkpoint of the Qwen2.5-VL family to `path`, replacing an existing folder."""
     tokenizer = _tokenizer()
     parameters = qwen2_5_vl.tiny_parameters(tokenizer, layers, hidden)
     text = parameters.pop("text_config")

@@ -19,8 +19,8 @@ from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache
 from omnimem.stream import StreamingSession, StreamSettings
+from reference_models import QUESTION, whole_clip
 from small_runs import trained_run
-from stock import QUESTION, whole_clip
 
 LONG = StreamSettings(chunk_seconds=3, max_seconds=12)
 

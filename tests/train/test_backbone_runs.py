@@ -94,8 +94,8 @@ def test_the_quantized_recipe_trains_and_exports_into_full_precision(tmp_path, c
 @pytest.mark.parametrize("name", ["video_salmonn2", "qwen3_omni"])
 def test_only_projections_of_the_decoder_are_quantized(tiny_of, name):
     pytest.importorskip("bitsandbytes")
-    quantised = load_backbone(tiny_of(name), dtype="float32", device="cpu", load_in_4bit=True)
-    linear = [name for name, module in quantised.model.named_modules() if type(module).__name__ == "Linear4bit"]
+    quantized = load_backbone(tiny_of(name), dtype="float32", device="cpu", load_in_4bit=True)
+    linear = [name for name, module in quantized.model.named_modules() if type(module).__name__ == "Linear4bit"]
     assert len(linear) == 4 * (4 if name == "qwen3_omni" else 7)
     assert all(".language_model.layers." in name for name in linear)
 

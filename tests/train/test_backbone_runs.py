@@ -52,7 +52,7 @@ RUN = ("model.backbone=video_salmonn2", *CHUNKED["video_salmonn2"])
             marks=pytest.mark.long,
         ),
     ],
-    ids=["taught", "soft", "projectors", "compact"],
+    ids=["straight_through", "soft", "projectors", "compact"],
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, more):
     settings = [*RUN, "train.max_steps=2", "train.save_steps=1", *(one for one in more if one != "eval")]
@@ -103,7 +103,7 @@ def test_only_projections_of_the_decoder_are_quantized(tiny_of, name):
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 HARD = ("selection.gradient=none",)
-TAUGHT = (
+WITH_GRADIENT = (
     "selection.gradient=straight_through",
     "distill.weight=0.5",
     "train.bptt_window=1",
@@ -115,7 +115,7 @@ UNEQUAL = {"video_salmonn2": [LONG, HEARD, SEEN, SHORT], "qwen3_omni": [SHORT, H
 @pytest.mark.long
 @pytest.mark.parametrize("name", list(UNEQUAL))
 @pytest.mark.parametrize(
-    "more", [HARD, TAUGHT, (*HARD, "selection.method=streammem")], ids=["hard", "taught", "probed"]
+    "more", [HARD, WITH_GRADIENT, (*HARD, "selection.method=streammem")], ids=["hard", "straight_through", "probes"]
 )
 def test_two_processes_equal_one_with_every_sharding(tmp_path, name, more):
     """Shards of experts, which are not linear layers, and deepstack inputs in only one of the processes."""

@@ -13,31 +13,31 @@ from omnimem.errors import OmniMemError
 
 
 def run_guarded(program: str, work: Callable[[], object], debug: bool = False, quiet: bool = False) -> int:
-    """Call `work` and turn what it raises into one line on stderr and an exit status.
+    """Call `work`; print an exception as one line on stderr and return an exit status.
 
     Parameters
     ----------
     program : str
-        Opens the line.
+        Start of the line.
     work : callable
         The command.
     debug : bool
         Show the traceback as well.
     quiet : bool
-        Leave an `OmniMemError` to another process, which prints the same one.
+        Do not print an `OmniMemError`: another process prints the same one.
 
     Returns
     -------
     int
-        0 done, 2 for `OmniMemError` and for a file name that is too long, 1 for an interruption or any other exception.
+        0 without an exception, 2 for `OmniMemError` or a file name that is too long, 1 for any other exception.
     """
     try:
         work()
-        sys.stdout.flush()  # here and not at exit, where a closed pipe could no longer be caught
+        sys.stdout.flush()  # not at exit, where a closed pipe cannot be caught
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, BrokenPipeError) and _reader_has_left():
-            # What is still buffered must not raise once more at exit.
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+            # Buffered output must not raise again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         if debug:
@@ -57,8 +57,8 @@ def run_guarded(program: str, work: Callable[[], object], debug: bool = False, q
     return status
 
 
-def _reader_has_left() -> bool:
-    """Say whether it is our own stdout that is closed at the other end (`| head`), not some worker's pipe."""
+def _stdout_is_closed() -> bool:
+    """Whether the reader of stdout has closed its pipe (`| head`), rather than that of a worker process."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # a closed pipe is reported without being asked for
+    poll.register(sys.stdout.fileno(), 0)  # a closed pipe is always reported
     return bool(poll.poll(0))

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from clips import MEDIA, ROOT
+from omnimem.cli import main as omnimem
 
 FLOWER = "silent_track_flower_timelapse_5s.webm"
 RABBIT = "ambient_toy_rabbit_8s.mp4"
@@ -93,6 +94,19 @@ def refused(args: list[str], capsys) -> str:
     assert main(args) == 2
     (line,) = lines(capsys.readouterr().err)
     assert line.startswith("train: ")
+    return line
+
+
+def refused_export(capsys, run: Path, out: Path, *options: str) -> str:
+    """The error line of an export that must be refused; the run and `out` stay unchanged."""
+    before = tree(run), tree(out) if out.is_dir() else None
+    beside = sorted(path.name for path in out.parent.iterdir()) if out.parent.is_dir() else None
+    capsys.readouterr()
+    assert omnimem(["export", str(run), "--out", str(out), *options]) == 2
+    (line,) = lines(capsys.readouterr().err)
+    assert line.startswith("omnimem: ")
+    assert (tree(run), tree(out) if out.is_dir() else None) == before
+    assert beside == (sorted(path.name for path in out.parent.iterdir()) if out.parent.is_dir() else None)
     return line
 
 

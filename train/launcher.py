@@ -1,4 +1,4 @@
-"""What the launcher tells a process through environment variables, before torch is imported."""
+"""Rank and number of processes from the launcher's environment variables; does not import torch."""
 
 from __future__ import annotations
 

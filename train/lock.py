@@ -1,4 +1,4 @@
-"""Lock of an output folder: one run at a time, with takeover of the lock of a process that no longer runs.
+"""Lock of an output folder: one run at a time; the lock of a dead process is taken over.
 
 The main process of a run creates ``<output_dir>/run.lock`` and deletes it at the end. A killed process leaves the file,
 so a lock is valid only while its owner runs. On the same machine the process table tells: process id and start time.

@@ -149,12 +149,12 @@ def verify(merged: Merged, written: Backbone) -> Verification:
     return Verification(len(digests), difference, limit, merged.rounding, peak_bytes())
 
 
-def _check_mergeable(peft_model: Any, whole: tuple[str, ...], adapter: str | Path) -> None:
-    """Refuse an adapter with a weight that is neither LoRA of a linear layer nor part of a module in `whole`."""
+def _check_mergeable(peft_model: Any, full: tuple[str, ...], adapter: str | Path) -> None:
+    """Refuse an adapter with a weight that is neither LoRA of a linear layer nor in one of the modules `full`."""
     for key, weight in get_peft_model_state_dict(peft_model).items():
         name = key.removeprefix(PREFIX)
         lora = name.endswith((".lora_A.weight", ".lora_B.weight")) and weight.ndim == 2
-        if not lora and not name.startswith(tuple(f"{module}." for module in whole)):
+        if not lora and not name.startswith(tuple(f"{module}." for module in full)):
             raise OmniMemError(
                 f"{adapter}: {name} cannot be merged; only LoRA of linear layers and modules_to_save can"
             )

@@ -35,7 +35,7 @@ class Metrics:
     done : int
         Steps already done: lines of later steps, left by a killed run, are deleted.
     total : int
-        Steps of the whole run.
+        Steps of the run.
     active : bool
         Whether this process reports.
     recipe : Recipe

@@ -74,36 +74,58 @@ def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
     )
     settings.check(skeleton)
     check_lora_targets(recipe, skeleton)
+    _check_packages(recipe)
+    _check_finish_clip(recipe)
+    profile = budget_profile(recipe, skeleton, method, settings)
+    _check_truncation(recipe, len(profile.layers))
+    # Raises if the method has no differentiable score for `selection.gradient`.
+    CompressedCache(profile, method, selection_gradient(recipe, 0.0))
+    for mean in (recipe.memory.start_budget, *(recipe.memory.random_budget or ())):
+        if mean is not None:
+            with_mean(profile, mean)  # raises if the mean is too small for the floors
+    return skeleton, profile
+
+
+def check_lora_targets(recipe: Recipe, backbone: Backbone) -> None:
+    """Refuse a LoRA target that matches no projection of the decoder, and an unknown projector."""
+    modules = [name for name, _ in backbone.model.named_modules()]
+    for target in recipe.lora.target_modules:
+        pattern = re.compile(backbone.lora_target_regex([re.escape(target)]))
+        if not any(pattern.fullmatch(name) for name in modules):
+            raise OmniMemError(
+                f"lora.target_modules: {target!r} is no projection of {backbone.name}'s language model; use some of "
+                "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+            )
     for name in recipe.lora.modules_to_save:
-        if name not in skeleton.projectors:
-            raise OmniMemError(f"lora.modules_to_save: {name!r} must be one of {', '.join(skeleton.projectors)}")
+        if name not in backbone.projectors:
+            raise OmniMemError(f"lora.modules_to_save: {name!r} must be one of {', '.join(backbone.projectors)}")
+
+
+def _check_packages(recipe: Recipe) -> None:
     for name in recipe.train.report_to:
         if not find_spec(name):
             raise OmniMemError(f"train.report_to: {name} is not installed: pip install {name}")
     if recipe.model.load_in_4bit and not find_spec("bitsandbytes"):
         raise OmniMemError("model.load_in_4bit=true needs bitsandbytes: pip install 'omnimem[bitsandbytes]'")
+
+
+def _check_finish_clip(recipe: Recipe) -> None:
     if recipe.finish.media:
         try:
             probe(media_root(recipe.data.path, recipe.data.root) / recipe.finish.media)
         except MediaError as error:
             raise OmniMemError(f"finish.media: {error}") from error
-    profile = budget_profile(recipe, skeleton, method, settings)
-    count = len(profile.layers)
-    truncation = bptt_truncation(recipe, count)
-    end = count if truncation.detach_from_layer is None else min(truncation.detach_from_layer, count)
+
+
+def _check_truncation(recipe: Recipe, layers: int) -> None:
+    truncation = bptt_truncation(recipe, layers)
+    end = layers if truncation.detach_from_layer is None else min(truncation.detach_from_layer, layers)
     if truncation.detach_below_layer >= end:
         raise OmniMemError(
             f"train.detach_below_layer={recipe.train.detach_below_layer:g} and "
-            f"train.detach_from_layer={truncation.detach_from_layer} leave none of the {count} layers; lower the "
+            f"train.detach_from_layer={truncation.detach_from_layer} leave none of the {layers} layers; lower the "
             "first or raise the second"
         )
-    CompressedCache(
-        profile, method, selection_gradient(recipe, 0.0)
-    )  # raises if the method has no differentiable score
-    for mean in (recipe.memory.start_budget, *(recipe.memory.random_budget or ())):
-        if mean is not None:
-            with_mean(profile, mean)  # raises if the mean cannot hold the floors
-    return skeleton, profile
 
 
 def load_base(recipe: Recipe, output_dir: Path, device: torch.device) -> Backbone:
@@ -151,18 +173,6 @@ def _train_in_float32(module: torch.nn.Module) -> None:
     module.float()
     module.register_forward_pre_hook(lambda _, inputs: tuple(tensor.float() for tensor in inputs))
     module.register_forward_hook(lambda _, inputs, output: output.to(dtype))
-
-
-def check_lora_targets(recipe: Recipe, backbone: Backbone) -> None:
-    """Refuse a target that matches no projection of the decoder."""
-    modules = [name for name, _ in backbone.model.named_modules()]
-    for target in recipe.lora.target_modules:
-        pattern = re.compile(backbone.lora_target_regex([re.escape(target)]))
-        if not any(pattern.fullmatch(name) for name in modules):
-            raise OmniMemError(
-                f"lora.target_modules: {target!r} is no projection of {backbone.name}'s language model; use some of "
-                "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
-            )
 
 
 def selection_method(recipe: Recipe) -> SelectionMethod:

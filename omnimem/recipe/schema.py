@@ -95,9 +95,12 @@ class GateConfig:
     temperature: float = 0.3  # of the sigmoid, at the first step
     temperature_end: float | None = None  # at the last step; null: as at the first
     schedule: Literal["linear", "cosine", "exponential"] = "exponential"  # from temperature to temperature_end
-    margin: int | None = None  # evicted tokens per layer that receive a gradient; null: as many as a chunk has
+    margin: int | None = (
+        None  # evicted tokens per layer that get a gradient, best first; null: all (soft: as many as a chunk has)
+    )
     gradient_scale: float = 16.0  # factor on the gradient through the gates; 1 is exact for selection.gradient=soft
-    threshold: Literal["boundary", "bisection"] = "boundary"  # how the threshold of the gates is found
+    # of the gates: midpoint between the last retained and the first evicted score, or such that gates sum to the budget
+    threshold: Literal["boundary", "bisection"] = "boundary"
     through_attention: bool = False  # also through the attention scores (useful with a large selection.lambda)
 
 

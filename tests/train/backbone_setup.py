@@ -115,18 +115,18 @@ def plain(one: Setup, sample: Sample, gradient: SelectionGradient | None = None)
     stream = Stream(one.backbone, CompressedCache(one.profile, one.method, gradient))
     reader, encoder = one.settings.open(sample.row.media, one.backbone)
     stream.forward(encoder.prefix(), text=True)
-    losses, waiting = [], list(sample.questions)
+    losses, pending = [], list(sample.questions)
 
     def ask() -> None:
-        asked = waiting.pop(0)
+        asked = pending.pop(0)
         logits, targets = stream.answer_logits(encoder.closing(), [asked.question], [asked.answer])
         losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
 
     for chunk in reader:
         stream.step(encoder.encode(chunk))
-        while waiting and waiting[0].time is not None and waiting[0].time <= chunk.t1:
+        while pending and pending[0].time is not None and pending[0].time <= chunk.t1:
             ask()
-    while waiting:
+    while pending:
         ask()
     return torch.stack(losses).sum()
 

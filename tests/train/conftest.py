@@ -10,9 +10,11 @@ import torch
 
 import train.loop
 from omnimem.backbones import backbone_class
+from omnimem.cli import main as omnimem
 from small_runs import (
     arguments,
     main,
+    trained_run,
 )
 from train.setup import add_lora
 
@@ -55,3 +57,18 @@ def tiny_of(tmp_path_factory) -> Any:
         return built[name]
 
     return path
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    """A finished run whose adapter changes the logits of the base clearly."""
+    return trained_run(
+        tmp_path_factory.mktemp("run"), "train.max_steps=6", "train.learning_rate=3e-2", "train.save_steps=3"
+    )
+
+
+@pytest.fixture(scope="session")
+def export(run, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "merged"
+    assert omnimem(["export", str(run), "--out", str(out)]) == 0
+    return out

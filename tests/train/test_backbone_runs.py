@@ -52,7 +52,7 @@ RUN = ("model.backbone=video_salmonn2", *CHUNKED["video_salmonn2"])
             marks=pytest.mark.long,
         ),
     ],
-    ids=["taught", "soft", "projectors", "compact"],
+    ids=["straight_through", "soft", "projectors", "compact"],
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, more):
     settings = [*RUN, "train.max_steps=2", "train.save_steps=1", *(one for one in more if one != "eval")]
@@ -94,8 +94,8 @@ def test_the_quantized_recipe_trains_and_exports_into_full_precision(tmp_path, c
 @pytest.mark.parametrize("name", ["video_salmonn2", "qwen3_omni"])
 def test_only_projections_of_the_decoder_are_quantized(tiny_of, name):
     pytest.importorskip("bitsandbytes")
-    quantised = load_backbone(tiny_of(name), dtype="float32", device="cpu", load_in_4bit=True)
-    linear = [name for name, module in quantised.model.named_modules() if type(module).__name__ == "Linear4bit"]
+    quantized = load_backbone(tiny_of(name), dtype="float32", device="cpu", load_in_4bit=True)
+    linear = [name for name, module in quantized.model.named_modules() if type(module).__name__ == "Linear4bit"]
     assert len(linear) == 4 * (4 if name == "qwen3_omni" else 7)
     assert all(".language_model.layers." in name for name in linear)
 
@@ -103,7 +103,7 @@ def test_only_projections_of_the_decoder_are_quantized(tiny_of, name):
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 HARD = ("selection.gradient=none",)
-TAUGHT = (
+WITH_GRADIENT = (
     "selection.gradient=straight_through",
     "distill.weight=0.5",
     "train.bptt_window=1",
@@ -115,7 +115,7 @@ UNEQUAL = {"video_salmonn2": [LONG, HEARD, SEEN, SHORT], "qwen3_omni": [SHORT, H
 @pytest.mark.long
 @pytest.mark.parametrize("name", list(UNEQUAL))
 @pytest.mark.parametrize(
-    "more", [HARD, TAUGHT, (*HARD, "selection.method=streammem")], ids=["hard", "taught", "probed"]
+    "more", [HARD, WITH_GRADIENT, (*HARD, "selection.method=streammem")], ids=["hard", "straight_through", "probes"]
 )
 def test_two_processes_equal_one_with_every_sharding(tmp_path, name, more):
     """Shards of experts, which are not linear layers, and deepstack inputs in only one of the processes."""

@@ -51,9 +51,9 @@ def test_gradients_equal_plain_autograd(tmp_path, tiny_of, name, trained):
     loss.backward()
     expected = one.gradients()
     (folder := tmp_path / "records").mkdir()
-    outcome = one.objective(store=DiskStore(folder))(one.samples)
-    assert abs(outcome.loss - loss) <= 1e-9 * loss
-    outcome.backward(1.0)
+    result = one.objective(store=DiskStore(folder))(one.samples)
+    assert abs(result.loss - loss) <= 1e-9 * loss
+    result.backward(1.0)
     assert not list(folder.iterdir())
     assert_equal(one.gradients(), expected)
     if trained == EVERYTHING:
@@ -136,12 +136,12 @@ def test_a_batch_trains_like_its_streams_alone(tmp_path, tiny_of, name, rows):
     one = setup(tmp_path, tiny_of, name, *more, rows=rows)
     objective = one.objective()
     alone = [objective([sample]) for sample in one.samples]
-    for outcome in alone:
-        outcome.backward(1.0)
+    for result in alone:
+        result.backward(1.0)
     expected = one.gradients()
     together = objective(one.samples)
-    assert abs(together.loss - sum(outcome.loss for outcome in alone)) <= 1e-6 * together.loss
-    assert together.tokens == sum(outcome.tokens for outcome in alone)
+    assert abs(together.loss - sum(result.loss for result in alone)) <= 1e-6 * together.loss
+    assert together.tokens == sum(result.tokens for result in alone)
     together.backward(1.0)
     assert_equal(one.gradients(), expected, 1e-5)
 

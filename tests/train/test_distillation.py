@@ -61,10 +61,10 @@ def gradients(bench, result) -> list[torch.Tensor]:
 def test_a_teacher_with_the_same_cache_has_no_divergence(bench, batch):
     """With a budget that holds the stream and the same adapter, student and teacher agree, and so do gradients."""
     plain = outcome(bench, AMPLE, None, batch)
-    taught = outcome(bench, AMPLE, DistillConfig(weight=3.0, teacher_adapter=True), batch)
-    assert taught.distillation_loss.abs() <= 1e-10
-    assert abs((taught.loss - plain.loss).item()) <= 1e-10
-    for one, other in zip(gradients(bench, plain), gradients(bench, taught), strict=True):
+    distilled = outcome(bench, AMPLE, DistillConfig(weight=3.0, teacher_adapter=True), batch)
+    assert distilled.distillation_loss.abs() <= 1e-10
+    assert abs((distilled.loss - plain.loss).item()) <= 1e-10
+    for one, other in zip(gradients(bench, plain), gradients(bench, distilled), strict=True):
         assert (one - other).abs().max() <= 1e-8
 
 
@@ -73,7 +73,7 @@ def test_a_teacher_with_the_same_cache_has_no_divergence(bench, batch):
 def test_the_divergence_equals_that_of_two_separate_streams(bench, temperature, with_adapter):
     recipe, backbone, model, samples = bench
     sample = samples[0]
-    taught = outcome(bench, SMALL, DistillConfig(weight=0.5, temperature=temperature, teacher_adapter=with_adapter))
+    distilled = outcome(bench, SMALL, DistillConfig(weight=0.5, temperature=temperature, teacher_adapter=with_adapter))
     plain = outcome(bench, SMALL, None)
 
     def answers(method: str, budget: LayerBudget) -> torch.Tensor:
@@ -95,8 +95,8 @@ def test_the_divergence_equals_that_of_two_separate_streams(bench, temperature, 
     p = F.softmax(teacher / temperature, -1)
     q = F.softmax(student / temperature, -1)
     expected = (p * (p.log() - q.log())).sum() * temperature**2
-    assert taught.distillation_loss.item() == pytest.approx(expected.item(), rel=1e-9)
-    assert taught.loss.item() == pytest.approx(plain.loss.item() + 0.5 * expected.item(), rel=1e-9)
+    assert distilled.distillation_loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert distilled.loss.item() == pytest.approx(plain.loss.item() + 0.5 * expected.item(), rel=1e-9)
     assert expected > 1e-6
 
 
@@ -112,13 +112,13 @@ def test_the_teacher_does_not_change_the_adapter(bench):
 
 def test_a_distilled_run_logs_its_divergence_and_trains_another_adapter(tmp_path):
     plain = trained_run(tmp_path, out="plain")
-    taught = trained_run(tmp_path, "distill.weight=1.0", out="taught")
+    distilled = trained_run(tmp_path, "distill.weight=1.0", out="distilled")
     assert [record["distillation_loss"] for record in metrics(plain)] == [None] * 4
-    distilled = [record["distillation_loss"] for record in metrics(taught)]
-    assert all(value > 0 for value in distilled)
-    first = metrics(taught)[0]
+    divergences = [record["distillation_loss"] for record in metrics(distilled)]
+    assert all(value > 0 for value in divergences)
+    first = metrics(distilled)[0]
     assert first["loss"] == pytest.approx(metrics(plain)[0]["loss"] + first["distillation_loss"], rel=1e-5)
-    assert any(not torch.equal(one, adapter(taught)[name]) for name, one in adapter(plain).items())
+    assert any(not torch.equal(one, adapter(distilled)[name]) for name, one in adapter(plain).items())
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,8 @@ def test_an_evaluation_has_no_teacher(evaluated, tmp_path):
     """With equal weights the evaluation of a distilled run is the same cross-entropy."""
     options = (*held_out(tmp_path), "eval.eval_steps=1", "train.max_steps=1", "train.learning_rate=0.0")
     plain = trained_run(tmp_path, *options, out="plain")
-    taught = trained_run(tmp_path, *options, "distill.weight=2.0", out="taught")
-    assert metrics(plain)[0]["eval_loss"] == pytest.approx(metrics(taught)[0]["eval_loss"], rel=1e-6)
+    distilled = trained_run(tmp_path, *options, "distill.weight=2.0", out="distilled")
+    assert metrics(plain)[0]["eval_loss"] == pytest.approx(metrics(distilled)[0]["eval_loss"], rel=1e-6)
 
 
 def test_early_stopping(tmp_path):

@@ -3,55 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
 from omnimem import StreamingSession
 from omnimem.backbones import backbone_class, load_backbone
 from omnimem.backbones.checkpoint import quiet_transformers
-from omnimem.backbones.qwen2_5_omni.tiny import build_tiny
 from omnimem.budget import BudgetProfile
 from omnimem.cli import main as omnimem
-from omnimem.errors import OmniMemError
-from small_runs import MEDIA, RABBIT, ROOT, copy_run, lines, start, trained_run, tree
+from small_runs import MEDIA, RABBIT, ROOT, copy_run, refused_export, start, trained_run, tree
 from train.export import export_run
 from train.peak_memory import peak_bytes, reset_peak
 from train.setup import load_base
 
-Stock = Qwen2_5OmniThinkerForConditionalGeneration
+TransformersModel = Qwen2_5OmniThinkerForConditionalGeneration
 BENCHMARKS = ROOT / "tests" / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """A finished run whose adapter changes the logits of the base clearly."""
-    return trained_run(
-        tmp_path_factory.mktemp("run"), "train.max_steps=6", "train.learning_rate=3e-2", "train.save_steps=3"
-    )
-
-
-@pytest.fixture(scope="module")
-def export(run, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("export") / "merged"
-    assert omnimem(["export", str(run), "--out", str(out)]) == 0
-    return out
-
-
-def stock(path: Path, dtype: torch.dtype = torch.float32):
+def transformers_model(path: Path, dtype: torch.dtype = torch.float32):
     with quiet_transformers():
-        model, info = Stock.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        model, info = TransformersModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
     return model.eval(), info
 
 
@@ -62,15 +40,15 @@ def logits(model) -> torch.Tensor:
 
 
 def test_transformers_loads_an_export_completely(export):
-    model, info = stock(export)
+    model, info = transformers_model(export)
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     assert not [name for name in model.state_dict() if "lora" in name]
-    assert not (export / "adapter_config.json").exists(), "stock from_pretrained would put the adapter on a second time"
+    assert not (export / "adapter_config.json").exists(), "from_pretrained would apply the adapter a second time"
 
 
 def test_logits_of_an_export_equal_base_and_adapter(run, export):
-    merged, _ = stock(export)
-    base, _ = stock(run / "base")
+    merged, _ = transformers_model(export)
+    base, _ = transformers_model(run / "base")
     plain = logits(base)
     adapted = peft.PeftModel.from_pretrained(base, str(run)).eval()
     expected = logits(adapted)
@@ -79,7 +57,7 @@ def test_logits_of_an_export_equal_base_and_adapter(run, export):
 
 
 def test_only_the_projections_of_the_language_model_differ_from_the_base(run, export):
-    merged, base = stock(export)[0].state_dict(), stock(run / "base")[0].state_dict()
+    merged, base = transformers_model(export)[0].state_dict(), transformers_model(run / "base")[0].state_dict()
     assert merged.keys() == base.keys()
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
     attention = [f"model.language_model.layers.{i}.self_attn" for i in range(3)]
@@ -150,7 +128,7 @@ def test_a_large_checkpoint_is_written_in_shards(run, export, tmp_path, monkeypa
     shards = [load_file(path) for path in sorted((tmp_path / "out").glob("model-*.safetensors"))]
     assert len(shards) > 2
     assert sorted(name for shard in shards for name in shard) == sorted(load_file(export / "model.safetensors"))
-    found, expected = stock(tmp_path / "out")[0].state_dict(), stock(export)[0].state_dict()
+    found, expected = transformers_model(tmp_path / "out")[0].state_dict(), transformers_model(export)[0].state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -181,7 +159,7 @@ def test_an_export_runs_on_the_cpu_even_with_an_accelerator(run, tmp_path, monke
     """Loading a model to a GPU would fail on this machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     export_run(run, tmp_path / "out")
-    assert "'nosuch'" in refused(capsys, run, tmp_path / "other", "--device", "nosuch")
+    assert "'nosuch'" in refused_export(capsys, run, tmp_path / "other", "--device", "nosuch")
 
 
 def test_no_two_models_are_in_memory_at_once(run, tmp_path, monkeypatch):
@@ -240,233 +218,3 @@ def test_an_export_needs_memory_for_one_copy_of_the_model(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     slopes = json.loads((tmp_path / "results.json").read_text())["slopes"]
     assert all(0.5 < slope["anonymous"] < 1.3 for slope in slopes.values()), slopes
-
-
-# ---- refusals --------------------------------------------------------------------------------------------------------
-
-
-def refused(capsys, run: Path, out: Path, *options: str) -> str:
-    """The error line of an export that must be refused; the run and `out` stay unchanged."""
-    before = tree(run), tree(out) if out.is_dir() else None
-    beside = sorted(path.name for path in out.parent.iterdir()) if out.parent.is_dir() else None
-    capsys.readouterr()
-    assert omnimem(["export", str(run), "--out", str(out), *options]) == 2
-    (line,) = lines(capsys.readouterr().err)
-    assert line.startswith("omnimem: ")
-    assert (tree(run), tree(out) if out.is_dir() else None) == before
-    assert beside == (sorted(path.name for path in out.parent.iterdir()) if out.parent.is_dir() else None)
-    return line
-
-
-def test_no_adapter(tiny_path, tmp_path, capsys):
-    assert "no adapter" in refused(capsys, tiny_path, tmp_path / "out")
-    (tmp_path / "empty").mkdir()
-    assert "no adapter" in refused(capsys, tmp_path / "empty", tmp_path / "out")
-    assert "nosuch" in refused(capsys, tmp_path / "nosuch", tmp_path / "out")
-
-
-def test_a_run_that_has_not_finished(run, tmp_path, capsys):
-    unfinished = copy_run(run, tmp_path / "run")
-    for name in ("adapter_model.safetensors", "adapter_config.json", "budget_profile.json"):
-        (unfinished / name).unlink()
-    assert "without an adapter" in refused(capsys, unfinished, tmp_path / "out")
-
-
-@pytest.mark.parametrize("place", [".", "..", "../..", "base", "checkpoints"])
-def test_an_output_that_would_replace_the_run(run, tmp_path, capsys, place):
-    copied = copy_run(run, tmp_path / "runs" / "mine")
-    refused(capsys, copied, copied / place, "--overwrite")
-    refused(capsys, copied, Path(os.path.relpath(copied)) / place, "--overwrite")
-
-
-def test_an_output_that_would_replace_the_base_of_the_run(run, tmp_path, capsys):
-    """The base of a real run is a download in another folder."""
-    copied, base = copy_run(run, tmp_path / "run"), copy_run(run / "base", tmp_path / "models" / "omni")
-    shutil.rmtree(copied / "base")
-    config = json.loads((copied / "adapter_config.json").read_text())
-    (copied / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
-    export_run(copied, tmp_path / "fine")
-    assert str(base) in refused(capsys, copied, base, "--overwrite")
-
-
-def test_an_output_that_is_not_empty(run, tmp_path, capsys):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine.txt").write_text("precious")
-    assert "--overwrite" in refused(capsys, run, out)
-    assert omnimem(["export", str(run), "--out", str(out), "--overwrite"]) == 0
-    assert not (out / "mine.txt").exists() and (out / "model.safetensors").is_file()
-    (tmp_path / "file").write_text("precious")
-    assert "file" in refused(capsys, run, tmp_path / "file", "--overwrite")
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("adapter_model.safetensors", "truncated"),
-        ("adapter_model.safetensors", "noise"),
-        ("adapter_model.safetensors", "missing"),
-        ("adapter_config.json", "truncated"),
-        ("adapter_config.json", "noise"),
-        ("budget_profile.json", "truncated"),
-        ("budget_profile.json", "missing"),
-    ],
-)
-def test_a_damaged_run(run, tmp_path, capsys, file, content):
-    damaged = copy_run(run, tmp_path / "run")
-    path = damaged / file
-    whole = path.read_bytes()
-    if content == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(whole[: len(whole) // 2] if content == "truncated" else b'{"noise": 1}' + bytes(99))
-    assert str(damaged) in refused(capsys, damaged, tmp_path / "out")
-
-
-@pytest.mark.parametrize("base", [{"hidden": 128}, {"layers": 2}, {"layers": 4}], ids=str)
-def test_an_adapter_of_another_model(run, tmp_path, capsys, base):
-    other = copy_run(run, tmp_path / "run")
-    build_tiny(other / "base", **base)
-    refused(capsys, other, tmp_path / "out")
-
-
-def test_a_mismatch_is_one_line_in_a_separate_process_too(run, tmp_path):
-    """There warnings of transformers and PEFT would reach the terminal."""
-    other = copy_run(run, tmp_path / "run")
-    build_tiny(other / "base", layers=4)
-    done = start("-m", "omnimem", "export", other, "--out", tmp_path / "out")
-    assert done.returncode == 2 and not (tmp_path / "out").exists()
-    (line,) = lines(done.stderr)
-    assert line.startswith("omnimem: ") and str(other) in line
-
-
-def test_an_adapter_with_a_missing_or_unexpected_weight(run, tmp_path, capsys):
-    for change in ("less", "more"):
-        other = copy_run(run, tmp_path / change)
-        weights = load_file(other / "adapter_model.safetensors")
-        name = sorted(weights)[0]
-        if change == "less":
-            weights.pop(name)
-        else:
-            weights[name.replace("layers.0", "layers.7")] = weights[name].clone()
-        save_file(weights, other / "adapter_model.safetensors")
-        assert "layers." in refused(capsys, other, tmp_path / "out")
-
-
-def test_an_adapter_that_is_not_finite(run, tmp_path, capsys):
-    other = copy_run(run, tmp_path / "run")
-    weights = load_file(other / "adapter_model.safetensors")
-    name = next(name for name in sorted(weights) if "lora_B" in name)
-    weights[name][0, 0] = torch.nan
-    save_file(weights, other / "adapter_model.safetensors")
-    assert str(other) in refused(capsys, other, tmp_path / "out")
-
-
-# ---- verification ----------------------------------------------------------------------------------------------------
-
-
-def change_after(monkeypatch, cls: type, method: str, change: Callable[..., None]) -> None:
-    """Call `change` on the object and the arguments after each call of a method."""
-    genuine = getattr(cls, method)
-
-    def changed(self, *args, **kwargs):
-        result = genuine(self, *args, **kwargs)
-        change(self, *args)
-        return result
-
-    monkeypatch.setattr(cls, method, changed)
-
-
-@torch.no_grad()
-def disturbed(tuner: LoraModel) -> None:
-    tuner.model.model.language_model.layers[1].self_attn.v_proj.weight[3, 3] += 1e-6
-
-
-def extended(tuner: LoraModel) -> None:
-    tuner.model.model.language_model.layers[0].extra = torch.nn.Linear(2, 2)
-
-
-@pytest.mark.parametrize("change", [disturbed, extended])
-def test_an_export_that_differs_does_not_appear(run, tmp_path, capsys, monkeypatch, change):
-    change_after(monkeypatch, LoraModel, "unload", change)
-    refused(capsys, run, tmp_path / "out")
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "model.safetensors").write_text("what was there before")
-    refused(capsys, run, tmp_path / "old", "--overwrite")
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_export_without_its_adapter_does_not_appear(run, tmp_path, capsys, monkeypatch, dtype):
-    """The rounding of bfloat16 is small enough to detect a missing adapter."""
-    monkeypatch.setattr(LoraLinear, "merge", lambda self, **_: None)
-    line = refused(capsys, run, tmp_path / "out", "--dtype", dtype)
-    assert "the merged model differs from base + adapter in " in line
-
-
-def scaled(factor: float) -> Callable[..., None]:
-    def change(layer: LoraLinear) -> None:
-        layer.get_base_layer().weight.data *= factor
-
-    return change
-
-
-def stronger(layer: LoraLinear) -> None:
-    """An adapter that is applied 2 % too strongly."""
-    layer.get_base_layer().weight.data += 0.02 * layer.get_delta_weight("default")
-
-
-@pytest.mark.parametrize(
-    ("dtype", "change"),
-    [("float32", scaled(1 + 1e-5)), ("float32", stronger), ("bfloat16", scaled(1 + 2**-8)), ("bfloat16", stronger)],
-    ids=["float32 scaled", "float32 stronger", "bfloat16 half a step", "bfloat16 stronger"],
-)
-def test_a_slightly_wrong_merge_is_detected(run, tmp_path, capsys, monkeypatch, dtype, change):
-    """The written tensors equal the merged ones, so only the elementwise check of the merge detects it."""
-    change_after(monkeypatch, LoraLinear, "merge", lambda layer, *_: change(layer))
-    line = refused(capsys, run, tmp_path / "out", "--dtype", dtype)
-    assert "the merged model differs from base + adapter in " in line
-
-
-@pytest.mark.parametrize("name", ["audio_tower.layers.0.fc1.weight", "visual.blocks.1.attn.proj.bias", "mlp.up_proj"])
-def test_one_number_that_changes_on_disk_is_detected(run, tmp_path, capsys, monkeypatch, name):
-    """Logits of text do not depend on the weights of an encoder."""
-
-    def change(_, folder: Path) -> None:
-        weights = load_file(folder / "model.safetensors")
-        damaged = next(key for key in weights if name in key)
-        number = weights[damaged].view(-1)[5:6]
-        number.copy_(number.nextafter(torch.tensor(torch.inf)))
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-    change_after(monkeypatch, Stock, "save_pretrained", change)
-    line = refused(capsys, run, tmp_path / "out")
-    assert "the written checkpoint differs from base + adapter in " in line and name in line
-
-
-@pytest.mark.parametrize(
-    ("dtype", "factor", "least", "most"), [("float32", 1.001, 1e-4, 1e-3), ("bfloat16", 1.05, 0.01, 0.04)]
-)
-def test_a_configuration_that_changes_on_disk_is_detected(
-    run, tmp_path, capsys, monkeypatch, dtype, factor, least, most
-):
-    """The base of the rotary frequencies is in no tensor; it changes logits by about 2 % in bfloat16."""
-
-    def change(_, folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        config["text_config"]["rope_parameters"]["rope_theta"] *= factor
-        (folder / "config.json").write_text(json.dumps(config))
-
-    whole = tmp_path / "whole"
-    export_run(run, whole, dtype=dtype)
-    before = logits(stock(whole, getattr(torch, dtype))[0])
-    change(None, whole)
-    moved = (logits(stock(whole, getattr(torch, dtype))[0]) - before).abs().max() / before.abs().max()
-    assert least < moved < most
-    change_after(monkeypatch, Stock, "save_pretrained", change)
-    line = refused(capsys, run, tmp_path / "out", "--dtype", dtype)
-    assert "other logits" in line and "configuration" in line
-
-
-def test_the_library_call_raises_the_same(tiny_path, tmp_path):
-    with pytest.raises(OmniMemError, match="no adapter"):
-        export_run(tiny_path, tmp_path / "out")

@@ -65,9 +65,9 @@ class Bench:
         targets = sum(sample.answer_tokens for batch in batches for sample in batch)
         torch.manual_seed(7)
         for batch in batches:
-            outcome = objective(batch)
-            outcome.backward(1 / targets)
-            total += outcome.loss.item() / targets
+            result = objective(batch)
+            result.backward(1 / targets)
+            total += result.loss.item() / targets
         return total, {name: p.grad.clone() for name, p in self.parameters.items()}
 
     def descend(self, batches: list[list[Sample]], steps: int = 2, rate: float = 0.5) -> dict[str, torch.Tensor]:
@@ -128,7 +128,7 @@ def plain_gradients(bench: Bench, sample: Sample, row: dict[str, Any]) -> tuple[
     bench.model.zero_grad(set_to_none=True)
     stream = Stream(bench.backbone, CompressedCache(bench.profile, bench.method))
     reader, encoder = replace(bench.settings, audio=row.get("audio", True)).open(sample.row.media, bench.backbone)
-    losses, waiting = [], list(sample.questions)
+    losses, pending = [], list(sample.questions)
 
     def ask(asked: TokenizedQuestion) -> None:
         logits, targets = stream.answer_logits(encoder.closing(), [asked.question], [asked.answer])
@@ -137,9 +137,9 @@ def plain_gradients(bench: Bench, sample: Sample, row: dict[str, Any]) -> tuple[
     stream.forward(encoder.prefix(), text=True)
     for chunk in reader:
         stream.step(encoder.encode(chunk))
-        while waiting and waiting[0].time is not None and waiting[0].time <= chunk.t1:
-            ask(waiting.pop(0))
-    for asked in waiting:
+        while pending and pending[0].time is not None and pending[0].time <= chunk.t1:
+            ask(pending.pop(0))
+    for asked in pending:
         ask(asked)
     loss = torch.stack(losses).sum()
     loss.backward()
@@ -215,9 +215,9 @@ def test_loss_is_the_mean_over_all_answer_tokens(bench):
     try:
         by_hand = [answers_by_hand(bench, s, row) for s, row in zip(bench.samples, UNEQUAL, strict=True)]
         for answers, sample in zip(by_hand, bench.samples, strict=True):
-            outcome = bench.objective()([sample])
-            assert outcome.answer_tokens == sample.answer_tokens == sum(length for _, length in answers)
-            assert outcome.loss.item() == pytest.approx(sum(nll for nll, _ in answers), rel=1e-12)
+            result = bench.objective()([sample])
+            assert result.answer_tokens == sample.answer_tokens == sum(length for _, length in answers)
+            assert result.loss.item() == pytest.approx(sum(nll for nll, _ in answers), rel=1e-12)
         nll = sum(nll for answers in by_hand for nll, _ in answers)
         count = sum(length for answers in by_hand for _, length in answers)
     finally:

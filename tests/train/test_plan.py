@@ -86,7 +86,7 @@ def measured(recipe, profile, tmp_path, monkeypatch) -> int:
 @pytest.mark.parametrize(
     "more",
     [("selection.gradient=none",), (), ("distill.weight=1.0",), ("memory.mean_budget=200",)],
-    ids=["hard", "taught", "distilled", "larger"],
+    ids=["hard", "straight_through", "distilled", "larger"],
 )
 def test_a_step_takes_the_planned_memory(tmp_path, monkeypatch, more):
     """Within a third: the plan ignores temporary copies and counts only the wide tensors of a layer."""

@@ -42,13 +42,13 @@ def test_gradients_of_projectors_equal_plain_autograd(tmp_path):
     stream = Stream(backbone, CompressedCache(profile, method))
     reader, encoder = settings.open(sample.row.media, backbone)
     stream.forward(encoder.prefix(), text=True)
-    losses, waiting = [], list(sample.questions)
+    losses, pending = [], list(sample.questions)
     for chunk in reader:
         stream.step(encoder.encode(chunk))
-        while waiting and waiting[0].time is not None and waiting[0].time <= chunk.t1:
-            losses.append((encoder.closing(), waiting.pop(0)))
+        while pending and pending[0].time is not None and pending[0].time <= chunk.t1:
+            losses.append((encoder.closing(), pending.pop(0)))
             losses[-1] = loss_of(stream, *losses[-1])
-    losses += [loss_of(stream, encoder.closing(), asked) for asked in waiting]
+    losses += [loss_of(stream, encoder.closing(), asked) for asked in pending]
     torch.stack(losses).sum().backward()
     expected = {name: p.grad.clone() for name, p in trained.items()}
     model.zero_grad()

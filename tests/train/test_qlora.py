@@ -27,8 +27,8 @@ def run(tmp_path_factory):
 
 
 def test_the_base_is_quantized_and_the_rest_is_not():
-    quantised = load_backbone("tiny", dtype="float32", device="cpu", load_in_4bit=True)
-    kinds = {name: type(module).__name__ for name, module in quantised.model.named_modules()}
+    quantized = load_backbone("tiny", dtype="float32", device="cpu", load_in_4bit=True)
+    kinds = {name: type(module).__name__ for name, module in quantized.model.named_modules()}
     linear = {name for name, kind in kinds.items() if kind == "Linear4bit"}
     assert len(linear) == 3 * 7 and all(".language_model.layers." in name for name in linear)
     assert any(kind == "Linear" for name, kind in kinds.items() if "audio_tower" in name)

@@ -128,8 +128,8 @@ def arm(moment: str) -> None:
         half_a_line(5)
     elif moment == "while the adapter of a checkpoint is written":
         on_call(os, "fsync", 3, lambda descriptor: ".adapter." in os.readlink(f"/proc/self/fd/{descriptor}"))
-    elif moment == "while the optimiser is written":
-        # Calls by turns: optimiser, random state.
+    elif moment == "while the optimizer is written":
+        # Calls by turns: optimizer, random state.
         on_call(train.checkpoint, "save_file", 3)
     elif moment == "before the rename":
         on_call(os, "rename", 3, lambda source, target: "step-" in str(target))
@@ -163,7 +163,7 @@ MOMENTS = [
     "before the first checkpoint",
     "while metrics are written",
     "while the adapter of a checkpoint is written",
-    "while the optimiser is written",
+    "while the optimizer is written",
     "before the rename",
     "after the rename, before old ones go",
     "while an old checkpoint is deleted",

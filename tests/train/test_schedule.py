@@ -102,7 +102,7 @@ def test_rows_are_tokenized_when_a_step_needs_them(tiny, monkeypatch):
 
     made = schedule(Samples(rows, tiny), 2, 2, 2, 0)
     assert len(made.samples) == 40 and made.steps == 20 and made.epoch(5) == 1.0
-    assert not answers, "nothing is tokenised before the first step"
+    assert not answers, "nothing is tokenized before the first step"
     targets = made.answer_tokens(0)
     numbers = [expected_number(i, 40, 0) for i in range(8)]
     assert sorted(answers) == sorted(q.answer for n in numbers for q in rows[n].questions)

@@ -16,7 +16,7 @@ from small_runs import ROWS, adapter, arguments, main, metrics, trained_run
 from train.budgets import profile_at
 from train.setup import offload_store, selection_gradient
 
-TAUGHT, HARD = "selection.gradient=straight_through", "selection.gradient=none"
+WITH_GRADIENT, HARD = "selection.gradient=straight_through", "selection.gradient=none"
 
 
 def recipe_of(tmp_path, *overrides: str):
@@ -34,19 +34,19 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_a_selection_gradient_changes_the_training_but_not_the_first_loss(tmp_path):
     hard = trained_run(tmp_path, HARD, out="hard")
-    taught = trained_run(tmp_path, TAUGHT, out="taught")
-    first, second = metrics(hard), metrics(taught)
+    trained = trained_run(tmp_path, WITH_GRADIENT, out="trained")
+    first, second = metrics(hard), metrics(trained)
     # The forward pass is that of hard selection, to the bit; what flows back is not.
     assert first[0]["loss"] == second[0]["loss"]
     assert first[0]["grad_norm"] != second[0]["grad_norm"]
-    assert not same(adapter(hard), adapter(taught))
+    assert not same(adapter(hard), adapter(trained))
     assert [record["temperature"] for record in first] == [None] * 4
     assert [record["temperature"] for record in second] == [0.3] * 4
 
 
 @pytest.mark.parametrize("margin", ["gate.margin=null", "gate.margin=3"])
 def test_offload_to_disk_gives_the_same_run_and_leaves_no_files(tmp_path, margin):
-    options = (TAUGHT, margin, "train.max_steps=2", "train.save_steps=2")
+    options = (WITH_GRADIENT, margin, "train.max_steps=2", "train.save_steps=2")
     runs = [trained_run(tmp_path, *options, f"train.offload={place}", out=place) for place in ("none", "disk")]
     assert same(*map(adapter, runs))
     assert not list(runs[1].glob(".evicted/*/*"))
@@ -77,7 +77,7 @@ def test_truncation_changes_gradients_but_not_the_loss(tmp_path):
 
 
 def test_a_run_with_selection_gradient_and_changing_budgets_resumes_to_the_same_bits(tmp_path):
-    options = (TAUGHT, "gate.temperature=1.0", "gate.temperature_end=0.1", "memory.random_budget=[12,48]")
+    options = (WITH_GRADIENT, "gate.temperature=1.0", "gate.temperature_end=0.1", "memory.random_budget=[12,48]")
     whole = trained_run(tmp_path, *options, out="whole")
     args = arguments(tmp_path, *options, out="parts")
     assert main([*args, "train.max_steps=4", "train.save_steps=2"]) == 0
@@ -105,7 +105,7 @@ def test_the_cache_has_the_budget_of_the_step_and_the_profile_that_of_the_run(tm
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "exponential"])
 def test_temperatures_go_from_start_to_end(tmp_path, schedule):
     recipe = recipe_of(
-        tmp_path, TAUGHT, "gate.temperature=1.0", "gate.temperature_end=0.01", f"gate.schedule={schedule}"
+        tmp_path, WITH_GRADIENT, "gate.temperature=1.0", "gate.temperature_end=0.01", f"gate.schedule={schedule}"
     )
     found = []
     for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
@@ -148,15 +148,15 @@ def test_retention_does_not_depend_on_the_batch(tmp_path):
 
 
 def test_gates_and_retention_are_in_the_metrics(tmp_path):
-    hard, taught = (metrics(trained_run(tmp_path, *more, out=str(len(more)))) for more in ((HARD,), ()))
+    hard, trained = (metrics(trained_run(tmp_path, *more, out=str(len(more)))) for more in ((HARD,), ()))
     assert all(record["gates"] is None for record in hard)
-    for record in taught:
+    for record in trained:
         gates = record["gates"]
         # The cache must evict: gates of retained tokens are open, gates of evicted ones closed, some are between.
         assert 0.5 < gates["retained"] <= 1 and 0 <= gates["evicted"] < 0.5 and 0 < gates["undecided"] < 1
-    for record in (*hard, *taught):
+    for record in (*hard, *trained):
         assert 0 < record["retention"]["visual"] < 1 and 0 <= record["retention"]["audio"] < 1
-    assert [r["retention"] for r in hard] == [r["retention"] for r in taught]
+    assert [r["retention"] for r in hard] == [r["retention"] for r in trained]
 
 
 def test_random_budgets_depend_on_the_step_alone_and_are_log_uniform(tmp_path):
@@ -181,11 +181,11 @@ def test_a_curriculum_lowers_the_budget_geometrically(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ((TAUGHT, "selection.method=h2o"), "no gradient can reach the selection"),
-        ((TAUGHT, "selection.redundancy=sketch"), "no gradient can reach the selection"),
-        ((TAUGHT, "selection.position_ids=compact"), "no gradient can reach the selection"),
-        ((TAUGHT, "gate.temperature=0"), "gate.temperature must be above 0"),
-        ((TAUGHT, "gate.margin=0"), "gate.margin must be at least 1"),
+        ((WITH_GRADIENT, "selection.method=h2o"), "no gradient can reach the selection"),
+        ((WITH_GRADIENT, "selection.redundancy=sketch"), "no gradient can reach the selection"),
+        ((WITH_GRADIENT, "selection.position_ids=compact"), "no gradient can reach the selection"),
+        ((WITH_GRADIENT, "gate.temperature=0"), "gate.temperature must be above 0"),
+        ((WITH_GRADIENT, "gate.margin=0"), "gate.margin must be at least 1"),
         (("memory.random_budget=[48]",), "memory.random_budget must be two whole numbers"),
         (("memory.random_budget=[48,12]",), "memory.random_budget must be two whole numbers"),
         (("memory.random_budget=[12,48]", "memory.start_budget=48"), "exclude each other"),

@@ -33,8 +33,8 @@ class Poisoned:
         def call(objective, *args):
             number = len(self.weights)
             self.weights.append([p.detach().clone() for p in objective.model.parameters() if p.requires_grad])
-            outcome = genuine(objective, *args)
-            return replace(outcome, loss=outcome.loss * value) if number in calls else outcome
+            result = genuine(objective, *args)
+            return replace(result, loss=result.loss * value) if number in calls else result
 
         monkeypatch.setattr(StreamObjective, "__call__", call)
 

@@ -38,7 +38,8 @@ from omnimem.selection import AttentionScoreSpec
 from omnimem.selection.base import compute_dtype
 from omnimem.selection.full import Full
 from omnimem.selection.redundancy import redundancy
-from omnimem.stream import StreamingSession, StreamSettings
+from omnimem.stream import StreamingSession
+from omnimem.stream_settings import StreamSettings
 
 log = logging.getLogger("omnimem.calibrate")
 

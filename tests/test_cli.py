@@ -258,7 +258,7 @@ def test_profile_show_and_convert(tmp_path, capsys):
     assert shown[1:] == [
         ["0", "50", "10", "60"],
         ["1", "100", "20", "120"],
-        ["mean", "budget:", "90", "positions", "a", "layer"],
+        ["mean", "budget:", "90", "tokens", "per", "layer"],
     ]
 
 

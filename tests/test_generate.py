@@ -16,7 +16,8 @@ from omnimem.forward import Stream
 from omnimem.measure.meter import Meter
 from omnimem.memory import CompressedCache
 from omnimem.selection import build_selection
-from omnimem.stream import StreamingSession, StreamSettings
+from omnimem.stream import StreamingSession
+from omnimem.stream_settings import StreamSettings
 
 QUESTION = "What is seen and what is heard?"
 OTHER = "Who speaks?"

@@ -15,14 +15,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from data_prep.clip_info import OpenedRow, open_rows
+from data_prep.decoded_clips.folder import PreparedRow, is_prepared, read_prepared, read_settings
+from data_prep.decoded_clips.format import frame_stride
+from data_prep.decoded_clips.shard_reader import ShardReader
 from data_prep.manifest import Manifest, Row, read_manifest
-from data_prep.opened import OpenedRow, open_rows
-from data_prep.prepared import PreparedRow, frame_step, is_prepared, read_prepared, read_settings
-from data_prep.prepared_reader import PreparedReader
 from omnimem.backbones import Backbone, StreamEncoder
 from omnimem.errors import OmniMemError
 from omnimem.media import Chunk, MediaInfo
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 from train.config import DataConfig, TrainConfig
 
 log = logging.getLogger("omnimem.train")
@@ -53,7 +54,7 @@ class Sample:
 def load_rows(config: DataConfig, supports_audio: bool = True) -> Manifest:
     """Read the manifest and open every clip once, so that an unusable one is found before training begins.
 
-    Clips are opened side by side, and only those that changed since an earlier start (`data_prep.opened`). Of a
+    Clips are opened side by side, and only those that changed since an earlier start (`data_prep.clip_info`). Of a
     prepared folder no clip is opened: `omnimem data prepare` has read them to their end. For a model that does not
     hear (`supports_audio` false) a clip needs a picture.
 
@@ -67,7 +68,7 @@ def load_rows(config: DataConfig, supports_audio: bool = True) -> Manifest:
     if is_prepared(config.path):
         settings, _ = read_settings(config.path)
         wanted = {key: getattr(config, key) for key in ("fps", "short_side", "max_seconds")}
-        frame_step(settings, f"data.path={config.path}", audio=config.audio and supports_audio, **wanted)
+        frame_stride(settings, f"data.path={config.path}", audio=config.audio and supports_audio, **wanted)
         manifest = read_prepared(config.path, config.on_bad_row)
         opened = manifest.rows
     else:
@@ -115,13 +116,13 @@ def open_row(row: Row, settings: StreamSettings, backbone: Backbone) -> tuple[It
     Raises
     ------
     OmniMemError
-        As `StreamSettings.open` and `PreparedReader`.
+        As `StreamSettings.open` and `ShardReader`.
     """
     settings = replace(settings, audio=settings.audio and row.audio)
     if not isinstance(row, PreparedRow):
-        return settings.open(row.media, backbone, row.sound)
+        return settings.open(row.media, backbone, row.audio_path)
     settings.check(backbone)
-    reader = PreparedReader(
+    reader = ShardReader(
         row.media,
         name=row.name,
         fps=settings.fps,
@@ -130,7 +131,7 @@ def open_row(row: Row, settings: StreamSettings, backbone: Backbone) -> tuple[It
         short_side=settings.short_side,
         max_seconds=settings.max_seconds,
     )
-    return reader, settings.begin(reader.info, backbone)
+    return reader, settings.stream_encoder(reader.info, backbone)
 
 
 def tokenise(row: Row, backbone: Backbone) -> Sample:

@@ -27,7 +27,7 @@ from omnimem.memory.store import Store
 from omnimem.modality import EVICTABLE
 from omnimem.selection import SelectionMethod
 from omnimem.selection.full import Full
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 from omnimem.tape import ChunkwiseBPTT, Truncation
 from train.config import DistillConfig
 from train.data import Sample, TokenizedQuestion, open_row

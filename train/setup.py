@@ -23,7 +23,7 @@ from omnimem.media import MediaError, probe
 from omnimem.memory import CompressedCache, SelectionGradient
 from omnimem.memory.store import DiskStore, HostStore, Store
 from omnimem.selection import SelectionMethod, build_selection, options_of
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 from omnimem.tape import Truncation
 from train.checkpoint import RECORDS
 from train.config import Recipe

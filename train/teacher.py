@@ -86,7 +86,7 @@ class TeacherAnswers:
         known = {
             **self.settings,
             "media": self._digest(row.media),
-            "sound": None if row.sound is None else self._digest(row.sound),
+            "audio_path": None if row.audio_path is None else self._digest(row.audio_path),
             "audio": row.audio,
             "question": asked.question.tolist(),
             "answer": asked.answer.tolist(),

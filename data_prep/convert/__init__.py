@@ -234,7 +234,7 @@ def _line(key: Key, questions: list[dict[str, Any]]) -> bytes:
     media, sound, audio = key
     row: dict[str, Any] = {"media": media}
     if sound is not None:
-        row["sound"] = sound
+        row["audio_path"] = sound
     if not audio:
         row["audio"] = False
     row["questions"] = questions

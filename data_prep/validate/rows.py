@@ -14,7 +14,7 @@ from typing import Any
 
 from data_prep.manifest import Row
 from data_prep.validate.findings import Finding
-from data_prep.validate.record import printable
+from data_prep.validate.journal import printable
 
 PLACEHOLDER = re.compile(
     r"<\|?(?P<what>audio|sound|speech|video|image|img|vision)"
@@ -93,7 +93,7 @@ def check_rows(rows: list[Row], entries: dict[str, dict[str, Any]]) -> dict[str,
 
 def _files(row: Row) -> list[Path]:
     """The media of a row, and its sound where that is a file of its own."""
-    return [row.media] if row.sound is None else [row.media, row.sound]
+    return list(row.files)
 
 
 def _record(finding: Finding, rows: list[Row]) -> dict[str, Any]:

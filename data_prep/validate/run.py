@@ -18,14 +18,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data_prep.decoded_clips.folder import is_prepared
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.pool import in_processes, processors
-from data_prep.prepared import is_prepared
 from data_prep.validate.file import AUDIO_SUFFIXES, VIDEO_SUFFIXES, check_file, suffixes
 from data_prep.validate.findings import CODES, Finding, worst
-from data_prep.validate.record import Journal, identity, printable, read_report, serves
+from data_prep.validate.journal import Journal, identity, printable, read_report, serves
+from data_prep.validate.print_report import WIDE, print_report
 from data_prep.validate.rows import check_rows
-from data_prep.validate.show import WIDE, print_report
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json
 
@@ -159,8 +159,8 @@ def _files_of_manifest(manifest: Manifest) -> dict[Path, list[str]]:
     names: dict[Path, list[str]] = {}
     for row in manifest.rows:
         names[row.media] = [printable(row.name)]
-        if row.sound is not None and row.sound not in names:
-            names[row.sound] = [printable(os.path.relpath(row.sound, row.media.parent))]
+        if row.audio_path is not None and row.audio_path not in names:
+            names[row.audio_path] = [printable(os.path.relpath(row.audio_path, row.media.parent))]
     return names
 
 

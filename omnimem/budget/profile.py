@@ -86,7 +86,7 @@ class BudgetProfile:
     selection : dict
         Selection method (``method``) and its hyper-parameters the budgets were used or calibrated with.
     stream : dict
-        How media were read then: frame rate, chunk length, resolution (`omnimem.stream.StreamSettings`).
+        How media were read then: frame rate, chunk length, resolution (`omnimem.stream_settings.StreamSettings`).
     statistics : dict
         Calibration statistics (entropy, redundancy, counts), empty for given or uniform budgets.
     calibration_set : str

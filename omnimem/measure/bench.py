@@ -30,12 +30,10 @@ from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, file_digest
 from omnimem.measure.cells import Cell, Column, choose_methods, device_name, run_cells, table, weights_digest, write_csv
-from omnimem.measure.figures import Line, Panel, draw, require_matplotlib
+from omnimem.measure.figures import Line, Panel, draw_panels, require_matplotlib
 from omnimem.measure.meter import Meter
-from omnimem.stream import StreamingSession, StreamSettings
-
-SHIPPED = Path(__file__).resolve().parents[2] / "data_prep" / "quickstart" / "speech_apollo15_hammer_feather_47s.webm"
-"""Clip used when none is named."""
+from omnimem.stream import StreamingSession
+from omnimem.stream_settings import StreamSettings
 
 QUESTION = "What is seen and what is heard?"
 
@@ -47,7 +45,7 @@ def bench_command(args: argparse.Namespace) -> None:
     """Check, fill the table cell by cell, print it; `args` are those of `omnimem.cli`."""
     require_matplotlib()
     methods = choose_methods(args.methods, args.option)
-    media = args.media or SHIPPED
+    media: Path = args.media
     if not media.is_file():
         raise OmniMemError(f"{media}: no such file")
     device = parse_device(args.device)
@@ -138,7 +136,7 @@ def load_model(task: dict[str, Any]) -> Backbone:
 def new_session(task: dict[str, Any], backbone: Backbone) -> StreamingSession:
     """An empty memory of uniform budgets."""
     profile = BudgetProfile.uniform(backbone.config, task["mean_budget"], task["ratio"])
-    settings = StreamSettings.fitting(backbone, **task["stream"])
+    settings = StreamSettings.for_backbone(backbone, **task["stream"])
     return StreamingSession(backbone, profile, task["method"], settings, **task["options"])
 
 
@@ -224,7 +222,7 @@ def draw_picture(rows: Sequence[dict[str, Any]], out: Path) -> None:
         Panel("stream (s)", f"peak memory (MiB): {measured}\ndotted: keys and values", memory, log=True),
         Panel("stream (s)", "first token (ms)", latency, log=True),
     ]
-    draw(out, panels)
+    draw_panels(out, panels)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from omnimem.budget.statistics import METHOD
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json
 from omnimem.measure.cells import Cell, Column, choose_methods, device_name, run_cells, table, weights_digest, write_csv
-from omnimem.measure.figures import Line, Panel, draw, require_matplotlib
+from omnimem.measure.figures import Line, Panel, draw_panels, require_matplotlib
 from omnimem.measure.questions import Row, answer_questions
 from omnimem.selection import SelectionMethod, build_selection, options_of
 from omnimem.stream import StreamingSession
@@ -208,7 +208,7 @@ def draw_pictures(rows: Sequence[dict[str, Any]], out: Path) -> list[str]:
             Panel(title, "accuracy (%), 95 % interval", _lines(rows, axis, "accuracy"), log=axis == "mean_budget"),
             Panel(title, "nats a token of the reference", _lines(rows, axis, "nll"), log=axis == "mean_budget"),
         ]
-        draw(out / name, panels)
+        draw_panels(out / name, panels)
     return list(pictures)
 
 

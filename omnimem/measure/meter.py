@@ -26,7 +26,8 @@ from transformers import StoppingCriteria
 from omnimem.backbones import Backbone, ChunkInputs, StreamEncoder
 from omnimem.errors import OmniMemError
 from omnimem.media import Chunk, MediaInfo, MediaReader
-from omnimem.stream import StreamEvent, StreamingSession, StreamSettings
+from omnimem.stream import StreamEvent, StreamingSession
+from omnimem.stream_settings import StreamSettings
 
 SAMPLE_RATE = 16_000
 
@@ -128,21 +129,21 @@ class _MeteredSettings(StreamSettings):
     loop_seconds: float | None = None
 
     def open(
-        self, path: str | Path, backbone: Backbone, sound: str | Path | None = None
+        self, path: str | Path, backbone: Backbone, audio_path: str | Path | None = None
     ) -> tuple[MediaReader, StreamEncoder]:
         """As `StreamSettings.open`."""
         if self.loop_seconds is None:
-            return super().open(path, backbone, sound)
+            return super().open(path, backbone, audio_path)
         once = replace(self, loop_seconds=None, max_seconds=min(LOOPED_SECONDS, self.max_seconds or math.inf))
-        reader, _ = StreamSettings.open(once, path, backbone, sound)
+        reader, _ = StreamSettings.open(once, path, backbone, audio_path)
         whole = replace(self, max_seconds=self.loop_seconds)
-        encoder = whole.begin(replace(reader.info, duration=self.loop_seconds), backbone)
+        encoder = whole.stream_encoder(replace(reader.info, duration=self.loop_seconds), backbone)
         chunks = repeat(reader, self.fps, self.chunk_seconds, self.loop_seconds)
         return cast(MediaReader, _Repeated(reader.info, chunks)), encoder
 
-    def begin(self, info: MediaInfo, backbone: Backbone) -> StreamEncoder:
-        """As `StreamSettings.begin`."""
-        encoder = super().begin(info, backbone)
+    def stream_encoder(self, info: MediaInfo, backbone: Backbone) -> StreamEncoder:
+        """As `StreamSettings.stream_encoder`."""
+        encoder = super().stream_encoder(info, backbone)
         encode = encoder.encode
 
         def timed(chunk: Chunk) -> ChunkInputs:

@@ -197,7 +197,7 @@ def test_reindexed_positions_stay_in_the_trained_range(path):
 
 
 def test_sound_alone_and_smaller_frames_are_refused(llava):
-    with pytest.raises(OmniMemError, match="no picture, and llava_next_video takes no sound"):
+    with pytest.raises(OmniMemError, match="no video, and llava_next_video does not support audio"):
         list(session_of(llava).watch(JFK))
     with pytest.raises(OmniMemError, match="84×84"):
         llava.stream_encoder(picture=True, sound=False, fps=1.0, max_pixels=83**2)

@@ -22,7 +22,7 @@ from omnimem.budget import ModelFingerprint
 from omnimem.errors import OmniMemError
 from omnimem.memory.rotary import Rotary
 from omnimem.modality import TEXT, VISUAL
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 from one_axis import LONG, check_answer_by_hand, check_strict_loading, check_trained_run, following, session_of
 from stock import QUESTION, TOLERANCE, streamed, whole_clip
 
@@ -142,7 +142,7 @@ def test_original_ids_leave_the_trained_range_and_say_so_and_reindexed_ones_stay
 
 
 def test_sound_alone_is_refused_and_beside_pictures_ignored(llava):
-    with pytest.raises(OmniMemError, match="no picture, and llava_onevision takes no sound") as refused:
+    with pytest.raises(OmniMemError, match="no video, and llava_onevision does not support audio") as refused:
         list(session_of(llava).watch(JFK))
     assert "\n" not in str(refused.value)
     assert llava.stream_encoder(picture=True, sound=True, fps=1.0).sound is False

@@ -188,7 +188,7 @@ def test_reindexed_positions_stay_in_the_trained_range(path):
 
 
 def test_sound_alone_is_refused_and_beside_pictures_ignored(llama):
-    with pytest.raises(OmniMemError, match="no picture, and video_llama_3 takes no sound"):
+    with pytest.raises(OmniMemError, match="no video, and video_llama_3 does not support audio"):
         list(session_of(llama).watch(JFK))
     assert llama.stream_encoder(picture=True, sound=True, fps=1.0).sound is False
 

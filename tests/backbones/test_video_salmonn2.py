@@ -45,7 +45,7 @@ from omnimem.memory import CompressedCache
 from omnimem.modality import AUDIO, TEXT, VISUAL
 from omnimem.selection import build_selection
 from omnimem.selection.full import Full
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 from small_runs import adapter, arguments, main, trained_run
 from stock import QUESTION, TOLERANCE, Whole, whole_clip
 from train.config import load_recipe

@@ -36,7 +36,7 @@ from omnimem.budget import BudgetProfile
 from omnimem.cli import main as omnimem
 from omnimem.errors import OmniMemError
 from omnimem.modality import TEXT, VISUAL
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 from small_runs import adapter, trained_run
 from stock import QUESTION, TOLERANCE, Whole, streamed, whole_clip
 
@@ -263,7 +263,7 @@ def test_a_small_memory_holds_pictures_alone(loaded, name, positions):
 @every_model
 def test_sound_is_neither_heard_nor_asked_for(loaded, name):
     backbone = loaded(name)
-    with pytest.raises(OmniMemError, match=f"{name} takes no sound") as error:
+    with pytest.raises(OmniMemError, match=f"{name} does not support audio") as error:
         list(session_of(backbone).watch(JFK))
     assert "\n" not in str(error.value)
     with pytest.raises(OmniMemError, match="takes no sound"):

@@ -18,16 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.decoded_clips.format import PrepareSettings
+from data_prep.decoded_clips.prepare import prepare
 from data_prep.manifest import read_manifest
-from data_prep.prepare import prepare
-from data_prep.prepared import PrepareSettings
 from omnimem.media import probe
 
 ENCODINGS: dict[str, dict[str, Any]] = {
-    "webp, float32 (exact; the default)": {"frames": "webp", "sound": "float32"},
-    "png, float32 (exact)": {"frames": "png", "sound": "float32"},
-    "webp, int16": {"frames": "webp", "sound": "int16"},
-    "jpeg, int16": {"frames": "jpeg", "sound": "int16"},
+    "webp, float32 (exact; the default)": {"frame_format": "webp", "audio_dtype": "float32"},
+    "png, float32 (exact)": {"frame_format": "png", "audio_dtype": "float32"},
+    "webp, int16": {"frame_format": "webp", "audio_dtype": "int16"},
+    "jpeg, int16": {"frame_format": "jpeg", "audio_dtype": "int16"},
 }
 SHORTEST_SECONDS = 5.0
 

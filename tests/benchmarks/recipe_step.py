@@ -38,6 +38,7 @@ import torch
 from accelerate import Accelerator
 from transformers.quantizers import AutoHfQuantizer
 
+from data_prep.shipped import QUICKSTART_CLIP
 from omnimem.backbones import Backbone
 from omnimem.backbones.checkpoint import _nf4, quiet_stock
 from omnimem.budget import BudgetProfile
@@ -61,7 +62,6 @@ from train.setup import (
     settings_of,
 )
 
-CLIP = Path(__file__).resolve().parents[2] / "data_prep" / "quickstart" / "speech_apollo15_hammer_feather_47s.webm"
 RECIPES = "video_salmonn_lora,video_salmonn_qlora,release_sft"
 QUESTION = "What does the astronaut drop on the Moon, and which of the two lands first?"
 ANSWER = "He drops a hammer and a feather. Without air both fall at the same rate and land at the same time."
@@ -110,7 +110,7 @@ def read(path: Path, seconds: float) -> dict[str, Any]:
         frames += len(chunk.frames)
         samples += 0 if chunk.audio is None else len(chunk.audio)
     found = {
-        "clip": CLIP.name,
+        "clip": QUICKSTART_CLIP.name,
         "header_seconds": reader.info.duration,
         "frames_a_second": frames,
         "samples": samples,
@@ -319,7 +319,7 @@ def main() -> int:
             "finish.media=null",
         ]
         fixed += ["model.name_or_path=tiny"] if args.shape == "tiny" else []
-        repeat(CLIP, clip, seconds)
+        repeat(QUICKSTART_CLIP, clip, seconds)
         report: dict[str, Any] = {
             **environment(),
             "bitsandbytes": _version("bitsandbytes"),

@@ -21,7 +21,7 @@ from omnimem.calibrate import calibrate, measure_clip, profile_from
 from omnimem.cli import main
 from omnimem.errors import OmniMemError
 from omnimem.modality import AUDIO, VISUAL
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 
 SETTINGS = StreamSettings(chunk_seconds=4, max_seconds=8)
 FLOWER = MEDIA / "silent_track_flower_timelapse_5s.webm"

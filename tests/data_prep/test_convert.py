@@ -62,7 +62,7 @@ def messages(*texts):
 
 
 def facts(row):
-    return row.name, row.sound and row.sound.name, row.audio
+    return row.name, row.audio_path and row.audio_path.name, row.audio
 
 
 # ---- video-SALMONN 2 -------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def test_root_says_where_media_lie(data, tmp_path):
     path = data({**GOOD, "media": "secret.mp4"}, {**GOOD, "media": str(tmp_path / "data" / "clip.mp4")})
     rows = read_manifest(path, root=tmp_path).rows
     assert [row.name for row in rows] == ["secret.mp4", "data/clip.mp4"]
-    with pytest.raises(OmniMemError, match=r"nowhere: not a folder; data\.root is where the media of"):
+    with pytest.raises(OmniMemError, match=r"nowhere: not a folder; set data\.root to the folder with the media of"):
         read_manifest(path, root=tmp_path / "nowhere")
 
 
@@ -77,11 +77,11 @@ def test_a_link_that_stays_inside_is_followed(data):
 
 
 def test_sound_beside_the_media_and_the_worse_answer_of_a_pair(data):
-    plain, beside = read_manifest(data(GOOD, {**GOOD, "sound": "more/other.mp4", "rejected": "Bob."})).rows
-    assert beside.sound == beside.media.parent / "more" / "other.mp4" and plain.sound is None
+    plain, beside = read_manifest(data(GOOD, {**GOOD, "audio_path": "more/other.mp4", "rejected": "Bob."})).rows
+    assert beside.audio_path == beside.media.parent / "more" / "other.mp4" and plain.audio_path is None
     assert beside.questions == (Question("Who?", "Ada.", None, "Bob."),) and beside.audio
-    (row,) = read_manifest(data({**question(rejected="Bob.", time=2), "sound": None})).rows
-    assert row.questions == (Question("Who?", "Ada.", 2.0, "Bob."),) and row.sound is None
+    (row,) = read_manifest(data({**question(rejected="Bob.", time=2), "audio_path": None})).rows
+    assert row.questions == (Question("Who?", "Ada.", 2.0, "Bob."),) and row.audio_path is None
 
 
 def test_fingerprint_counts_sound_and_rejected_only_where_they_are(data):
@@ -90,7 +90,7 @@ def test_fingerprint_counts_sound_and_rejected_only_where_they_are(data):
 
     # What a manifest had before there were either: runs in progress are compared with it.
     assert fingerprint(GOOD) == "6b77f097a1db31a92b811427db671f3a563bf6f6e0bc5d4c83e28129870a39f2"
-    more = [{**GOOD, "sound": "more/other.mp4"}, {**GOOD, "rejected": "Bob."}, {**GOOD, "rejected": "Bea."}]
+    more = [{**GOOD, "audio_path": "more/other.mp4"}, {**GOOD, "rejected": "Bob."}, {**GOOD, "rejected": "Bea."}]
     assert len({fingerprint(row) for row in [GOOD, *more]}) == 4
 
 
@@ -106,7 +106,7 @@ BAD = [
     ("[1]", "a row is an object with media and questions, got [1]"),
     ('{"media": "clip.mp4", "answer": "a", "answer": "b"}', "the same key is given twice"),
     ({**GOOD, "qestion": "x"}, 'unknown key "qestion"; did you mean question?'),
-    ({**GOOD, "zzz": "x"}, 'unknown key "zzz"; known are media, '),
+    ({**GOOD, "zzz": "x"}, 'unknown key "zzz"; rename or remove it; known keys: media, '),
     ({"question": "Who?", "answer": "Ada."}, "no media; give the path of the clip"),
     ({**GOOD, "media": 3}, "media must be a path, got 3"),
     ({**GOOD, "media": " "}, 'media must be a path, got " "'),
@@ -121,10 +121,13 @@ BAD = [
     ({**GOOD, "media": "../secret.mp4"}, 'media "../secret.mp4" lies outside '),
     ({**GOOD, "media": "link_out.mp4"}, 'media "link_out.mp4" lies outside '),
     ({**GOOD, "audio": 1}, "audio must be true or false, got 1"),
-    ({**GOOD, "sound": "gone.wav"}, 'sound "gone.wav" does not exist in '),
-    ({**GOOD, "sound": "../secret.mp4"}, 'sound "../secret.mp4" lies outside '),
-    ({**GOOD, "sound": "more/../clip.mp4"}, "sound is the media file itself"),
-    ({**GOOD, "sound": "more/other.mp4", "audio": False}, "both sound and audio false; leave one of them out"),
+    ({**GOOD, "audio_path": "gone.wav"}, 'audio_path "gone.wav" does not exist in '),
+    ({**GOOD, "audio_path": "../secret.mp4"}, 'audio_path "../secret.mp4" lies outside '),
+    ({**GOOD, "audio_path": "more/../clip.mp4"}, "audio_path is the media file itself"),
+    (
+        {**GOOD, "audio_path": "more/other.mp4", "audio": False},
+        "both audio_path and audio=false; leave one of them out",
+    ),
     ({**GOOD, "rejected": " "}, "rejected must be text that is not empty, or null; got "),
     ({**GOOD, "rejected": "Ada. "}, "rejected is the same as answer"),
     ({**question(), "rejected": "x"}, "both questions and rejected; put everything into questions"),
@@ -157,7 +160,7 @@ def test_a_bad_row_says_why_and_where(data, row, reason):
         read_manifest(path)
     message = str(caught.value)
     assert message.startswith(f"{path}:2: {reason}") and "\n" not in message
-    assert message.endswith("(data.on_bad_row=skip leaves bad rows out)")
+    assert message.endswith("(data.on_bad_row=skip skips bad rows)")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -180,9 +183,9 @@ def test_error_counts_the_others_and_skip_logs_them(data, caplog):
 
 
 def test_a_manifest_without_a_good_row_is_refused(data, tmp_path):
-    with pytest.raises(OmniMemError, match=r"has no row to train on; 1 bad, the first: .*:1: not valid JSON"):
+    with pytest.raises(OmniMemError, match=r"has no usable row; 1 bad rows, the first: .*:1: not valid JSON"):
         read_manifest(data("{"), on_bad_row="skip")
-    with pytest.raises(OmniMemError, match="has no row to train on, the file is empty"):
+    with pytest.raises(OmniMemError, match="has no usable row: the file is empty"):
         read_manifest(data("", "  "))
     with pytest.raises(OmniMemError, match=r"manifest .*none\.jsonl: No such file"):
         read_manifest(tmp_path / "none.jsonl")

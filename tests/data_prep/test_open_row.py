@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from clips import MEDIA, RABBIT
+from data_prep.decoded_clips.folder import read_prepared
+from data_prep.decoded_clips.format import PrepareSettings
+from data_prep.decoded_clips.prepare import prepare
 from data_prep.manifest import Row, read_manifest
-from data_prep.prepare import prepare
-from data_prep.prepared import PrepareSettings, read_prepared
 from omnimem.media import Chunk
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 from small_runs import write_manifest
 from train.data import open_row
 

@@ -12,7 +12,7 @@ import av
 import pytest
 
 from clips import MEDIA
-from data_prep import opened
+from data_prep import clip_info
 from omnimem.errors import OmniMemError
 from omnimem.media import container, probe
 from small_runs import FLOWER, NO_INDEX, RABBIT, ROOT, SILENT, SPEECH, arguments, free_port, lines, main, metrics, start
@@ -38,7 +38,7 @@ def data(tmp_path) -> DataConfig:
     for name in (*NAMES, SPEECH):
         shutil.copy(MEDIA / name, folder)
     rows = [{"media": name, **ASKED} for name in (*NAMES, FLOWER)]
-    rows[2]["sound"] = SPEECH
+    rows[2]["audio_path"] = SPEECH
     return DataConfig(path=str(written(folder, rows)))
 
 
@@ -117,19 +117,19 @@ def test_a_memory_that_cannot_be_written_costs_a_warning(data, memory, caplog):
 def test_clips_are_opened_side_by_side(data, monkeypatch):
     """All meet before any goes on."""
     meeting = threading.Barrier(len(NAMES))
-    real = opened.open_media
+    real = clip_info.open_media
 
     def meets(*args, **options):
         meeting.wait(20)
         return real(*args, **options)
 
-    monkeypatch.setattr(opened, "open_media", meets)
-    monkeypatch.setattr(opened, "WORKERS", len(NAMES))
+    monkeypatch.setattr(clip_info, "open_media", meets)
+    monkeypatch.setattr(clip_info, "WORKERS", len(NAMES))
     load_rows(data)
 
 
 def test_what_was_opened_before_an_interruption_is_kept(data, seen, monkeypatch):
-    real = opened.open_media
+    real = clip_info.open_media
 
     def interrupted(path, **options):
         if path.name == SILENT:
@@ -137,8 +137,8 @@ def test_what_was_opened_before_an_interruption_is_kept(data, seen, monkeypatch)
         return real(path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(opened, "open_media", interrupted)
-        patch.setattr(opened, "WORKERS", 1)
+        patch.setattr(clip_info, "open_media", interrupted)
+        patch.setattr(clip_info, "WORKERS", 1)
         with pytest.raises(KeyboardInterrupt):
             load_rows(data)
     seen.clear()

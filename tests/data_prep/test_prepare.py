@@ -19,13 +19,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data_prep.prepare as preparing
+import data_prep.decoded_clips.prepare as preparing
 from clips import MEDIA, RABBIT, WEBB
+from data_prep.decoded_clips.folder import PreparedRow, is_prepared, read_prepared
+from data_prep.decoded_clips.format import PrepareSettings
+from data_prep.decoded_clips.prepare import prepare
+from data_prep.decoded_clips.shard_reader import ShardReader
+from data_prep.decoded_clips.shard_writer import Prepared, Refused, Task, group_lengths, prepare_clip
 from data_prep.manifest import Manifest, manifest_fingerprint, read_manifest
-from data_prep.prepare import prepare
-from data_prep.prepare.shard import Prepared, Refused, Task, group_lengths, prepare_clip
-from data_prep.prepared import PreparedRow, PrepareSettings, is_prepared, read_prepared
-from data_prep.prepared_reader import PreparedReader
 from media_files import tone, write_media
 from omnimem.cli import main as omnimem
 from omnimem.errors import OmniMemError
@@ -60,7 +61,7 @@ def made(clip: Path, folder: Path, heard: Path | None = None, **settings) -> Pat
     return folder / outcome.shard
 
 
-def assert_same(found: PreparedReader, expected: MediaReader, slack: float = 0.0) -> None:
+def assert_same(found: ShardReader, expected: MediaReader, slack: float = 0.0) -> None:
     """Chunk for chunk and bit for bit; the last one may end later by less than `slack` seconds."""
     for a, b in zip(list(found), list(expected), strict=True):
         assert (a.index, a.t0, a.last) == (b.index, b.t0, b.last)
@@ -80,16 +81,16 @@ def test_chunks_are_those_of_the_clip(clip, tmp_path):
     shard = made(clip, tmp_path, fps=2.0)
     for fps, seconds in ((2.0, 2.0), (2.0, 1.5), (1.0, 4.0), (0.5, 10.0)):
         asked = {"fps": fps, "chunk_seconds": seconds, "short_side": 360}
-        assert_same(PreparedReader(shard, **asked), open_media(clip, **asked))
-    reader = PreparedReader(shard, fps=1.0, short_side=360, name="clip")
+        assert_same(ShardReader(shard, **asked), open_media(clip, **asked))
+    reader = ShardReader(shard, fps=1.0, short_side=360, name="clip")
     assert list(map(repr, reader)) == list(map(repr, reader))  # may be read again
     assert replace(reader.info, path=str(clip)) == open_media(clip).info
 
 
-@pytest.mark.parametrize("frames", ["webp", "png"])
-def test_the_exact_formats_are_exact(frames, tmp_path):
-    shard = made(RABBIT, tmp_path, frames=frames, short_side=None)
-    assert_same(PreparedReader(shard), open_media(RABBIT))
+@pytest.mark.parametrize("frame_format", ["webp", "png"])
+def test_the_exact_formats_are_exact(frame_format, tmp_path):
+    shard = made(RABBIT, tmp_path, frame_format=frame_format, short_side=None)
+    assert_same(ShardReader(shard), open_media(RABBIT))
 
 
 def test_without_the_sound(tmp_path):
@@ -98,16 +99,16 @@ def test_without_the_sound(tmp_path):
     for clip in (RABBIT, WEBB):
         assert open_media(clip).info.video_offset == 0
         # Where the picture ended under the sound is not stored.
-        assert_same(PreparedReader(made(clip, tmp_path), **asked), open_media(clip, **asked), slack=1.0)
-    assert_same(PreparedReader(made(APOLLO, tmp_path, audio=False), **asked), open_media(APOLLO, **asked))
-    with pytest.raises(MediaError, match="no picture in it"):
-        PreparedReader(made(SPEECH, tmp_path), short_side=360, audio=False)
+        assert_same(ShardReader(made(clip, tmp_path), **asked), open_media(clip, **asked), slack=1.0)
+    assert_same(ShardReader(made(APOLLO, tmp_path, audio=False), **asked), open_media(APOLLO, **asked))
+    with pytest.raises(MediaError, match="no video, and audio is off"):
+        ShardReader(made(SPEECH, tmp_path), short_side=360, audio=False)
 
 
 def test_sound_of_another_file(tmp_path):
     asked = {"chunk_seconds": 4.0, "short_side": 360}
     shard = made(MEDIA / FLOWER, tmp_path, heard=SPEECH)
-    assert_same(PreparedReader(shard, **asked), open_media(MEDIA / FLOWER, sound=SPEECH, **asked))
+    assert_same(ShardReader(shard, **asked), open_media(MEDIA / FLOWER, sound=SPEECH, **asked))
     assert shard != made(MEDIA / FLOWER, tmp_path)
 
 
@@ -116,7 +117,7 @@ def test_clips_that_are_cut(prepared, read, tmp_path):
     shard = made(RABBIT, tmp_path, max_seconds=prepared)
     for seconds in (2.0, 5.0):
         asked = {"chunk_seconds": seconds, "short_side": 360, "max_seconds": read}
-        assert_same(PreparedReader(shard, **asked), open_media(RABBIT, **asked))
+        assert_same(ShardReader(shard, **asked), open_media(RABBIT, **asked))
 
 
 def test_the_end_is_exact_wherever_it_falls(tmp_path):
@@ -126,29 +127,29 @@ def test_the_end_is_exact_wherever_it_falls(tmp_path):
     shard = made(clip, tmp_path)
     for seconds in (length, 3.0, 25.0):
         asked = {"chunk_seconds": seconds, "short_side": 360}
-        assert_same(PreparedReader(shard, **asked), open_media(clip, **asked))
+        assert_same(ShardReader(shard, **asked), open_media(clip, **asked))
 
 
 def test_smaller_formats_come_close(tmp_path):
     exact = next(iter(open_media(RABBIT, chunk_seconds=4.0, short_side=360)))
-    small = made(RABBIT, tmp_path, frames="jpeg", quality=90, sound="int16")
-    found = next(iter(PreparedReader(small, chunk_seconds=4.0, short_side=360)))
+    small = made(RABBIT, tmp_path, frame_format="jpeg", jpeg_quality=90, audio_dtype="int16")
+    found = next(iter(ShardReader(small, chunk_seconds=4.0, short_side=360)))
     difference = np.abs(found.frames.astype(int) - exact.frames)
     assert 0 < difference.mean() < 3
     assert np.abs(found.audio - exact.audio).max() <= 0.5 / 32768 + 1e-7
     assert small.stat().st_size < 0.5 * made(RABBIT, tmp_path).stat().st_size
     # 16-bit sound that needs no resampling loses nothing.
     clip = write_media(tmp_path / "tone.wav", codec=None, sounds=[{"samples": tone(3.0)}])
-    assert_same(PreparedReader(made(clip, tmp_path, sound="int16"), short_side=360), open_media(clip))
+    assert_same(ShardReader(made(clip, tmp_path, audio_dtype="int16"), short_side=360), open_media(clip))
 
 
 def test_what_is_not_stored_is_refused_in_one_line(tmp_path):
     shard = made(RABBIT, tmp_path, fps=2.0, max_seconds=6.0, audio=False)
     with pytest.raises(OmniMemError) as caught:
-        PreparedReader(shard, name="clip.mp4", fps=3.0, short_side=240, audio=True)
+        ShardReader(shard, name="clip.mp4", fps=3.0, short_side=240, audio=True)
     assert str(caught.value).startswith(
         "clip.mp4: prepared with fps=2.0, short_side=360, audio=off, max_seconds=6.0, but fps=3, short_side=240, "
-        "audio=on, max_seconds=none is asked for"
+        "audio=on, max_seconds=none is requested"
     )
     assert "omnimem data prepare MANIFEST --to DIR --fps 3 --short-side 240 --audio on" in str(caught.value)
 
@@ -159,13 +160,13 @@ def test_a_damaged_or_missing_shard_says_so(tmp_path):
     content[len(content) // 2] ^= 255
     shard.write_bytes(content)
     with pytest.raises(MediaError, match=r"clip.mp4: its shard .* is damaged .*prepare it again"):
-        list(PreparedReader(shard, name="clip.mp4", short_side=360))
+        list(ShardReader(shard, name="clip.mp4", short_side=360))
     shard.write_bytes(content[:1000])
     with pytest.raises(MediaError, match="is damaged"):
-        PreparedReader(shard, short_side=360)
+        ShardReader(shard, short_side=360)
     shard.unlink()
     with pytest.raises(MediaError, match="is missing; prepare it again"):
-        PreparedReader(shard, short_side=360)
+        ShardReader(shard, short_side=360)
 
 
 def test_shards_stream_through_datasets(tmp_path):
@@ -176,7 +177,7 @@ def test_shards_stream_through_datasets(tmp_path):
     row = next(iter(rows))
     chunk = next(iter(open_media(RABBIT, chunk_seconds=20.0, short_side=360)))
     assert np.array_equal(np.stack([np.asarray(picture) for picture in row["frames"]]), chunk.frames)
-    assert np.array_equal(np.float32(row["sound"]), chunk.audio)
+    assert np.array_equal(np.float32(row["audio"]), chunk.audio)
 
 
 # ---- preparing -------------------------------------------------------------------------------------------------------
@@ -190,22 +191,22 @@ def manifest(folder: Path, *names: str) -> Manifest:
 def test_nothing_is_done_twice(tmp_path, monkeypatch):
     two = manifest(tmp_path, RABBIT.name, FLOWER)
     first = prepare(two, tmp_path / "a", PrepareSettings(), workers=1)
-    assert (first.clips, first.made, first.problems) == (2, 2, [])
+    assert (first.clips, first.decoded, first.problems) == (2, 2, [])
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a" / "clips").glob("*.parquet")}
 
     # A manifest that grew, with a row that shares its clip, costs what is new.
     grown = prepare(manifest(tmp_path, RABBIT.name, RABBIT.name, FLOWER, WEBB.name), tmp_path / "a", PrepareSettings())
-    assert (grown.clips, grown.made) == (3, 1)
+    assert (grown.clips, grown.decoded) == (3, 1)
     # Another folder may share the clips, known by their content: a copy elsewhere is the same clip.
     shutil.copy(RABBIT, tmp_path / "copy.mp4")
     other = read_manifest(write_manifest(tmp_path / "b.jsonl", [{**ROWS[0], "media": "copy.mp4"}]), tmp_path)
     shared = prepare(other, tmp_path / "b", PrepareSettings(), clips=tmp_path / "a" / "clips", workers=1)
-    assert (shared.clips, shared.made) == (1, 0)
+    assert (shared.clips, shared.decoded) == (1, 0)
     assert len(read_prepared(tmp_path / "b").rows) == 1
 
     # Once more: no file is even read.
     monkeypatch.setattr(preparing, "prepare_clip", None)
-    assert prepare(two, tmp_path / "a", PrepareSettings(), workers=1).made == 0
+    assert prepare(two, tmp_path / "a", PrepareSettings(), workers=1).decoded == 0
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a" / "clips").glob("*.parquet")}
     assert before.items() <= after.items() and len(after) == 3
 
@@ -217,7 +218,7 @@ def test_another_way_of_decoding_takes_another_folder(tmp_path):
         prepare(rows, tmp_path / "a", PrepareSettings(fps=2.0), workers=1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(OmniMemError, match="holds something else"):
+    with pytest.raises(OmniMemError, match="holds other files"):
         prepare(rows, tmp_path / "mine", PrepareSettings(), workers=1)
 
 
@@ -227,7 +228,7 @@ def test_a_damaged_clip_is_refused_and_the_others_go_on(tmp_path):
         prepare(rows, tmp_path / "a", PrepareSettings(), workers=1)
     assert not is_prepared(tmp_path / "a") and len(list((tmp_path / "a" / "clips").glob("*.parquet"))) == 1
     report = prepare(rows, tmp_path / "a", PrepareSettings(), workers=1, on_bad_row="skip")
-    assert (report.clips, report.made) == (1, 0) and "cut off" in report.problems[0]
+    assert (report.clips, report.decoded) == (1, 0) and "cut off" in report.problems[0]
     assert [row.name for row in read_prepared(tmp_path / "a").rows] == [RABBIT.name]
     with pytest.raises(OmniMemError, match="no clip could be prepared"):
         prepare(manifest(tmp_path, HALF), tmp_path / "b", PrepareSettings(), workers=1, on_bad_row="skip")
@@ -237,7 +238,7 @@ def test_processes_do_the_same(tmp_path):
     rows = manifest(tmp_path, RABBIT.name, FLOWER, HALF)
     told: list[Prepared | Refused] = []
     for folder, workers in (("one", 1), ("two", 2)):
-        prepare(rows, tmp_path / folder, PrepareSettings(), workers=workers, on_bad_row="skip", done=told.append)
+        prepare(rows, tmp_path / folder, PrepareSettings(), workers=workers, on_bad_row="skip", on_clip=told.append)
     assert len(told) == 6 and sum(isinstance(one, Refused) for one in told) == 2
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / f / "clips").glob("*.parquet")} for f in ("one", "two"))
     assert one == two and len(one) == 2
@@ -253,10 +254,10 @@ def test_a_clip_whose_process_dies_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setitem(preparing.EXECUTORS, "process", dies)
     rows = manifest(tmp_path, FLOWER, RABBIT.name)
     report = prepare(rows, tmp_path / "a", PrepareSettings(), on_bad_row="skip")
-    assert (report.clips, report.made) == (1, 1)
-    assert report.problems[0].startswith(f"line 2: {RABBIT.name}: the process that read it died")
+    assert (report.clips, report.decoded) == (1, 1)
+    assert report.problems[0].startswith(f"line 2: {RABBIT.name}: the worker process that decoded it died")
     monkeypatch.undo()
-    assert prepare(rows, tmp_path / "a", PrepareSettings(), workers=1).made == 1
+    assert prepare(rows, tmp_path / "a", PrepareSettings(), workers=1).decoded == 1
 
 
 def test_a_killed_run_goes_on(tmp_path):
@@ -280,7 +281,7 @@ def test_a_killed_run_goes_on(tmp_path):
     assert not is_prepared(tmp_path / "a") and len(list(clips.glob("[!.]*.parquet"))) == 1
     assert any(LEFTOVER.fullmatch(path.name) for path in clips.glob(".*"))
     report = prepare(manifest(tmp_path, *names), tmp_path / "a", PrepareSettings(fps=10.0), workers=1)
-    assert (report.clips, report.made) == (2, 1)
+    assert (report.clips, report.decoded) == (2, 1)
     assert not any(LEFTOVER.fullmatch(path.name) for path in clips.glob(".*"))
 
 
@@ -290,11 +291,11 @@ def test_a_killed_run_goes_on(tmp_path):
 def test_the_command(tmp_path, capsys):
     write_manifest(tmp_path / "data.jsonl")
     command = ["data", "prepare", str(tmp_path / "data.jsonl"), "--to", str(tmp_path / "a"), "--root", str(MEDIA)]
-    command += ["--workers", "1", "--short-side", "none", "--frames", "jpeg", "--quality", "80"]
+    command += ["--workers", "1", "--short-side", "none", "--frame-format", "jpeg", "--jpeg-quality", "80"]
     assert omnimem(command) == 0
-    assert "2 clips (2 made now, 0 there already)" in capsys.readouterr().out
+    assert "2 clips (2 decoded now, 0 reused)" in capsys.readouterr().out
     known = json.loads((tmp_path / "a" / "prepared.json").read_text())["settings"]
-    assert (known["short_side"], known["frames"], known["quality"], known["fps"]) == (None, "jpeg", 80, 1.0)
+    assert (known["short_side"], known["frame_format"], known["jpeg_quality"], known["fps"]) == (None, "jpeg", 80, 1.0)
 
 
 def test_settings_of_a_recipe(tmp_path, capsys):
@@ -353,7 +354,7 @@ def test_the_plan_is_the_same(folder, tmp_path, capsys, monkeypatch):
 
 
 def test_no_clip_is_opened_at_the_start(folder, monkeypatch):
-    for opened in ("data_prep.opened.open_media", "data_prep.prepared_reader.read_footer"):
+    for opened in ("data_prep.clip_info.open_media", "data_prep.decoded_clips.shard_reader.read_footer"):
         monkeypatch.setattr(opened, None)
     rows = load_rows(DataConfig(path=str(folder), fps=2.0)).rows
     assert [row.name for row in rows] == [row["media"] for row in ROWS]
@@ -361,7 +362,7 @@ def test_no_clip_is_opened_at_the_start(folder, monkeypatch):
 
 
 def test_a_recipe_that_asks_for_something_else_is_refused(folder, tmp_path):
-    with pytest.raises(OmniMemError, match=rf"^data.path={folder}: prepared with fps=2.0, but fps=3 is asked for"):
+    with pytest.raises(OmniMemError, match=rf"^data.path={folder}: prepared with fps=2.0, but fps=3 is requested"):
         load_rows(DataConfig(path=str(folder), fps=3.0))
     recipe = load_recipe(arguments(tmp_path, f"eval.path={folder}", "data.short_side=240"))
     with pytest.raises(OmniMemError, match="prepared with short_side=360"):
@@ -391,16 +392,16 @@ def test_a_copy_that_was_cut_off_is_found_at_the_start_and_repaired(folder, tmp_
     first = load_rows(DataConfig(path=str(copy))).rows[0]
     content = first.media.read_bytes()
     first.media.write_bytes(content[:-1000])
-    with pytest.raises(OmniMemError, match=rf"{first.name}: its shard .* is missing or cut off; prepare again"):
+    with pytest.raises(OmniMemError, match=rf"{first.name}: its shard .* is missing or truncated; prepare again"):
         load_rows(DataConfig(path=str(copy)))
     rows = read_manifest(write_manifest(tmp_path / "data.jsonl"), MEDIA)
-    assert prepare(rows, copy, PrepareSettings(fps=2.0), workers=1).made == 1
+    assert prepare(rows, copy, PrepareSettings(fps=2.0), workers=1).decoded == 1
     assert first.media.read_bytes() == content
     listed = (copy / "rows.jsonl").read_text()
     (copy / "rows.jsonl").write_text(listed[:-100])
     with pytest.raises(OmniMemError, match="cannot be read"):
         load_rows(DataConfig(path=str(copy)))
-    assert prepare(rows, copy, PrepareSettings(fps=2.0), workers=1).made == 0
+    assert prepare(rows, copy, PrepareSettings(fps=2.0), workers=1).decoded == 0
     assert (copy / "rows.jsonl").read_text() == listed
 
 
@@ -408,10 +409,10 @@ def test_a_folder_of_another_version_is_refused(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     known = json.loads((copy / "prepared.json").read_text())
     (copy / "prepared.json").write_text(json.dumps({**known, "version": 99}))
-    with pytest.raises(OmniMemError, match="prepared in format 99, and this is 1"):
+    with pytest.raises(OmniMemError, match="prepared in format 99; this version reads 2"):
         load_rows(DataConfig(path=str(copy)))
     (copy / "prepared.json").write_text("{")
-    with pytest.raises(OmniMemError, match="not what `omnimem data prepare` wrote"):
+    with pytest.raises(OmniMemError, match="not written by `omnimem data prepare`"):
         load_rows(DataConfig(path=str(copy)))
 
 
@@ -449,8 +450,8 @@ def test_a_ray_cluster_does_the_same(running, tmp_path, monkeypatch, caplog):
     finally:
         if cluster is not None:
             cluster.shutdown()
-    assert ("on the Ray cluster at" if running else "a local one is started") in caplog.text
-    assert (report.clips, report.made, len(report.problems)) == (2, 2, 1)
+    assert ("on the Ray cluster at" if running else "starting a local one") in caplog.text
+    assert (report.clips, report.decoded, len(report.problems)) == (2, 2, 1)
     prepare(rows, tmp_path / "one", PrepareSettings(), workers=1, on_bad_row="skip")
     for file in (tmp_path / "one" / "clips").glob("*.parquet"):
         assert (tmp_path / "ray" / "clips" / file.name).read_bytes() == file.read_bytes()

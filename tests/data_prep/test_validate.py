@@ -22,7 +22,7 @@ from data_prep.manifest import Question, Row
 from data_prep.pool import in_processes
 from data_prep.validate import run, validate
 from data_prep.validate.file import check_file
-from data_prep.validate.record import Journal
+from data_prep.validate.journal import Journal
 from data_prep.validate.rows import PLACEHOLDER, check_rows
 from data_prep.validate.tracks import is_quiet, is_variable
 from omnimem.cli import main
@@ -233,14 +233,14 @@ def test_two_runs_at_once_do_not_disturb_each_other(clips, tmp_path):
     meet = f"""
 import os, time
 from pathlib import Path
-from data_prep.validate import record
-genuine = record.Journal.__init__
+from data_prep.validate import journal
+genuine = journal.Journal.__init__
 def opened(self, path):  # each goes on when the other has its journal open
     genuine(self, path)
     Path({str(tmp_path)!r}, f"{{os.getpid()}}.here").touch()
     while len(list(Path({str(tmp_path)!r}).glob("*.here"))) < 2:
         time.sleep(0.01)
-record.Journal.__init__ = opened
+journal.Journal.__init__ = opened
 from omnimem.cli import main
 raise SystemExit(main(["data", "validate", {str(clips)!r}, "--report", {str(report)!r}, "--workers", "1"]))
 """
@@ -327,7 +327,7 @@ def test_only_what_changed_is_looked_at_again(clips, monkeypatch):
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize("what", ["av.__version__", "av.ffmpeg_version_info", "data_prep.validate.record.VERSION"])
+@pytest.mark.parametrize("what", ["av.__version__", "av.ffmpeg_version_info", "data_prep.validate.journal.VERSION"])
 def test_results_of_other_versions_are_not_used(clips, monkeypatch, what):
     """Of PyAV, of the FFmpeg it was built with, of the checks; from a report and from a journal."""
     seen = counted(monkeypatch)

@@ -19,7 +19,8 @@ from omnimem.errors import OmniMemError
 from omnimem.measure.bench import measure_cell
 from omnimem.measure.meter import Meter, repeat
 from omnimem.media import open_media
-from omnimem.stream import StreamingSession, StreamSettings
+from omnimem.stream import StreamingSession
+from omnimem.stream_settings import StreamSettings
 
 BUDGET = 24
 

@@ -24,7 +24,8 @@ from omnimem.errors import OmniMemError
 from omnimem.measure.cells import Cell, run_cells
 from omnimem.measure.questions import cluster_interval, normalised
 from omnimem.selection import SELECTION_METHODS
-from omnimem.stream import StreamingSession, StreamSettings
+from omnimem.stream import StreamingSession
+from omnimem.stream_settings import StreamSettings
 from small_runs import FLOWER, NO_INDEX, ROWS, start, write_manifest
 
 BUDGETS = (12, 24)

@@ -30,7 +30,7 @@ from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache
 from omnimem.memory.store import DiskStore
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 from small_runs import (
     AUDIO,
     FLOWER,

@@ -4,7 +4,7 @@ What opening a clip tells (`MediaInfo`) is kept in the user's cache folder, ``$O
 in one file for each manifest. It is used again as long as path, size and time of modification of the clip and the
 versions of PyAV and FFmpeg are the same. A clip that could not be opened is tried again at every start.
 
-    python -c "from data_prep.opened import open_rows; from data_prep.manifest import read_manifest as r; \
+    python -c "from data_prep.clip_info import open_rows; from data_prep.manifest import read_manifest as r; \
 print(open_rows(r('quickstart').rows, 'quickstart'))"
 """
 
@@ -108,16 +108,15 @@ def _open(missing: dict[str, Row], found: dict[str, MediaInfo | OmniMemError]) -
 
 def _look(row: Row) -> MediaInfo | OmniMemError:
     try:
-        return open_media(row.media, sound=row.sound).info
+        return open_media(row.media, sound=row.audio_path).info
     except OmniMemError as error:
         return error
 
 
 def _key(row: Row) -> str:
     """Path, size and time of modification of all files of a row."""
-    files = [row.media] if row.sound is None else [row.media, row.sound]
-    status = [path.stat() for path in files]
-    return json.dumps([[str(p), s.st_size, s.st_mtime_ns] for p, s in zip(files, status, strict=True)])
+    status = [path.stat() for path in row.files]
+    return json.dumps([[str(p), s.st_size, s.st_mtime_ns] for p, s in zip(row.files, status, strict=True)])
 
 
 def _versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ import omnimem.cli
 from omnimem.budget import BudgetProfile, LayerBudget
 from omnimem.cli import main
 from omnimem.errors import OmniMemError
+from omnimem.guard import run_guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "transformers", "rich", "numpy", "omegaconf"}
@@ -176,7 +177,7 @@ def test_a_message_with_text_that_cannot_be_printed_is_printed(capsys):
     def fail():
         raise OmniMemError("no file a\ud800")
 
-    assert omnimem.cli.run_guarded("omnimem", fail) == 2
+    assert run_guarded("omnimem", fail) == 2
     assert capsys.readouterr().err == "omnimem: no file a\\ud800\n"
 
 
@@ -224,7 +225,7 @@ def test_a_failure_is_one_line_and_a_traceback_only_on_request(worker, capsys, e
 
 
 def test_a_reader_that_leaves_is_no_error():
-    show = "import sys; sys.argv[0] = 'omnimem'; from omnimem.cli import run_guarded as run"
+    show = "import sys; sys.argv[0] = 'omnimem'; from omnimem.guard import run_guarded as run"
     code = f"{show}\nsys.exit(run('omnimem', lambda: [print('x' * 99) for _ in range(99_999)]))"
     command = f'"{sys.executable}" -c "$CODE" | head -n 1; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(
@@ -236,7 +237,7 @@ def test_a_reader_that_leaves_is_no_error():
 def test_another_broken_pipe_is_an_error():
     code = """
 import sys
-from omnimem.cli import run_guarded
+from omnimem.guard import run_guarded
 def work():
     raise BrokenPipeError(32, "a worker died")
 sys.exit(run_guarded("omnimem", work))
@@ -286,7 +287,7 @@ def test_one_rank_speaks_for_all_about_a_recipe(variable):
 
 
 def test_import_train_is_the_package():
-    assert start("-c", "import train, train.config; assert train.__path__").returncode == 0
+    assert start("-c", "import train, train.command; assert train.__path__").returncode == 0
 
 
 def run_train(argv, worker, run):

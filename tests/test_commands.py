@@ -7,10 +7,10 @@ import pytest
 from omnimem.backbones import BACKBONES, backbone_class, detect_backbone
 from omnimem.cli import main as omnimem
 from omnimem.errors import OmniMemError
+from omnimem.recipe import Recipe, list_recipes, load_recipe
 from omnimem.selection import SELECTION_METHODS, build_selection, options_of
 from omnimem.selection.listing import default_options
 from small_runs import adapter, arguments, main, metrics
-from train.config import Recipe, list_recipes, load_recipe
 
 # ---- commands --------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import random
 
 from omnimem.budget import BudgetProfile
 from omnimem.budget.allocation import with_mean
-from train.config import Recipe
+from omnimem.recipe import Recipe
 
 
 def profile_at(recipe: Recipe, profile: BudgetProfile, step: int, steps: int) -> BudgetProfile:

@@ -19,8 +19,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from omnimem.cli import run_guarded
-from train.config import Recipe, list_recipes, load_recipe
+from omnimem.guard import run_guarded
+from omnimem.recipe import Recipe, list_recipes, load_recipe
 
 GRACE_SECONDS = 2.0
 

@@ -23,8 +23,8 @@ from data_prep.manifest import Manifest, Row, read_manifest
 from omnimem.backbones import Backbone, StreamEncoder
 from omnimem.errors import OmniMemError
 from omnimem.media import Chunk, MediaInfo
+from omnimem.recipe import DataConfig, TrainConfig
 from omnimem.stream_settings import StreamSettings
-from train.config import DataConfig, TrainConfig
 
 log = logging.getLogger("omnimem.train")
 

@@ -23,8 +23,8 @@ from peft import PeftModel
 from data_prep.manifest import Row
 from omnimem.budget import BudgetProfile
 from omnimem.files import atomic_directory, atomic_write_json, remove_directory
+from omnimem.recipe import Recipe
 from train.checkpoint import save_adapter
-from train.config import Recipe
 from train.data import Samples, load_rows
 from train.objective import StreamObjective
 

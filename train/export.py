@@ -21,9 +21,9 @@ from omnimem.backbones.checkpoint import quiet_stock, read_config
 from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_directory
+from omnimem.recipe import Recipe, load_recipe
 from train.card import model_card
 from train.checkpoint import FOLDER as CHECKPOINTS
-from train.config import Recipe, load_recipe
 from train.host_memory import reset_peak
 from train.merge import Verification, merge_adapter, verify
 

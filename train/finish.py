@@ -7,8 +7,8 @@ import logging
 from pathlib import Path
 
 from data_prep.manifest import Row, media_root
+from omnimem.recipe import Recipe
 from omnimem.stream import StreamingSession
-from train.config import Recipe
 from train.data import open_row
 from train.export import export_run
 

@@ -21,8 +21,8 @@ from omnimem.forward import Stream
 from omnimem.media import Chunk
 from omnimem.memory.table import count
 from omnimem.modality import KINDS
+from omnimem.recipe import DistillConfig
 from omnimem.tape import ChunkwiseBPTT
-from train.config import DistillConfig
 from train.data import Sample, TokenizedQuestion
 from train.processes import ParallelStrategy
 from train.teacher import TeacherAnswers

@@ -26,9 +26,9 @@ from omnimem.backbones.adapter import RECIPE_FILE
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, atomic_write_text
+from omnimem.recipe import Recipe, TrainConfig, keys_without_effect, to_yaml
 from train.budgets import profile_at
 from train.checkpoint import checkpoints, load_progress, load_weights, save_adapter, save_checkpoint, sweep_run
-from train.config import Recipe, TrainConfig, to_yaml, without_effect
 from train.data import Samples, Schedule, load_rows
 from train.environment import environment, launch_of
 from train.evaluation import Evaluation, held_out_rows
@@ -68,7 +68,7 @@ def run(recipe: Recipe) -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", handlers=[handler])
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    for line in without_effect(recipe):
+    for line in keys_without_effect(recipe):
         log.warning(line)
     # Recorded by name, so that the run's own recipe does not depend on another look at the checkpoint.
     recipe.model.backbone = backbone = backbone_of(recipe)
@@ -192,7 +192,7 @@ def train(
             "epoch": round(schedule.epoch(step + 1), 4),
             "loss": loss_value if math.isfinite(loss_value) else None,
             "distilled": distilled if recipe.distill.weight > 0 else None,
-            "lr": rate * recipe.train.learning_rate,
+            "learning_rate": rate * recipe.train.learning_rate,
             "temperature": None if gradient is None else gradient.temperature,
             "grad_norm": norm if math.isfinite(norm) else None,
             "skipped": not finite,
@@ -244,7 +244,7 @@ def _agreed(found: Any) -> Any:
 
 
 def rate_at(step: int, steps: int, train: TrainConfig) -> float:
-    """Learning rate of a step (0-based) as a part of the peak: linear warm-up, then a cosine to ``min_lr_ratio``."""
+    """Learning rate of a step (0-based) as a part of the peak: linear warm-up, then a cosine to ``min_lr_rate``."""
     warmup = math.ceil(train.warmup_ratio * steps)
     if step < warmup:
         return (step + 1) / warmup

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from omnimem.files import atomic_write_text, explained_disk_errors
-from train.config import Recipe
+from omnimem.recipe import Recipe
 from train.trackers import Trackers
 
 METRICS_FILE = "metrics.jsonl"
@@ -83,8 +83,9 @@ class Metrics:
     def progress(self, record: dict[str, Any]) -> None:
         """Show that a step is done: its record on the bar, or as a line."""
         step, kept = record["step"], record["retained"]
+        loss = "not finite" if record["loss"] is None else format(record["loss"], ".3f")
         shown = (
-            f"loss {'not finite' if record['loss'] is None else format(record['loss'], '.3f')} lr {record['lr']:.1e} "
+            f"loss {loss} lr {record['learning_rate']:.1e} "
             f"kept {kept['visual']:.0f}v+{kept['audio']:.0f}a {record['tokens_per_second']:.0f} tokens/s "
             f"{record['peak_gib']:.2f} GiB"
         )

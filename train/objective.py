@@ -25,11 +25,11 @@ from omnimem.media.prefetch import prefetch
 from omnimem.memory import CompressedCache, SelectionGradient
 from omnimem.memory.store import Store
 from omnimem.modality import EVICTABLE
+from omnimem.recipe import DistillConfig
 from omnimem.selection import SelectionMethod
 from omnimem.selection.full import Full
 from omnimem.stream_settings import StreamSettings
 from omnimem.tape import ChunkwiseBPTT, Truncation
-from train.config import DistillConfig
 from train.data import Sample, TokenizedQuestion, open_row
 from train.lesson import BatchEncoder, Rollout, Teacher
 from train.processes import ParallelStrategy

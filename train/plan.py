@@ -15,9 +15,9 @@ from torch import nn
 from data_prep.manifest import Row
 from omnimem.backbones import Backbone
 from omnimem.budget import BudgetProfile, ModelFingerprint
+from omnimem.recipe import Recipe
 from omnimem.selection import SelectionMethod
 from omnimem.stream_settings import StreamSettings
-from train.config import Recipe
 from train.data import Samples, Schedule, info_of
 from train.setup import add_lora, selection_of, settings_of
 

@@ -29,7 +29,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from omnimem.backbones import Backbone
 from omnimem.backbones.adapter import modules_to_save
 from omnimem.errors import OmniMemError
-from train.config import Recipe, TrainConfig
+from omnimem.recipe import Recipe, TrainConfig
 
 GRACE_SECONDS = 2.0
 """The launcher ends all processes with the first that fails: the main process needs the time to say why."""

@@ -9,13 +9,13 @@ from data_prep.manifest import Row, manifest_fingerprint
 from omnimem.backbones.adapter import ADAPTER_CONFIG, RECIPE_FILE
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, remove_directory
+from omnimem.recipe import Recipe, load_recipe, to_dict
 from train.checkpoint import checkpoints
-from train.config import Recipe, load_recipe, to_dict
 
 DATA_FILE = "data.json"
 
 MAY_CHANGE = (
-    "recipe", "resume", "dry_run", "output_dir", "finish", "train.max_steps", "train.num_train_epochs",
+    "recipe", "resume_from_checkpoint", "dry_run", "output_dir", "finish", "train.max_steps", "train.num_train_epochs",
     "train.logging_steps",
     "eval", "train.save_steps", "train.save_total_limit", "data.path", "data.root", "data.prefetch_chunks",
     "train.offload", "train.report_to", "distill.cache_dir",
@@ -29,14 +29,16 @@ def prepare_run_directory(output_dir: Path, recipe: Recipe, rows: list[Row]) -> 
     Raises
     ------
     OmniMemError
-        The folder holds a run and `resume` is off, or the run of another recipe or other data.
+        The folder holds a run and `resume_from_checkpoint` is false, or the run of another recipe or other data.
     """
     saved_recipe = output_dir / RECIPE_FILE
     fingerprint = {"fingerprint": manifest_fingerprint(rows), "rows": len(rows)}
     # A run that never saved anything has nothing to protect: it simply begins again.
     if saved_recipe.is_file() and (checkpoints(output_dir) or (output_dir / ADAPTER_CONFIG).is_file()):
-        if not recipe.resume:
-            raise OmniMemError(f"{output_dir} already holds a run; give another output_dir, or resume=true to go on")
+        if not recipe.resume_from_checkpoint:
+            raise OmniMemError(
+                f"{output_dir} already holds a run; give another output_dir, or resume_from_checkpoint=true to continue"
+            )
         before = _flat(to_dict(load_recipe([f"recipe={saved_recipe}"])))
         for key, value in _flat(to_dict(recipe)).items():
             if not key.startswith(MAY_CHANGE) and before[key] != value:

@@ -22,11 +22,11 @@ from omnimem.errors import OmniMemError
 from omnimem.media import MediaError, probe
 from omnimem.memory import CompressedCache, SelectionGradient
 from omnimem.memory.store import DiskStore, HostStore, Store
+from omnimem.recipe import Recipe
 from omnimem.selection import SelectionMethod, build_selection, options_of
 from omnimem.stream_settings import StreamSettings
 from omnimem.tape import Truncation
 from train.checkpoint import RECORDS
-from train.config import Recipe
 from train.objective import StreamObjective
 from train.processes import ParallelStrategy
 from train.teacher import TeacherAnswers

@@ -20,7 +20,7 @@ from torch import Tensor
 from omnimem.backbones import TINY
 from omnimem.backbones.adapter import BASE_FOLDER
 from omnimem.files import atomic_file, file_digest
-from train.config import Recipe
+from omnimem.recipe import Recipe
 from train.data import Sample, TokenizedQuestion
 
 LOGITS = "logits"
@@ -54,7 +54,7 @@ class TeacherAnswers:
         data = {
             key: value
             for key, value in asdict(recipe.data).items()
-            if key not in ("path", "root", "shuffle", "decode_ahead", "on_bad_row")
+            if key not in ("path", "root", "shuffle", "prefetch_chunks", "on_bad_row")
         }
         assert recipe.distill.cache_dir is not None
         return cls(Path(recipe.distill.cache_dir), {"model": model, "data": data})

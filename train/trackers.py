@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omnimem.files import atomic_write_json
-from train.config import Recipe, to_dict
+from omnimem.recipe import Recipe, to_dict
 
 TRACKERS_FILE = "trackers.json"
 """In the run's folder: project, name and id of the run in each tracker."""

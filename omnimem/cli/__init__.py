@@ -9,6 +9,5 @@ or input (one line says what is wrong and what to do), 1 any other failure (`--d
 """
 
 from omnimem.cli.command_line import build_parser, main
-from omnimem.cli.guard import run_guarded
 
-__all__ = ["build_parser", "main", "run_guarded"]
+__all__ = ["build_parser", "main"]

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from omnimem import __version__
 from omnimem.cli import data, measure, model, profile
 from omnimem.cli.arguments import Parser
-from omnimem.cli.guard import run_guarded
 from omnimem.errors import OmniMemError, is_storable
+from omnimem.guard import run_guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:

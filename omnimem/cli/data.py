@@ -1,4 +1,4 @@
-"""`omnimem data`: convert, validate, prepare, stats. The work is done in `data_prep`.
+"""`omnimem data`: convert, validate and prepare (done in `data_prep`), and stats (`train/data_stats.py`).
 
 omnimem data validate quickstart
 omnimem data stats quickstart
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omnimem.cli.arguments import above_zero, at_least, jpeg_quality, pixels_or_none
+from train.stats_command import add_stats_action
 
 if TYPE_CHECKING:
     from data_prep.decoded_clips.command import RecipeData
@@ -24,7 +25,7 @@ def add_command(commands: Any, shared: argparse.ArgumentParser) -> None:
     _add_convert(actions, shared)
     _add_validate(actions, shared)
     _add_prepare(actions, shared)
-    _add_stats(actions, shared)
+    add_stats_action(actions, shared)
 
 
 def _add_convert(actions: Any, shared: argparse.ArgumentParser) -> None:
@@ -163,7 +164,7 @@ def _recipe_data(words: list[str]) -> RecipeData:
     from data_prep.decoded_clips.command import RecipeData
     from data_prep.decoded_clips.format import PrepareSettings
     from omnimem.backbones import backbone_class, detect_backbone
-    from train.config import load_recipe
+    from omnimem.recipe import load_recipe
 
     name, *overrides = words
     recipe = load_recipe([f"recipe={name}", *overrides])
@@ -171,23 +172,3 @@ def _recipe_data(words: list[str]) -> RecipeData:
     data, audio = recipe.data, recipe.data.audio and backbone_class(backbone).supports_audio
     settings = PrepareSettings(fps=data.fps, short_side=data.short_side, max_seconds=data.max_seconds, audio=audio)
     return RecipeData(settings, data.path, data.root)
-
-
-def _add_stats(actions: Any, shared: argparse.ArgumentParser) -> None:
-    stats = actions.add_parser("stats", parents=[shared], help="hours, tokens by modality and memory, from headers")
-    stats.description = "Count the tokens of a manifest and their memory under a recipe, without weights or decoding."
-    stats.add_argument("manifest", metavar="MANIFEST", help="manifest, prepared folder, or `quickstart`")
-    stats.add_argument("overrides", nargs="*", metavar="key=value", help="override of the recipe, such as data.fps=2")
-    stats.add_argument("--root", type=Path, metavar="DIR", help="data root (default: the manifest's folder)")
-    stats.add_argument(
-        "--recipe", nargs="+", default=["quickstart"], metavar=("NAME", "KEY=VALUE"),
-        help="name or path, with overrides key=value (default: quickstart)",
-    )  # fmt: skip
-    stats.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers as JSON")
-    stats.set_defaults(command=_stats)
-
-
-def _stats(args: argparse.Namespace) -> None:
-    from omnimem.cli.data_stats import stats_command
-
-    stats_command(args)

@@ -25,7 +25,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def _recipes(_: argparse.Namespace) -> None:
-    from train.config import list_recipes, recipe_summary
+    from omnimem.recipe import list_recipes, recipe_summary
 
     names = list_recipes()
     width = max(map(len, names))

@@ -43,12 +43,12 @@ from omnimem.measure.meter import repeat
 from omnimem.media import Chunk, open_media
 from omnimem.memory import CompressedCache
 from omnimem.modality import AUDIO, TEXT, VISUAL
+from omnimem.recipe import load_recipe
 from omnimem.selection import build_selection
 from omnimem.selection.full import Full
 from omnimem.stream_settings import StreamSettings
 from small_runs import adapter, arguments, main, trained_run
 from stock import QUESTION, TOLERANCE, Whole, whole_clip
-from train.config import load_recipe
 from train.data import load_rows, tokenise
 from train.objective import StreamObjective
 from train.setup import add_lora, profile_of, selection_of, settings_of

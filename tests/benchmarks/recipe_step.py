@@ -45,8 +45,8 @@ from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json
 from omnimem.media import open_media
+from omnimem.recipe import Recipe, TrainConfig, load_recipe
 from train.budgets import profile_at
-from train.config import Recipe, TrainConfig, load_recipe
 from train.data import Schedule, load_rows, tokenise
 from train.environment import _version, environment
 from train.loop import rate_at

@@ -15,8 +15,8 @@ from clips import MEDIA
 from data_prep import clip_info
 from omnimem.errors import OmniMemError
 from omnimem.media import container, probe
+from omnimem.recipe import DataConfig
 from small_runs import FLOWER, NO_INDEX, RABBIT, ROOT, SILENT, SPEECH, arguments, free_port, lines, main, metrics, start
-from train.config import DataConfig
 from train.data import load_rows
 
 NAMES = (RABBIT, FLOWER, SILENT)

@@ -32,6 +32,7 @@ from omnimem.cli import main as omnimem
 from omnimem.errors import OmniMemError
 from omnimem.files import LEFTOVER
 from omnimem.media import MediaError, MediaReader, open_media
+from omnimem.recipe import DataConfig, load_recipe
 from small_runs import (
     FLOWER,
     HALF,
@@ -44,7 +45,6 @@ from small_runs import (
     weights_bytes,
     write_manifest,
 )
-from train.config import DataConfig, load_recipe
 from train.data import load_rows
 from train.evaluation import held_out_rows
 

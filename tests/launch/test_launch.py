@@ -19,8 +19,8 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
+from omnimem.recipe import list_recipes
 from small_runs import ROOT, adapter, arguments, environment, free_port, largest_difference, lines, main, metrics
-from train.config import list_recipes
 
 LAUNCH = ROOT / "launch"
 SCRIPT, CONTAINER = LAUNCH / "slurm.sh", LAUNCH / "Containerfile"
@@ -230,7 +230,7 @@ def test_a_job_trains(tmp_path, alone):
 
 @pytest.mark.slow
 def test_a_job_near_its_end_saves_is_queued_again_and_goes_on(tmp_path):
-    """No step is lost and none is made twice; the checkpoint it goes on from is not one of `save_every`."""
+    """No step is lost and none is made twice; the checkpoint it goes on from is not one of `train.save_steps`."""
     env = fake(tmp_path / "fakes")
     args = arguments(tmp_path, "train.optim=sgd", "train.max_steps=5", "train.save_steps=5")
     first = submit(env, *args)

@@ -25,8 +25,8 @@ from omnimem.cli import main as omnimem
 from omnimem.errors import OmniMemError
 from omnimem.files import file_digest
 from omnimem.media import MediaError, container, open_media, probe
+from omnimem.recipe import DataConfig
 from small_runs import FLOWER, SPEECH, lines
-from train.config import DataConfig
 from train.data import load_rows
 
 ASKED = {"question": "What is seen?", "answer": "A rabbit."}

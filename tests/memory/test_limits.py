@@ -12,10 +12,10 @@ import pytest
 
 from data_prep.convert.table import seconds
 from data_prep.manifest import LONGEST, BadRow, manifest_fingerprint, read_manifest
-from data_prep.stats import DURATIONS, durations
 from data_prep.validate.tracks import backward_steps, is_variable
 from omnimem.budget import BudgetProfile, LayerBudget
 from omnimem.budget.allocation import DEFAULT_FLOOR, with_mean
+from train.data_stats import DURATIONS, durations
 
 MILLISECOND = Fraction(1, 1000)
 

@@ -31,6 +31,7 @@ from omnimem.memory import CompressedCache, SelectionGradient, TokenMetadata
 from omnimem.memory.numbering import CompactPositionIds
 from omnimem.memory.store import DiskStore, Store
 from omnimem.modality import TEXT, VISUAL
+from omnimem.recipe import Recipe, load_recipe
 from omnimem.selection import build_selection
 from omnimem.tape import ChunkwiseBPTT
 from small_runs import (
@@ -47,7 +48,6 @@ from small_runs import (
     metrics,
     trained_run,
 )
-from train.config import Recipe, load_recipe
 from train.data import Sample, load_rows, tokenise
 from train.objective import StreamObjective
 from train.plan import memory_plan, plan_stream

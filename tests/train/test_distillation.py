@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from omnimem.budget import BudgetProfile, LayerBudget
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache
+from omnimem.recipe import DistillConfig, load_recipe
 from omnimem.selection import build_selection
 from small_runs import adapter, arguments, main, metrics, trained_run
-from train.config import DistillConfig, load_recipe
 from train.data import load_rows, tokenise
 from train.objective import StreamObjective
 from train.setup import add_lora, build_base, load_base, selection_of, settings_of

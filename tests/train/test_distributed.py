@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from omnimem.backbones import load_backbone
+from omnimem.recipe import load_recipe
 from small_runs import (
     HALF,
     PLAIN,
@@ -28,7 +29,6 @@ from small_runs import (
     metrics,
     start,
 )
-from train.config import load_recipe
 from train.data import Schedule, load_rows, tokenise
 
 UNEQUAL = [
@@ -71,7 +71,7 @@ def test_two_processes_train_what_one_trains(two, one):
     assert max((trained[name] - expected[name]).abs().max().item() for name in expected) <= 1e-6
     assert all(value.any() for name, value in trained.items() if "lora_B" in name)
     for found, wanted in zip(metrics(run), metrics(one), strict=True):
-        for name in ("step", "epoch", "lr", "targets", "tokens", "skipped"):
+        for name in ("step", "epoch", "learning_rate", "targets", "tokens", "skipped"):
             assert found[name] == wanted[name]
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
         assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-6)

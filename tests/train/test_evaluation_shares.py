@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from train.config import Recipe
+from omnimem.recipe import Recipe
 from train.evaluation import Evaluation
 
 LOSSES, TARGETS = [1.0, 10.0, 100.0, 1000.0, 10000.0], [1, 2, 3, 4, 50]

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import train.lesson
+from omnimem.recipe import load_recipe
 from small_runs import RABBIT, arguments
-from train.config import load_recipe
 from train.data import load_rows, tokenise
 from train.objective import StreamObjective
 from train.plan import WAITING, memory_plan, plan_stream

@@ -12,8 +12,8 @@ from omnimem.backbones import load_backbone
 from omnimem.cli import main as omnimem
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache
+from omnimem.recipe import load_recipe
 from small_runs import adapter, arguments, main, trained_run
-from train.config import load_recipe
 from train.data import load_rows, tokenise
 from train.objective import StreamObjective
 from train.setup import add_lora, profile_of, selection_of, settings_of
@@ -110,4 +110,7 @@ def test_an_unknown_projector_is_one_line(tmp_path, capsys):
 
 def test_a_base_whose_projectors_change_does_not_teach(tmp_path, capsys):
     assert main(arguments(tmp_path, BOTH, "distill.weight=1.0")) == 2
-    assert "the base model cannot teach while projectors change" in capsys.readouterr().err
+    assert (
+        "the base model cannot be the teacher while lora.modules_to_save trains its projectors"
+        in capsys.readouterr().err
+    )

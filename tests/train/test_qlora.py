@@ -10,8 +10,8 @@ import torch
 from omnimem.backbones import load_backbone
 from omnimem.backbones.adapter import load_adapter
 from omnimem.cli import main as omnimem
+from omnimem.recipe import load_recipe
 from small_runs import ROWS, adapter, arguments, main, metrics, trained_run
-from train.config import load_recipe
 from train.data import load_rows
 from train.plan import memory_plan, plan_stream
 from train.setup import check_recipe, selection_of, settings_of

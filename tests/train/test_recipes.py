@@ -14,6 +14,7 @@ import torch
 
 import train.loop
 from omnimem.budget import BudgetProfile
+from omnimem.recipe import list_recipes, load_recipe
 from small_runs import (
     ROOT,
     adapter,
@@ -28,7 +29,6 @@ from small_runs import (
     weights_bytes,
 )
 from train.checkpoint import checkpoints
-from train.config import list_recipes, load_recipe
 
 ACCELERATE = Path(sys.executable).with_name("accelerate")
 

@@ -10,9 +10,8 @@ from rich.console import Console
 
 from clips import RABBIT
 from data_prep.manifest import read_manifest, rejected_answers
-from data_prep.stats import print_stats
-from omnimem.cli.data_stats import stats
 from small_runs import FLOWER, MEDIA, arguments, main, trained_run, weights_bytes, write_manifest
+from train.data_stats import print_stats, stats
 
 ROWS = [
     {"media": FLOWER, "question": "What is seen?", "answer": "A red flower."},

@@ -34,7 +34,7 @@ def assert_equal(run: Path, reference: Path) -> None:
     assert weights_bytes(run) == weights_bytes(reference)
     records, expected = metrics(run), metrics(reference)
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
-    for name in ("loss", "lr", "grad_norm", "tokens", "retained"):
+    for name in ("loss", "learning_rate", "grad_norm", "tokens", "retained"):
         assert [record[name] for record in records] == [record[name] for record in expected]
     newest, expected_newest = checkpoints(run)[-1], checkpoints(reference)[-1]
     assert newest.name == expected_newest.name

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_prep.manifest import Question, Row
-from train.config import TrainConfig
+from omnimem.recipe import TrainConfig
 from train.data import Sample, Samples, Schedule, tokenise
 
 SHAPES = [
@@ -27,7 +27,9 @@ def row(number: int, questions: int = 1) -> Row:
 
 
 def schedule(samples, batch: int, accumulation: int, processes: int, seed: int, shuffle: bool = True) -> Schedule:
-    config = TrainConfig(batch_size=batch, accumulation=accumulation, seed=seed, epochs=4)
+    config = TrainConfig(
+        per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, seed=seed, num_train_epochs=4
+    )
     return Schedule(samples, config, shuffle, processes)
 
 

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 
 from omnimem.budget import BudgetProfile, LayerBudget
 from omnimem.memory.store import DiskStore, Store
+from omnimem.recipe import load_recipe
 from small_runs import ROWS, adapter, arguments, main, metrics, trained_run
 from train.budgets import profile_at
-from train.config import load_recipe
 from train.setup import gradient_of, store_of
 
 TAUGHT, HARD = "selection.gradient=straight_through", "selection.gradient=none"

@@ -30,6 +30,7 @@ from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache
 from omnimem.memory.store import DiskStore
+from omnimem.recipe import TrainConfig, load_recipe
 from omnimem.stream_settings import StreamSettings
 from small_runs import (
     AUDIO,
@@ -50,7 +51,6 @@ from small_runs import (
     tree,
 )
 from train.checkpoint import checkpoints
-from train.config import TrainConfig, load_recipe
 from train.data import Sample, Schedule, TokenizedQuestion, load_rows, tokenise
 from train.loop import MAX_SKIPPED, rate_at
 from train.objective import StreamObjective
@@ -58,8 +58,8 @@ from train.setup import add_lora, profile_of, selection_of, settings_of
 
 STEPS = 18
 FIELDS = {
-    "step", "epoch", "loss", "lr", "grad_norm", "skipped", "targets", "tokens", "tokens_per_second", "seconds",
-    "retained", "memory_bytes", "peak_gib",
+    "step", "epoch", "loss", "learning_rate", "grad_norm", "skipped", "targets", "tokens", "tokens_per_second",
+    "seconds", "retained", "memory_bytes", "peak_gib",
     "mean_budget", "temperature", "distilled", "retention", "gates",
 }  # fmt: skip
 
@@ -130,7 +130,7 @@ def test_metrics_have_a_line_a_step_with_every_field(trained):
     for record in records:
         assert set(record) == FIELDS
         assert math.isfinite(record["loss"]) and record["grad_norm"] > 0 and record["skipped"] is False
-        assert record["lr"] == recipe.train.learning_rate * rate_at(record["step"] - 1, STEPS, recipe.train)
+        assert record["learning_rate"] == recipe.train.learning_rate * rate_at(record["step"] - 1, STEPS, recipe.train)
         assert record["epoch"] == record["step"] / 2
         assert record["tokens"] > 0 and record["tokens_per_second"] > 0 and record["seconds"] > 0
         assert 0 < record["peak_gib"] < 20
@@ -483,7 +483,13 @@ def names(batches: list[list[Sample]]) -> list[str]:
 )
 def test_every_row_comes_once_an_epoch(rows, batch, accumulation, processes):
     epochs = batch * accumulation * processes  # so that whole steps end where an epoch ends
-    made = schedule(rows, batch_size=batch, accumulation=accumulation, processes=processes, epochs=epochs)
+    made = schedule(
+        rows,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        processes=processes,
+        num_train_epochs=epochs,
+    )
     assert made.steps == rows
     order = []
     for step in range(made.steps):
@@ -497,12 +503,12 @@ def test_every_row_comes_once_an_epoch(rows, batch, accumulation, processes):
 
 
 def test_order_is_a_function_of_seed_and_step_alone():
-    first, second = schedule(9, batch_size=2), schedule(9, batch_size=2)
+    first, second = schedule(9, per_device_train_batch_size=2), schedule(9, per_device_train_batch_size=2)
     forwards = [names(first.step(step, 0)) for step in range(20)]
     torch.manual_seed(123)
     backwards = [names(second.step(step, 0)) for step in reversed(range(20))][::-1]
     assert forwards == backwards
-    other = schedule(9, batch_size=2, seed=1)
+    other = schedule(9, per_device_train_batch_size=2, seed=1)
     assert [names(other.step(step, 0)) for step in range(20)] != forwards
     rows = [name for step in forwards for name in step]
     assert rows[:9] != rows[9:18], "the second pass is in another order"
@@ -511,17 +517,17 @@ def test_order_is_a_function_of_seed_and_step_alone():
 
 
 def test_the_same_samples_in_the_same_step_on_any_number_of_ranks():
-    one = schedule(5, accumulation=4)
-    two = schedule(5, accumulation=2, processes=2)
+    one = schedule(5, gradient_accumulation_steps=4)
+    two = schedule(5, gradient_accumulation_steps=2, processes=2)
     for step in range(10):
         assert names(one.step(step, 0)) == names(two.step(step, 0)) + names(two.step(step, 1))
         assert one.targets(step) == two.targets(step)
 
 
 def test_steps_follow_from_epochs_unless_given():
-    assert schedule(10, batch_size=4, epochs=1.0).steps == 3
-    assert schedule(10, epochs=0.01).steps == 1
-    assert schedule(10, epochs=3, max_steps=2).steps == 2
+    assert schedule(10, per_device_train_batch_size=4, num_train_epochs=1.0).steps == 3
+    assert schedule(10, num_train_epochs=0.01).steps == 1
+    assert schedule(10, num_train_epochs=3, max_steps=2).steps == 2
 
 
 def rates(steps: int, **settings: Any) -> list[float]:
@@ -529,13 +535,13 @@ def rates(steps: int, **settings: Any) -> list[float]:
 
 
 def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
-    found = rates(100, warmup_ratio=0.1, min_lr_ratio=0.0)
+    found = rates(100, warmup_ratio=0.1, min_lr_rate=0.0)
     assert found[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert max(found) == found[9] == found[10] == 1.0
     assert all(later < earlier for earlier, later in pairwise(found[10:]))
     assert found[55] == pytest.approx(0.5)
     assert all(rate > 0 for rate in found[:100]) and found[100] == pytest.approx(0.0)
-    assert rates(100, min_lr_ratio=0.2)[100] == pytest.approx(0.2)
+    assert rates(100, min_lr_rate=0.2)[100] == pytest.approx(0.2)
     assert rates(1, warmup_ratio=0.0)[0] == 1.0 and rates(1, warmup_ratio=1.0)[0] == 1.0
     assert rates(10, warmup_ratio=0.0)[0] == 1.0
 
@@ -664,7 +670,7 @@ def test_a_terminal_gets_a_bar(tmp_path, monkeypatch, caplog):
     reader, writer = os.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
     recipe = load_recipe(arguments(tmp_path))
-    record = {"step": 2, "loss": None, "lr": 1e-3, "retained": {"visual": 80.0, "audio": 16.0}}
+    record = {"step": 2, "loss": None, "learning_rate": 1e-3, "retained": {"visual": 80.0, "audio": 16.0}}
     with os.fdopen(writer, "w") as terminal, caplog.at_level("INFO", "omnimem.train"):
         monkeypatch.setattr(sys, "stderr", terminal)
         shown = train.metrics.Metrics(tmp_path, 1, 3, True, recipe)
@@ -684,7 +690,9 @@ def test_tensorboard_shows_the_metrics_when_installed(trained):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(trained.run / "tensorboard"))
     events.Reload()
-    assert {"train/loss", "train/lr", "train/grad_norm", "train/retained/visual"} <= set(events.Tags()["scalars"])
+    assert {"train/loss", "train/learning_rate", "train/grad_norm", "train/retained/visual"} <= set(
+        events.Tags()["scalars"]
+    )
     shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert shown == [(record["step"], pytest.approx(record["loss"], rel=1e-6)) for record in metrics(trained.run)]
 
@@ -713,7 +721,7 @@ def refused(args: list[str], capsys) -> str:
         ("train.learning_rate=0.5", ["train.learning_rate=0.01", "0.5"]),
         ("memory.mean_budget=48", ["memory.mean_budget=24", "48"]),
         ("train.seed=1", ["train.seed=0", "1"]),
-        ("resume=false", ["already holds a run", "resume=true"]),
+        ("resume_from_checkpoint=false", ["already holds a run", "resume_from_checkpoint=true"]),
     ],
 )
 def test_a_run_is_not_mixed_with_another(trained, capsys, override, words):

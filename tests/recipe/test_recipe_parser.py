@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from omnimem.errors import OmniMemError
-from train.config import LEAVES, RECIPES, Recipe, list_recipes, load_recipe, to_yaml
+from omnimem.recipe import Recipe, list_recipes, load_recipe, to_yaml
+from omnimem.recipe.parser import RECIPES
+from omnimem.recipe.schema import KEY_TYPES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,7 +77,7 @@ def test_arguments_override_and_the_last_one_wins(recipe):
             "train.learning_rate=1e-4",
             "train.learning_rate=2e-4",
             "output_dir=out/1e5",
-            "resume=false",
+            "resume_from_checkpoint=false",
             "data.short_side=null",
             "train={num_train_epochs: 2, adam_beta1: 0.8}",
             "finish.media=clip.mp4",
@@ -84,7 +86,7 @@ def test_arguments_override_and_the_last_one_wins(recipe):
     )
     assert (loaded.train.max_steps, loaded.train.learning_rate, loaded.train.num_train_epochs) == (3, 2e-4, 2.0)
     assert loaded.lora.target_modules == ["q_proj", "v_proj"] and loaded.train.adam_beta1 == 0.8
-    assert (loaded.output_dir, loaded.resume, loaded.data.short_side) == ("out/1e5", False, None)
+    assert (loaded.output_dir, loaded.resume_from_checkpoint, loaded.data.short_side) == ("out/1e5", False, None)
     assert loaded.finish.question == "Which one: a=b, or [c]? # not a comment"
     assert loaded.data.time_scale == 2.0 and isinstance(loaded.data.time_scale, float)
 
@@ -121,7 +123,7 @@ def test_to_yaml_round_trips(recipe, tmp_path, text):
     saved = tmp_path / "saved.yaml"
     saved.write_text(to_yaml(loaded), encoding="utf-8")
     assert load_recipe([f"recipe={saved}"]) == loaded
-    for key in LEAVES:
+    for key in KEY_TYPES:
         assert re.search(rf"^\s*{key.rpartition('.')[2]}:", saved.read_text(encoding="utf-8"), re.MULTILINE), key
 
 
@@ -148,7 +150,7 @@ def test_recipe_names():
         ("lora.target_modules.0=a", "unknown key lora.target_modules.0; did you mean lora.target_modules?"),
         ("lora.zzz=a", "unknown key lora.zzz; lora has r, lora_alpha, lora_dropout, target_modules"),
         ("zzz=[1", "zzz takes something else, cannot read '[1'"),
-        ("zzz=1", "unknown key zzz; a recipe has recipe, output_dir, resume, dry_run, data,"),
+        ("zzz=1", "unknown key zzz; a recipe has recipe, output_dir, resume_from_checkpoint, dry_run, data,"),
         ("=1", "unknown key ; a recipe has"),
         ("train.max_steps=foo", "train.max_steps takes a whole number or null, got 'foo'"),
         ("train.max_steps=1.5", "train.max_steps takes a whole number or null, got 1.5"),
@@ -175,7 +177,7 @@ def test_recipe_names():
         ("selection.attention_scores=x", "one of heads, concat or null"),
         ("selection.factor=x", "one of linear, sqrt or null"),
         ("data.on_bad_row=x", "data.on_bad_row takes one of error, skip, got 'x'"),
-        ("memory.mean_budget=0", "memory.mean_budget must be at least 1 position, got 0"),
+        ("memory.mean_budget=0", "memory.mean_budget must be at least 1 token, got 0"),
         ("memory.ratio=0", "memory.ratio must be above 0, got 0.0"),
         ("data.fps=0", "data.fps must be above 0, got 0.0"),
         ("data.fps=-1", "data.fps must be above 0, got -1.0"),
@@ -199,7 +201,7 @@ def test_recipe_names():
         ("lora.r=0", "lora.r must be at least 1, got 0"),
         ("lora.target_modules=[]", "lora.target_modules must be a list of at least one module name, got []"),
         ("model.name_or_path= ", "model.name_or_path takes text, got null"),
-        ("finish.media=clip.mp4", "finish.media without finish.question: set what is asked about the clip"),
+        ("finish.media=clip.mp4", "finish.media without finish.question: set the question about the clip"),
         ("train.seed=1" + "0" * 26, "train.seed must be at most 4294967295, got 1000"),
         ("train.max_steps=1" + "0" * 26, "train.max_steps must be at most 2147483647, got 1000"),
         ("train.learning_rate=" + "9" * 400, "train.learning_rate takes a number, got 9999"),
@@ -275,7 +277,7 @@ MALFORMED = [
 
 def test_anything_malformed_is_one_line_or_a_recipe(recipe):
     """Values drawn at random for keys drawn at random: nothing but an `OmniMemError` comes out."""
-    chosen, keys, argument = random.Random(0), [*LEAVES, "train", "zzz"], recipe()
+    chosen, keys, argument = random.Random(0), [*KEY_TYPES, "train", "zzz"], recipe()
     refused = 0
     for _ in range(150):
         key, value = chosen.choice(keys), chosen.choice(MALFORMED)
@@ -294,5 +296,5 @@ def test_a_file_that_is_not_text(tmp_path):
 
 
 def test_no_torch_is_imported():
-    code = "import sys, train.config; sys.exit(bool({'torch', 'transformers', 'rich'} & set(sys.modules)))"
+    code = "import sys, omnimem.recipe; sys.exit(bool({'torch', 'transformers', 'rich'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

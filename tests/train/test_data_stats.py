@@ -10,10 +10,9 @@ from clips import MEDIA, RABBIT
 from data_prep.decoded_clips.format import PrepareSettings
 from data_prep.decoded_clips.prepare import prepare
 from data_prep.manifest import read_manifest
-from data_prep.stats import count, durations
 from omnimem.cli import main
-from omnimem.cli.data_stats import stats
 from omnimem.errors import OmniMemError
+from train.data_stats import count, durations, stats
 from train.plan import WAITING, StreamPlan
 
 TIMECODE = "speech_burned_in_timecode_42s.mp4"
@@ -41,7 +40,7 @@ def test_one_clip_by_hand(tmp_path):
         "most_in_a_stream": 2,
     }
     assert found["hours"] == round(7.8 / 3600, 4) and found["rows"] == {
-        "used": 1, "skipped": [], "questions": 1, "rejected": 0,
+        "used": 1, "left_out": [], "questions": 1, "rejected": 0,
     }  # fmt: skip
     assert found["durations"] == {"under 10 s": 1}
 
@@ -85,7 +84,7 @@ def test_several_streams_and_rows_left_out(tmp_path):
     assert found["hours"] == round((7.8 + 42.4) / 3600, 4)
     assert found["tokens"]["audio_per_hour"] == round(195 / (7.8 + 42.4) * 3600)
     assert found["durations"] == {"under 10 s": 1, "10 to 30 s": 0, "30 to 60 s": 1}
-    gone, broken = found["rows"]["skipped"]
+    gone, broken = found["rows"]["left_out"]
     assert "gone.mp4" in gone and "set.jsonl:3: " in broken and "without its index" in broken
     with pytest.raises(OmniMemError, match="no usable row"):
         stats(manifest(tmp_path, {"media": "broken_truncated_no_moov_nasa.mp4"}), MEDIA)
@@ -94,7 +93,7 @@ def test_several_streams_and_rows_left_out(tmp_path):
 def test_what_cannot_be_read_under_the_recipe_is_left_out(tmp_path):
     path = manifest(tmp_path, {"media": RABBIT.name}, {"media": "audio_speech_jfk_11s.flac"})
     found = stats(path, MEDIA, overrides=["data.audio=false"])
-    assert found["rows"]["used"] == 1 and "neither picture nor (wanted) sound" in found["rows"]["skipped"][0]
+    assert found["rows"]["used"] == 1 and "neither picture nor (wanted) sound" in found["rows"]["left_out"][0]
 
 
 def test_a_prepared_folder_gives_the_same(tmp_path):
@@ -121,7 +120,7 @@ def test_command_line(tmp_path, capsys):
     target = tmp_path / "stats.json"
     assert main(["data", "stats", "quickstart", "data.chunk_seconds=2", "--json", str(target)]) == 0
     shown = capsys.readouterr().out
-    for words in ("6 streams, 13 questions", "visual tokens per hour", "full cache, per hour", "sum on the device"):
+    for words in ("6 streams, 13 questions", "visual tokens an hour", "full cache, an hour", "sum on the device"):
         assert words in shown
     assert json.loads(target.read_text())["chunk_seconds"] == 2
     assert main(["data", "stats", "quickstart", "--recipe", "quickstart", "data.fps=2"]) == 0

@@ -1,4 +1,4 @@
-"""Run a command and turn exceptions into one line on stderr and an exit status."""
+"""Run a command and turn its exceptions into one line on stderr and an exit status."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def _open(missing: dict[str, Row], found: dict[str, MediaInfo | OmniMemError]) -
 
 def _look(row: Row) -> MediaInfo | OmniMemError:
     try:
-        return open_media(row.media, sound=row.audio_path).info
+        return open_media(row.media, audio_path=row.audio_path).info
     except OmniMemError as error:
         return error
 

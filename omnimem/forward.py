@@ -40,7 +40,7 @@ class Stream:
     def __init__(self, backbone: Backbone, cache: CompressedCache) -> None:
         self.backbone = backbone
         self.cache = cache
-        cache.frame_anchored = backbone.frame_anchored
+        cache.spatial_ids_advance = backbone.spatial_ids_advance
 
     def step(self, inputs: ChunkInputs, rewindable: bool = False) -> list[Eviction | None]:
         """Take a chunk in and bring every layer back to its budget; returns what `CompressedCache.compress` does."""

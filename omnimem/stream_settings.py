@@ -110,7 +110,7 @@ class StreamSettings:
             raise OmniMemError(f"{path}: no video, and {backbone.name} does not support audio; choose another clip")
         reader = open_media(
             path,
-            sound=audio_path,
+            audio_path=audio_path,
             fps=self.fps,
             chunk_seconds=self.chunk_seconds,
             audio=self.audio and backbone.supports_audio,
@@ -126,8 +126,8 @@ class StreamSettings:
         if self.max_seconds is not None:
             duration = self.max_seconds if duration is None else min(duration, self.max_seconds)
         return backbone.stream_encoder(
-            picture=info.has_video,
-            sound=info.has_audio and self.audio and backbone.supports_audio,
+            video=info.has_video,
+            audio=info.has_audio and self.audio and backbone.supports_audio,
             fps=self.fps,
             duration=duration,
             time_scale=self.time_scale,

@@ -27,10 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from omnimem.backbones import ChunkInputs
-from omnimem.backbones.checkpoint import load_stock
+from omnimem.backbones.checkpoint import load_pretrained
 from omnimem.backbones.video_salmonn2.backbone import VideoSalmonn2, VideoSalmonn2Qwen2_5
 from omnimem.backbones.video_salmonn2.configuration import is_qwen2_5
-from omnimem.backbones.vision import Patches, PixelLimits
+from omnimem.backbones.vision import FramePatches, PixelLimits
 from omnimem.budget import BudgetProfile
 from omnimem.forward import Stream
 from omnimem.media import Chunk
@@ -116,7 +116,7 @@ class Golden:
             if self.qwen2_5:
                 backbone.text_ids = lambda _: next(texts)
                 encoder: Any = backbone.stream_encoder(
-                    picture=self.picture, sound=self.sound, fps=self._fps, duration=self._duration,
+                    video=self.picture, audio=self.sound, fps=self._fps, duration=self._duration,
                     position_layout=layout,
                 )  # fmt: skip
             else:
@@ -125,7 +125,7 @@ class Golden:
                 backbone.text_ids = lambda _: next(rest)
                 timestamps = max(1, -(-patches // self.group))
                 encoder = backbone.stream_encoder(
-                    picture=self.picture, sound=self.sound, fps=self._fps, duration=self._duration,
+                    video=self.picture, audio=self.sound, fps=self._fps, duration=self._duration,
                     timestamps=timestamps,
                 )  # fmt: skip
                 assert encoder.patches_per_group == self.group or not self.picture
@@ -133,13 +133,13 @@ class Golden:
             return encoder
         sound = self.model.model.get_audio_features(self.inputs["audio_feature"]).flatten(0, 1)
 
-        class Ear:
-            per_second = 2.0
+        class AudioEncoder:
+            tokens_per_second = 2.0
 
             def __call__(self, chunk: Chunk) -> Tensor:
                 return sound[int(chunk.t0 * 2 + 1e-6) : None if chunk.last else int(chunk.t1 * 2 + 1e-6)]
 
-        encoder.ear = Ear()
+        encoder.audio_encoder = AudioEncoder()
         return encoder
 
     def _text_runs(self) -> list[Tensor]:
@@ -172,7 +172,7 @@ class Golden:
             chunks.append(Chunk(number, t0, t1, frames, times, sound, nothing, nothing, last == total))
         return chunks
 
-    def _see(self, _backbone: Any, frames: np.ndarray, _limits: Any) -> Patches:
+    def _see(self, _backbone: Any, frames: np.ndarray, _limits: Any) -> FramePatches:
         numbers = frames[:: self.backbone.temporal_patch, 0, 0, 0]
         _, height, width = self.inputs["video_grid_thw"][0].tolist()
         pixels = self.inputs["pixel_values_videos"].view(
@@ -183,7 +183,7 @@ class Golden:
         merge = self.config["vision_config"]["spatial_merge_size"]
         height, width = height // merge, width // merge
         deepstack = [torch.cat(layer) for layer in getattr(features, "deepstack_features", None) or ()]
-        return Patches(
+        return FramePatches(
             torch.cat(features.pooler_output).view(len(numbers), height * width, -1),
             torch.stack(deepstack).view(len(deepstack), len(numbers), height * width, -1) if deepstack else None,
             height,
@@ -198,7 +198,7 @@ def _load(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        model = load_stock(cls.model_class, folder, torch.float32, "cpu")
+        model = load_pretrained(cls.model_class, folder, torch.float32, "cpu")
     return cls(model, SimpleNamespace(tokenizer=None), "golden")
 
 

@@ -181,7 +181,7 @@ def offline(model) -> Any:
     return SimpleNamespace(
         language_model=model,
         device=torch.device("cpu"),
-        frame_anchored=False,
+        spatial_ids_advance=False,
         text_ids=text_ids,
         question_ids=lambda text: torch.cat((text_ids(text), torch.tensor([[63]])), 1).long(),
         embed=model.get_input_embeddings(),

@@ -111,9 +111,9 @@ def test_a_contradiction_ends_a_run_and_a_dry_run(tmp_path, folders, capsys, dry
 
 def test_a_published_model_is_known_by_its_hub_id_without_a_network(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert detect_backbone("Qwen/Qwen3-VL-8B-Instruct", known_shapes=True) == "qwen3_vl"
+    assert detect_backbone("Qwen/Qwen3-VL-8B-Instruct", use_builtin_config=True) == "qwen3_vl"
     with pytest.raises(OmniMemError, match="a checkpoint of qwen3_vl"):
-        detect_backbone("Qwen/Qwen3-VL-8B-Instruct", "qwen2_5_vl", known_shapes=True)
+        detect_backbone("Qwen/Qwen3-VL-8B-Instruct", "qwen2_5_vl", use_builtin_config=True)
 
 
 def test_a_run_takes_the_backbone_of_its_checkpoint(tmp_path, folders):

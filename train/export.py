@@ -17,7 +17,7 @@ import torch
 
 from omnimem.backbones import TINY, Backbone, load_backbone, parse_dtype
 from omnimem.backbones.adapter import RECIPE_FILE, resolve_checkpoint
-from omnimem.backbones.checkpoint import quiet_stock, read_config
+from omnimem.backbones.checkpoint import quiet_transformers, read_config
 from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_directory
@@ -87,7 +87,7 @@ def export_run(
         merged = merge_adapter(backbone, adapter)
         # As if offloaded: weights are converted to the published layout shard by shard, not all before the first one.
         backbone.model.hf_device_map = {"": "cpu"}
-        with quiet_stock():
+        with quiet_transformers():
             backbone.model.save_pretrained(folder, max_shard_size=SHARD)
             backbone.processor.save_pretrained(folder)
         profile.save(folder / PROFILE_FILE)

@@ -66,8 +66,8 @@ def plan_stream(row: Row, backbone: Backbone, settings: StreamSettings) -> Strea
         scale = min(1.0, (settings.short_side or math.inf) / min(info.height, info.width))
         frame = (round(info.height * scale), round(info.width * scale))
     chunks = backbone.tokens_per_chunk(
-        frame=frame,
-        sound=info.has_audio and row.audio and settings.audio,
+        frame_size=frame,
+        audio=info.has_audio and row.audio and settings.audio,
         fps=settings.fps,
         seconds=seconds,
         chunk_seconds=settings.chunk_seconds,

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel
 from data_prep.manifest import media_root
 from omnimem.backbones import TINY, Backbone, backbone_class, detect_backbone, load_backbone
 from omnimem.backbones.adapter import BASE_FOLDER, modules_to_save
-from omnimem.backbones.checkpoint import quiet_stock
+from omnimem.backbones.checkpoint import quiet_transformers
 from omnimem.budget import BudgetProfile, ModelFingerprint
 from omnimem.budget.allocation import with_mean
 from omnimem.errors import OmniMemError
@@ -47,7 +47,7 @@ def backbone_of(recipe: Recipe) -> str:
     OmniMemError
         The checkpoint cannot be reached, has no backbone here, or contradicts ``model.backbone``.
     """
-    return detect_backbone(recipe.model.name_or_path, recipe.model.backbone, known_shapes=recipe.dry_run)
+    return detect_backbone(recipe.model.name_or_path, recipe.model.backbone, use_builtin_config=recipe.dry_run)
 
 
 def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
@@ -70,7 +70,7 @@ def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
         backbone=recipe.model.backbone,
         dtype=recipe.model.dtype,
         device="meta",
-        known_shapes=recipe.dry_run,
+        use_builtin_config=recipe.dry_run,
     )
     settings.check(skeleton)
     check_lora_targets(recipe, skeleton)
@@ -122,7 +122,7 @@ def add_lora(recipe: Recipe, backbone: Backbone) -> PeftModel:
     """Put fresh adapters on the language model; of the encoders only the projectors a recipe names are trained."""
     torch.manual_seed(recipe.train.seed)
     projectors = [backbone.projectors[name] for name in recipe.lora.modules_to_save]
-    targets = backbone.lora_targets(recipe.lora.target_modules)
+    targets = backbone.lora_target_regex(recipe.lora.target_modules)
     config = LoraConfig(
         r=recipe.lora.r,
         lora_alpha=recipe.lora.lora_alpha,
@@ -133,7 +133,7 @@ def add_lora(recipe: Recipe, backbone: Backbone) -> PeftModel:
         task_type="CAUSAL_LM",
         modules_to_save=projectors or None,
     )
-    with quiet_stock():
+    with quiet_transformers():
         model = PeftModel(backbone.model, config)
     for module in modules_to_save(model).values():
         _train_in_float32(module)
@@ -154,7 +154,7 @@ def check_lora_targets(recipe: Recipe, backbone: Backbone) -> None:
     """Refuse a target that names no projection of the language model."""
     modules = [name for name, _ in backbone.model.named_modules()]
     for target in recipe.lora.target_modules:
-        pattern = re.compile(backbone.lora_targets([re.escape(target)]))
+        pattern = re.compile(backbone.lora_target_regex([re.escape(target)]))
         if not any(pattern.fullmatch(name) for name in modules):
             raise OmniMemError(
                 f"lora.target_modules: {target!r} is no projection of {backbone.name}'s language model; use some of "

@@ -21,7 +21,7 @@ import numpy as np
 from data_prep.decoded_clips.format import AUDIO, FRAMES, INT16_SCALE, frame_stride, rational, read_footer
 from omnimem.media import Chunk, MediaError, MediaInfo
 from omnimem.media.audio import RATE
-from omnimem.media.window import Ahead, SoundWindow, nothing
+from omnimem.media.lookahead import AudioWindow, FrameLookahead, empty_stream
 
 
 class ShardReader:
@@ -87,9 +87,9 @@ class ShardReader:
         self.info: MediaInfo = info
 
     def __iter__(self) -> Generator[Chunk, None, None]:
-        frames = Ahead(self._frames() if self._metadata.frame_size else nothing())
+        frames = FrameLookahead(self._frames() if self._metadata.frame_size else empty_stream())
         audio_end = None if self._limit is None else round(self._limit * RATE)
-        audio = SoundWindow(self._samples() if self._has_audio else nothing(), self._context, audio_end)
+        audio = AudioWindow(self._samples() if self._has_audio else empty_stream(), self._context, audio_end)
         try:
             for index in itertools.count():
                 chunk = self._chunk(index, frames, audio)
@@ -100,14 +100,14 @@ class ShardReader:
             frames.close()
             audio.close()
 
-    def _chunk(self, index: int, ahead: Ahead, window: SoundWindow) -> Chunk:
+    def _chunk(self, index: int, ahead: FrameLookahead, window: AudioWindow) -> Chunk:
         t0, t1 = index * self._span, (index + 1) * self._span
         if self._limit is not None:
             t1 = min(t1, self._limit)
         instants = range(math.ceil(t0 * self._fps), math.ceil(t1 * self._fps))
         frames = list(itertools.islice(ahead, len(instants)))
-        before, audio, after = window.take(round(t0 * RATE), round(t1 * RATE))
-        last = t1 == self._limit or not (window.goes_on or ahead.goes_on())
+        before, audio, after = window.read(round(t0 * RATE), round(t1 * RATE))
+        last = t1 == self._limit or not (window.has_next or ahead.has_next())
         if last:
             t1 = min(t1, self._end())
         return Chunk(

@@ -162,7 +162,7 @@ def _open(task: Task) -> MediaReader:
     def reader(seconds: float) -> MediaReader:
         return open_media(
             task.media,
-            sound=task.audio_path,
+            audio_path=task.audio_path,
             fps=settings.fps,
             chunk_seconds=seconds,
             audio=settings.audio,

@@ -25,7 +25,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 
 from omnimem.media.container import is_cut_short, open_container, reason
-from omnimem.media.gop import is_shown
+from omnimem.media.selective_decoder import is_shown
 from omnimem.media.tracks import STILLS
 
 QUIET = 2.0**-15  # of full scale: one step of 16-bit sound

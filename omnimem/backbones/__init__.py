@@ -52,7 +52,7 @@ def load_backbone(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
     load_in_4bit: bool = False,
-    known_shapes: bool = False,
+    use_builtin_config: bool = False,
 ) -> Backbone:
     """Load a model with the compressed cache attached.
 
@@ -68,7 +68,7 @@ def load_backbone(
         ``auto``: CUDA when there is one.
     load_in_4bit : bool
         Whether the decoder's projections are loaded as NF4, for QLoRA.
-    known_shapes : bool
+    use_builtin_config : bool
         On the ``meta`` device, for a published model that cannot be reached: take its shapes from our own table.
 
     Raises
@@ -81,7 +81,7 @@ def load_backbone(
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     if isinstance(dtype, str):
         dtype = parse_dtype(dtype)
-    name, reached = _identify(path, backbone, known_shapes and device.type == "meta")
+    name, reached = _identify(path, backbone, use_builtin_config and device.type == "meta")
     cls = backbone_class(name)
     if str(path) == TINY:
         with tempfile.TemporaryDirectory() as folder:
@@ -89,14 +89,14 @@ def load_backbone(
             loaded.model_id = TINY
             return loaded
     if not reached:
-        from omnimem.backbones.published import shapes
+        from omnimem.backbones.published import build_on_meta
 
         logger.info("%s cannot be reached: its shapes are from our own table", path)
-        return shapes(str(path), cls, dtype)
+        return build_on_meta(str(path), cls, dtype)
     return cls.load(path, dtype, device, load_in_4bit)
 
 
-def detect_backbone(path: str | Path, backbone: str | None = None, known_shapes: bool = False) -> str:
+def detect_backbone(path: str | Path, backbone: str | None = None, use_builtin_config: bool = False) -> str:
     """Name of the backbone a checkpoint belongs to, from its configuration file; no weight is read.
 
     Parameters
@@ -105,7 +105,7 @@ def detect_backbone(path: str | Path, backbone: str | None = None, known_shapes:
         Checkpoint folder, hub id, or ``tiny``.
     backbone : str, optional
         The name that is expected. For ``tiny`` it decides which stand-in is meant; the first of `BACKBONES` by default.
-    known_shapes : bool
+    use_builtin_config : bool
         Identify a published model that cannot be reached by its hub id alone.
 
     Raises
@@ -114,10 +114,10 @@ def detect_backbone(path: str | Path, backbone: str | None = None, known_shapes:
         Unknown backbone, a checkpoint that cannot be reached or that no backbone supports, or one that belongs to
         another backbone than the expected one.
     """
-    return _identify(path, backbone, known_shapes)[0]
+    return _identify(path, backbone, use_builtin_config)[0]
 
 
-def _identify(path: str | Path, expected: str | None, known_shapes: bool) -> tuple[str, bool]:
+def _identify(path: str | Path, expected: str | None, use_builtin_config: bool) -> tuple[str, bool]:
     """Backbone of a checkpoint, and whether its configuration file could be read."""
     from omnimem.backbones.checkpoint import read_config
     from omnimem.backbones.published import PUBLISHED
@@ -130,7 +130,7 @@ def _identify(path: str | Path, expected: str | None, known_shapes: bool) -> tup
         _check_place(path)
         config = read_config(path)
     except OmniMemError:
-        if not (known_shapes and str(path) in PUBLISHED):
+        if not (use_builtin_config and str(path) in PUBLISHED):
             raise
         config = None
     found = PUBLISHED[str(path)][0] if config is None else _claiming(path, config)
@@ -174,9 +174,9 @@ def _check_place(path: str | Path) -> None:
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise OmniMemError(f"{path}: no config.json; give a checkpoint folder, a run directory or a hub id")
     if not Path(path).exists() and (str(path).count("/") != 1 or str(path).startswith((".", "/", "~"))):
-        from omnimem.backbones.checkpoint import unreachable
+        from omnimem.backbones.checkpoint import not_found_message
 
-        raise OmniMemError(unreachable(path))
+        raise OmniMemError(not_found_message(path))
 
 
 def _claiming(path: str | Path, config: dict[str, Any]) -> str:

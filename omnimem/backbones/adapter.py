@@ -19,7 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from omnimem.backbones.base import Backbone
-from omnimem.backbones.checkpoint import quiet_stock
+from omnimem.backbones.checkpoint import quiet_transformers
 from omnimem.errors import OmniMemError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -86,7 +86,7 @@ def load_adapter(backbone: Backbone, adapter: str | Path) -> Any:
     if not weights.is_file():
         raise OmniMemError(f"{adapter}: no adapter_model.safetensors; the adapter was not saved completely")
     try:
-        with quiet_stock():
+        with quiet_transformers():
             config = PeftConfig.from_pretrained(str(adapter))
             config.inference_mode = True
             saved = _translated(load_file(weights), config, backbone)

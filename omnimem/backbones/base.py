@@ -174,7 +174,7 @@ class Backbone(ABC):
         Modules between the encoders and the decoder that may be trained, by the name recipes know them by.
     whole : tuple of str
         Modules whose linear layers are never quantised.
-    frame_anchored : bool
+    spatial_ids_advance : bool
         Whether height and width ids of pictures count from the present place of the stream, not from its start.
     hears : bool
         Whether it takes sound; of media for one that does not only the picture is read.
@@ -188,7 +188,7 @@ class Backbone(ABC):
     projectors: ClassVar[dict[str, str]]
     skip_quantization_modules: ClassVar[tuple[str, ...]]
     supports_audio: ClassVar[bool] = True
-    frame_anchored: ClassVar[bool] = False
+    spatial_ids_advance: ClassVar[bool] = False
 
     model_types: ClassVar[tuple[str, ...]]
 
@@ -211,8 +211,8 @@ class Backbone(ABC):
     def stream_encoder(
         self,
         *,
-        picture: bool,
-        sound: bool,
+        video: bool,
+        audio: bool,
         fps: float,
         duration: float | None = None,
         time_scale: float | str = "auto",
@@ -241,15 +241,15 @@ class Backbone(ABC):
         """
 
     @abstractmethod
-    def chunk_alignment(self, fps: float, sound: bool = True) -> float:
+    def chunk_alignment(self, fps: float, audio: bool = True) -> float:
         """Seconds that every chunk length must be a multiple of, so that encoders stay exact at its edges."""
 
     @abstractmethod
     def tokens_per_chunk(
         self,
         *,
-        frame: tuple[int, int] | None,
-        sound: bool,
+        frame_size: tuple[int, int] | None,
+        audio: bool,
         fps: float,
         seconds: float,
         chunk_seconds: float,
@@ -279,7 +279,7 @@ class Backbone(ABC):
         """Tell `model.generate` what to add to its count of tokens (``[B, 1]``)."""
 
     @abstractmethod
-    def lora_targets(self, names: Sequence[str]) -> str:
+    def lora_target_regex(self, names: Sequence[str]) -> str:
         """Regular expression that matches the named projections of the language model and nothing else."""
 
     @property

@@ -23,7 +23,7 @@ SHOW_PROGRESS_ABOVE = 2**30
 
 
 @contextmanager
-def quiet_stock(progress: bool = False) -> Iterator[None]:
+def quiet_transformers(progress: bool = False) -> Iterator[None]:
     """Silence what stock libraries say of themselves: default ids of unused parts, their own deprecations.
 
     What matters about a checkpoint (missing, unused, mismatched weights) is checked by us, not read from a log.
@@ -46,7 +46,7 @@ def quiet_stock(progress: bool = False) -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def load_stock(
+def load_pretrained(
     model_class: Any,
     path: str | Path,
     dtype: torch.dtype,
@@ -73,9 +73,9 @@ def load_stock(
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if local else SHOW_PROGRESS_ABOVE
     with _explained(path):
         if torch.device(device).type == "meta":
-            with quiet_stock(), torch.device("meta"):
+            with quiet_transformers(), torch.device("meta"):
                 return model_class(model_class.config_class.from_pretrained(path)).to(dtype).eval()
-        with quiet_stock(progress=size >= SHOW_PROGRESS_ABOVE):
+        with quiet_transformers(progress=size >= SHOW_PROGRESS_ABOVE):
             model, info = model_class.from_pretrained(
                 path,
                 dtype=dtype,
@@ -99,7 +99,7 @@ def load_processor(processor_class: Any, path: str | Path) -> Any:
     OmniMemError
         Nothing there, or not readable.
     """
-    with _explained(path), quiet_stock():
+    with _explained(path), quiet_transformers():
         return processor_class.from_pretrained(path)
 
 
@@ -110,7 +110,7 @@ def _explained(path: str | Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         if not Path(path).is_dir():
-            raise OmniMemError(unreachable(path)) from error
+            raise OmniMemError(not_found_message(path)) from error
         reason = " ".join(str(error).split())[:300]
         raise OmniMemError(
             f"cannot load {path}: the folder must hold config.json, *.safetensors and the processor's and tokenizer's "
@@ -130,7 +130,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         # Where there is no network at all, the hub's client would try again for half a minute.
         return PreTrainedConfig.get_config_dict(path, local_files_only=not Path(path).is_dir() and _offline())[0]
     except (OSError, ValueError) as error:
-        raise OmniMemError(unreachable(path)) from error
+        raise OmniMemError(not_found_message(path)) from error
 
 
 def _offline() -> bool:
@@ -144,7 +144,7 @@ def _offline() -> bool:
     return False
 
 
-def unreachable(path: str | Path) -> str:
+def not_found_message(path: str | Path) -> str:
     """One line for a model that is neither here nor to be had: which files it takes and where they go."""
     command = f" (hf download {path} --local-dir DIR)" if str(path).count("/") == 1 else ""
     return (

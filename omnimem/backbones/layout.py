@@ -28,7 +28,7 @@ TEXT_RESERVE = 1024
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenSpan:
     """Positions of one modality that stand together, such as a temporal patch.
 
     Attributes
@@ -46,8 +46,8 @@ class Piece:
     """
 
     embeds: Tensor
-    positions: Tensor
-    kind: int
+    position_ids: Tensor
+    modality: int
     time: Tensor
     deepstack: Tensor | None = None
 
@@ -78,8 +78,8 @@ class LayoutEncoder(StreamEncoder):
         self,
         backbone: Any,
         *,
-        picture: bool,
-        sound: bool,
+        video: bool,
+        audio: bool,
         fps: float,
         duration: float | None = None,
         time_scale: float | str = "auto",
@@ -87,16 +87,16 @@ class LayoutEncoder(StreamEncoder):
         position_layout: str = "train",
         timestamps: int | None = None,
     ) -> None:
-        if not picture and not sound:
-            raise OmniMemError("nothing to stream: the media has neither picture nor sound (or both are switched off)")
-        if not picture and not backbone.supports_audio:
-            raise OmniMemError(f"nothing to stream: {backbone.name} takes no sound, and the media has no picture")
-        sound = sound and backbone.supports_audio
+        if not video and not audio:
+            raise OmniMemError("nothing to stream: the media has neither video nor audio (or both are switched off)")
+        if not video and not backbone.supports_audio:
+            raise OmniMemError(f"nothing to stream: {backbone.name} does not support audio, and the media has no video")
+        audio = audio and backbone.supports_audio
         self.backbone = backbone
-        self.picture, self.sound, self.fps, self.duration = picture, sound, fps, duration
-        self.asked_time_scale, self.max_pixels = time_scale, max_pixels
+        self.has_video, self.has_audio, self.fps, self.duration = video, audio, fps, duration
+        self.requested_time_scale, self.max_pixels = time_scale, max_pixels
         self.position_layout, self.timestamps = position_layout, timestamps
-        self.alignment = backbone.chunk_alignment(fps, sound)
+        self.alignment = backbone.chunk_alignment(fps, audio)
         self.position_limit: int = backbone.config.get_text_config().max_position_embeddings
         self.next_position_id: float = 0
         self._warned = False
@@ -105,16 +105,16 @@ class LayoutEncoder(StreamEncoder):
         """No positions."""
         return self.join([])
 
-    def text(self, ids: Tensor, positions: Sequence[float] | None = None) -> Piece:
+    def text(self, ids: Tensor, positions: Sequence[float] | None = None) -> TokenSpan:
         """A text ``[1, T]`` at `positions`; by default it goes on where the stream is, and moves it on."""
         if positions is None:
             positions = [self.next_position_id + i for i in range(ids.shape[1])]
             self.next_position_id += ids.shape[1]
         embeds = self.backbone.embed(ids)[0]
         rows = torch.tensor(positions, dtype=self.id_dtype).expand(3, -1)
-        return Piece(embeds, rows, TEXT, torch.full((len(embeds),), torch.nan))
+        return TokenSpan(embeds, rows, TEXT, torch.full((len(embeds),), torch.nan))
 
-    def join(self, pieces: Sequence[Piece], next_position_id: float | None = None) -> ChunkInputs:
+    def join(self, pieces: Sequence[TokenSpan], next_position_id: float | None = None) -> ChunkInputs:
         """One row of inputs; text that follows stands at `next_position_id`, by default the stream's."""
         device, dtype = self.backbone.device, self.backbone.language_model.dtype
         if not pieces:
@@ -123,15 +123,15 @@ class LayoutEncoder(StreamEncoder):
         following = self.next_position_id if next_position_id is None else next_position_id
         self._check_range(following)
 
-        def deepstack(piece: Piece) -> Tensor:
+        def deepstack(piece: TokenSpan) -> Tensor:
             if piece.deepstack is None:
                 return piece.embeds.new_zeros(layers, *piece.embeds.shape)
             return piece.deepstack
 
         return ChunkInputs(
             embeds=torch.cat([piece.embeds for piece in pieces])[None].to(dtype),
-            position_ids=torch.cat([piece.positions for piece in pieces], dim=1)[:, None].to(device),
-            modality=torch.cat([torch.full((len(p),), p.kind, dtype=torch.int8) for p in pieces])[None].to(device),
+            position_ids=torch.cat([piece.position_ids for piece in pieces], dim=1)[:, None].to(device),
+            modality=torch.cat([torch.full((len(p),), p.modality, dtype=torch.int8) for p in pieces])[None].to(device),
             time=torch.cat([piece.time for piece in pieces])[None].to(device),
             next_position_id=torch.tensor([following], dtype=self.id_dtype, device=device),
             deepstack=torch.cat([deepstack(p) for p in pieces], dim=1)[:, None].to(dtype) if layers > 0 else None,
@@ -161,8 +161,8 @@ class LayoutEncoder(StreamEncoder):
         opening : int
             Ids before the media.
         """
-        if self.asked_time_scale != "auto":
-            return float(self.asked_time_scale)
+        if self.requested_time_scale != "auto":
+            return float(self.requested_time_scale)
         chosen = largest_time_scale(self.duration, ids_per_second, self.position_limit, TEXT_RESERVE + opening)
         if chosen < 1:
             logger.info(
@@ -189,7 +189,7 @@ def largest_time_scale(duration: float | None, ids_per_second: float, limit: int
     return (limit - reserve) / (duration * ids_per_second)
 
 
-def group_size(pictures: int | None, timestamps: int | None) -> int:
+def patches_per_timestamp(pictures: int | None, timestamps: int | None) -> int:
     """Pictures behind one time, so that a stream of so many has at most `timestamps`; 1 where either is not known."""
     return 1 if pictures is None or timestamps is None else max(1, -(-pictures // timestamps))
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from omnimem.backbones.base import ChunkInputs
-from omnimem.backbones.layout import LayoutEncoder, Piece, patch_ids
-from omnimem.backbones.one_axis import OneAxisBackbone
+from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_ids
+from omnimem.backbones.rope_1d import Rope1DBackbone
 from omnimem.errors import OmniMemError
 from omnimem.media import Chunk
 from omnimem.modality import VISUAL
 
 
-class FrameEncoder(LayoutEncoder):
+class LlavaStreamEncoder(LayoutEncoder):
     """Encoder of one stream; see `Backbone.stream_encoder` for the parameters."""
 
     def __init__(self, backbone: Any, **asked: Any) -> None:
@@ -71,15 +71,15 @@ class FrameEncoder(LayoutEncoder):
         ids[0] = torch.arange(ids.shape[1]) + int(self.next_position_id)
         seconds = torch.from_numpy(chunk.frame_times).float().repeat_interleave(side**2)
         self.next_position_id += ids.shape[1]
-        return self.join([Piece(embeds, ids, VISUAL, seconds)])
+        return self.join([TokenSpan(embeds, ids, VISUAL, seconds)])
 
     def frame_embeds(self, pixels: Tensor) -> Tensor:
         """Embeddings ``[T · N, C]`` of frames ``[1, T, 3, S, S]``."""
         return self.backbone.model.get_video_features(pixels).pooler_output[0]
 
 
-class LlavaBackbone(OneAxisBackbone):
-    """Sees a stream frame by frame, all of them at the size of its tower; see `OneAxisBackbone` for the parameters.
+class LlavaBackbone(Rope1DBackbone):
+    """Sees a stream frame by frame, all of them at the size of its tower; see `Rope1DBackbone` for the parameters.
 
     The ids of frames soon use up the range a decoder was trained on; beyond it a stream warns.
     ``selection.position_ids=compact`` keeps a stream of any length inside: positions that were evicted give their ids
@@ -97,7 +97,7 @@ class LlavaBackbone(OneAxisBackbone):
         "model.multi_modal_projector",
         "lm_head",
     )
-    encoder_class: ClassVar[type[FrameEncoder]] = FrameEncoder
+    encoder_class: ClassVar[type[LlavaStreamEncoder]] = LlavaStreamEncoder
 
     @property
     @abstractmethod
@@ -107,15 +107,15 @@ class LlavaBackbone(OneAxisBackbone):
     def tokens_per_chunk(
         self,
         *,
-        frame: tuple[int, int] | None,
-        sound: bool,
+        frame_size: tuple[int, int] | None,
+        audio: bool,
         fps: float,
         seconds: float,
         chunk_seconds: float,
         max_pixels: int | None = None,
     ) -> list[tuple[int, int]]:
         """As many positions a frame, whatever its size."""
-        per_frame = 0 if frame is None else self.frame_side**2
+        per_frame = 0 if frame_size is None else self.frame_side**2
         starts = [number * chunk_seconds for number in range(math.ceil(seconds / chunk_seconds))]
         return [(math.ceil(min(chunk_seconds, seconds - start) * fps) * per_frame, 0) for start in starts]
 

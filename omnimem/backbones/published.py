@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from omnimem.backbones.checkpoint import load_processor, quiet_stock
+from omnimem.backbones.checkpoint import load_processor, quiet_transformers
 
 QWEN2_5_VISION = {
     "depth": 32,
@@ -138,12 +138,12 @@ VIDEO_PROCESSORS = {"video_llama_3": {"size": {"shortest_edge": 16 * 28**2, "lon
 """Published settings of a video processor by backbone; where they differ from the processor class's own defaults."""
 
 
-def shapes(path: str, cls: Any, dtype: torch.dtype) -> Any:
+def build_on_meta(path: str, cls: Any, dtype: torch.dtype) -> Any:
     """A backbone of class `cls` with the shapes of a published model (``meta`` device) and a stand-in's tokenizer."""
     name, parameters = PUBLISHED[path]
     with tempfile.TemporaryDirectory() as folder:
         processor = load_processor(cls.processor_class, cls.build_tiny(Path(folder) / "tiny"))
     processor.video_processor = type(processor.video_processor)(**VIDEO_PROCESSORS.get(name, {}))
-    with quiet_stock(), torch.device("meta"):
+    with quiet_transformers(), torch.device("meta"):
         model = cls.model_class(cls.model_class.config_class(**parameters)).to(dtype).eval()
     return cls(model, processor, path)

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from omnimem.backbones.audio_encoder import AudioEncoder
 from omnimem.backbones.base import Backbone
-from omnimem.backbones.checkpoint import load_processor, load_stock
-from omnimem.backbones.ear import Ear
-from omnimem.backbones.layout import LayoutEncoder, common_multiple, group_size
+from omnimem.backbones.checkpoint import load_pretrained, load_processor
+from omnimem.backbones.layout import LayoutEncoder, common_multiple, patches_per_timestamp
 from omnimem.backbones.vision import PixelLimits
 from omnimem.memory import attach
 
@@ -58,9 +58,9 @@ class QwenBackbone(Backbone):
     def load(
         cls, path: str | Path, dtype: torch.dtype, device: torch.device | str, load_in_4bit: bool = False
     ) -> QwenBackbone:
-        """Load a checkpoint folder or hub id; every weight must be there (see `load_stock`)."""
+        """Load a checkpoint folder or hub id; every weight must be there (see `load_pretrained`)."""
         quantized = cls.skip_quantization_modules if load_in_4bit else None
-        model = load_stock(cls.model_class, path, dtype, device, quantized)
+        model = load_pretrained(cls.model_class, path, dtype, device, quantized)
         return cls(model, load_processor(cls.processor_class, path), str(path))
 
     @property
@@ -76,8 +76,8 @@ class QwenBackbone(Backbone):
     def stream_encoder(
         self,
         *,
-        picture: bool,
-        sound: bool,
+        video: bool,
+        audio: bool,
         fps: float,
         duration: float | None = None,
         time_scale: float | str = "auto",
@@ -89,8 +89,8 @@ class QwenBackbone(Backbone):
         """Begin a stream in the model's layout; see `Backbone.stream_encoder`, and `encoder_class` for `more`."""
         return self.encoder_class(
             self,
-            picture=picture,
-            sound=sound,
+            video=video,
+            audio=audio,
             fps=fps,
             duration=duration,
             time_scale=time_scale,
@@ -100,8 +100,8 @@ class QwenBackbone(Backbone):
             **more,
         )
 
-    def ear(self) -> Ear | None:
-        """What makes embeddings of sound, in layouts that take any (see `Ear`)."""
+    def audio_encoder(self) -> AudioEncoder | None:
+        """What makes embeddings of sound, in layouts that take any (see `AudioEncoder`)."""
         return None
 
     def pixel_limits(self, max_pixels: int | None = None) -> PixelLimits:
@@ -120,33 +120,33 @@ class QwenBackbone(Backbone):
     def tokens_per_chunk(
         self,
         *,
-        frame: tuple[int, int] | None,
-        sound: bool,
+        frame_size: tuple[int, int] | None,
+        audio: bool,
         fps: float,
         seconds: float,
         chunk_seconds: float,
         max_pixels: int | None = None,
     ) -> list[tuple[int, int]]:
-        """Temporal patches times positions of a resized frame, and what `audio_positions` says."""
-        per_patch = 0 if frame is None else self.pixel_limits(max_pixels).tokens(*frame)
+        """Temporal patches times positions of a resized frame, and what `audio_tokens` says."""
+        per_patch = 0 if frame_size is None else self.pixel_limits(max_pixels).tokens(*frame_size)
         chunks = []
         for number in range(math.ceil(seconds / chunk_seconds)):
             length = min(chunk_seconds, seconds - number * chunk_seconds)
             patches = math.ceil(math.ceil(length * fps) / self.temporal_patch)
-            chunks.append((patches * per_patch, self.audio_positions(length) if sound and self.supports_audio else 0))
+            chunks.append((patches * per_patch, self.audio_tokens(length) if audio and self.supports_audio else 0))
         return chunks
 
     def text_tokens(self, fps: float, seconds: float, timestamps: int | None) -> int:
         """The times between the pictures of models that write them, and the tokens around each group of pictures."""
-        if not self.frame_anchored:
+        if not self.spatial_ids_advance:
             return 0
         patches = math.ceil(math.ceil(seconds * fps) / self.temporal_patch)
-        groups = math.ceil(patches / group_size(patches, timestamps))
+        groups = math.ceil(patches / patches_per_timestamp(patches, timestamps))
         return groups * (self.text_ids(f"<{seconds:.1f} seconds>").shape[1] + 2)
 
-    def audio_positions(self, seconds: float) -> int:
+    def audio_tokens(self, seconds: float) -> int:
         """Positions that so much sound becomes."""
-        raise NotImplementedError(f"{self.name} takes no sound")
+        raise NotImplementedError(f"{self.name} does not support audio")
 
     @property
     def opening(self) -> str:
@@ -176,7 +176,7 @@ class QwenBackbone(Backbone):
         """Id of the token behind them."""
         return self.config.vision_end_token_id
 
-    def chunk_alignment(self, fps: float, sound: bool = True) -> float:
+    def chunk_alignment(self, fps: float, audio: bool = True) -> float:
         """Whole temporal patches."""
         return common_multiple(self.temporal_patch / fps)
 
@@ -194,6 +194,6 @@ class QwenBackbone(Backbone):
         """State on the stock model, which a second video would inherit: set before every generation."""
         self.model.model.rope_deltas = deltas
 
-    def lora_targets(self, names: Sequence[str]) -> str:
+    def lora_target_regex(self, names: Sequence[str]) -> str:
         """Projections of the decoder layers; the encoders have modules of the same names."""
         return rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(names)})"

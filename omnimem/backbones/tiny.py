@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from omnimem.backbones.checkpoint import quiet_stock
+from omnimem.backbones.checkpoint import quiet_transformers
 from omnimem.files import atomic_directory, atomic_write_json
 
 CORPUS = [
@@ -95,7 +95,7 @@ def write_tiny(
     hub_parts : callable
         What the published checkpoint holds instead of a weight, before it is named.
     """
-    with quiet_stock():
+    with quiet_transformers():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = make().eval()

@@ -41,7 +41,7 @@ class PixelLimits:
 
 
 @dataclass(frozen=True)
-class Patches:
+class FramePatches:
     """Temporal patches of a chunk.
 
     Attributes
@@ -63,7 +63,7 @@ class Patches:
         return len(self.embeds)
 
 
-def encode_frames(backbone: Any, frames: np.ndarray, limits: PixelLimits) -> Patches:
+def encode_frames(backbone: Any, frames: np.ndarray, limits: PixelLimits) -> FramePatches:
     """Encode frames uint8 ``[T, H, W, 3]``; an odd last one is repeated, as the stock processor does."""
     pixels, grid = patchify(backbone.processor.video_processor, frames, limits)
     grid = grid.to(backbone.device)
@@ -73,7 +73,7 @@ def encode_frames(backbone: Any, frames: np.ndarray, limits: PixelLimits) -> Pat
     height, width = height // merge, width // merge
     # One tuple entry a video, of which there is one; some models leave them uncut.
     deepstack = [_whole(layer) for layer in getattr(features, "deepstack_features", None) or ()]
-    return Patches(
+    return FramePatches(
         embeds=_whole(features.pooler_output).view(count, height * width, -1),
         deepstack=torch.stack(deepstack).view(len(deepstack), count, height * width, -1) if deepstack else None,
         height=height,

@@ -168,7 +168,7 @@ def _recipe_data(words: list[str]) -> RecipeData:
 
     name, *overrides = words
     recipe = load_recipe([f"recipe={name}", *overrides])
-    backbone = recipe.model.backbone or detect_backbone(recipe.model.name_or_path, known_shapes=True)
+    backbone = recipe.model.backbone or detect_backbone(recipe.model.name_or_path, use_builtin_config=True)
     data, audio = recipe.data, recipe.data.audio and backbone_class(backbone).supports_audio
     settings = PrepareSettings(fps=data.fps, short_side=data.short_side, max_seconds=data.max_seconds, audio=audio)
     return RecipeData(settings, data.path, data.root)

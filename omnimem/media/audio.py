@@ -32,7 +32,7 @@ MIX = {"rematrix_maxval": "1.0"}
 BLOCK = RATE  # most samples of silence made at once
 
 
-class SoundLine:
+class AudioTimeline:
     """Blocks of float32 samples, contiguous from time zero.
 
     Parameters

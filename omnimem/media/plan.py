@@ -85,7 +85,7 @@ class FramePlan:
         at = self._next_shown()
         return not self.done and (at == len(self._shown) or pts >= self._shown[at])
 
-    def take(self) -> int:
+    def pop_wanted(self) -> int:
         """Remove the next wanted picture and return how many instants show it."""
         pts, instants = self.wanted.popleft()
         self._wanted_pts.discard(pts)

@@ -25,7 +25,7 @@ from av.video.stream import VideoStream
 
 from .container import open_container, reason
 from .errors import MediaError
-from .picture import PictureLayout
+from .frame_layout import FrameLayout
 from .tracks import AudioTrack, choose_audio, choose_video, describe, promised_end
 
 COPY = "the file is damaged: copy it again"
@@ -108,7 +108,7 @@ class Source:
     zero: Fraction
     promised_end: Fraction | None
     first_pts: int | None
-    layout: PictureLayout | None
+    layout: FrameLayout | None
 
 
 def probe(path: str | os.PathLike[str]) -> MediaInfo:
@@ -165,7 +165,7 @@ def inspect(
             audio_offset=_offset(sound, zero),
         )
         chosen = [stream for stream in (picture_stream, sound_stream) if stream is not None]
-        layout = None if picture is None else PictureLayout.of(picture, short_side)
+        layout = None if picture is None else FrameLayout.of(picture, short_side)
         first_pts = None if picture is None else picture.pts
         return Source(path, info, zero, promised_end(container, chosen), first_pts, layout)
 

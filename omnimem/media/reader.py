@@ -22,12 +22,12 @@ from typing import Literal
 
 import numpy as np
 
-from .audio import RATE, SoundLine
+from .audio import RATE, AudioTimeline
 from .chunk import Chunk
 from .errors import MediaError
+from .lookahead import AudioWindow, FrameLookahead, empty_stream
 from .probe import MediaInfo, Source, inspect
 from .video import TOLERANCE, VideoSampler
-from .window import Ahead, SoundWindow, nothing
 
 log = logging.getLogger("omnimem.media")
 
@@ -81,7 +81,7 @@ class MediaReader:
         self,
         path: str | os.PathLike[str],
         *,
-        sound: str | os.PathLike[str] | None = None,
+        audio_path: str | os.PathLike[str] | None = None,
         fps: float = 1.0,
         chunk_seconds: float = 2.0,
         audio: bool = True,
@@ -110,8 +110,8 @@ class MediaReader:
             raise ValueError("audio and video are both off: nothing to read")
         self._on_truncated = on_truncated
         # The file of the pictures and that of the sound: the same one, unless the sound lies beside it.
-        if sound is not None and audio:
-            self._sound = inspect(Path(sound), video=False, audio_track=audio_track)
+        if audio_path is not None and audio:
+            self._sound = inspect(Path(audio_path), video=False, audio_track=audio_track)
             self._source = inspect(Path(path), audio=False, short_side=short_side) if video else self._sound
         else:
             self._source = self._sound = inspect(
@@ -153,10 +153,10 @@ class _Pass:
             count = None if limit is None else math.ceil(limit * fps)
             self._video = VideoSampler(source, fps, count, partial(self._fault, source))
         if heard.info.audio_index is not None:
-            self._line = SoundLine(heard, partial(self._fault, heard))
-        self._pictures = Ahead(self._video.frames() if self._video else nothing())
+            self._line = AudioTimeline(heard, partial(self._fault, heard))
+        self._pictures = FrameLookahead(self._video.frames() if self._video else empty_stream())
         sound_end = None if limit is None else round(limit * RATE)
-        self._sound = SoundWindow(self._line.blocks() if self._line else nothing(), context, sound_end)
+        self._sound = AudioWindow(self._line.blocks() if self._line else empty_stream(), context, sound_end)
 
     def close(self) -> None:
         self._pictures.close()
@@ -169,8 +169,8 @@ class _Pass:
             t1 = min(t1, self._limit)
         instants = range(math.ceil(t0 * self._fps), math.ceil(t1 * self._fps))
         frames = list(itertools.islice(self._pictures, len(instants)))
-        before, audio, after = self._sound.take(round(t0 * RATE), round(t1 * RATE))
-        goes_on = t1 != self._limit and (self._sound.goes_on or self._pictures.goes_on())
+        before, audio, after = self._sound.read(round(t0 * RATE), round(t1 * RATE))
+        goes_on = t1 != self._limit and (self._sound.has_next or self._pictures.has_next())
         self._check_break(t1)
         if not goes_on:
             t1 = min(t1, self._end())
@@ -195,7 +195,7 @@ class _Pass:
         if self._video is not None and self._video.end is not None and self._video.end < t1:
             if self._video.cut_short:
                 self._fault(self._source, self._video.end, "the file ends early")
-            self._pictures.raise_error()
+            self._pictures.raise_pending_error()
 
     def _end(self) -> Fraction:
         """Seconds after time zero at which the clip ends; checks every file against what its header promises."""

@@ -22,10 +22,10 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from .container import is_cut_short, open_container, read_only, reason
-from .gop import RESTARTABLE, DecodeStats, GopDecoder, is_shown
-from .picture import PictureLayout
+from .frame_layout import FrameLayout
 from .plan import FramePlan, PlanImpossible
 from .probe import Source
+from .selective_decoder import RESTARTABLE, DecodeStats, SelectiveDecoder, is_shown
 
 log = logging.getLogger("omnimem.media")
 
@@ -66,7 +66,7 @@ class VideoSampler:
         self.end: Fraction | None = None
         self.cut_short = False
         self.stats = DecodeStats()
-        self._layout: PictureLayout = source.layout
+        self._layout: FrameLayout = source.layout
         self._end_ticks = 0
         self._tick = Fraction(1)
         self._period = 0  # ticks a picture lasts when the file does not say
@@ -99,7 +99,7 @@ class VideoSampler:
             if self.source.first_pts is None or self._by_count:
                 raise PlanImpossible("no presentation times")
             plan = FramePlan(self._limit, self.source.first_pts, self.count)
-            decoder = GopDecoder(stream, plan, self._layout, self.stats)
+            decoder = SelectiveDecoder(stream, plan, self._layout, self.stats)
             yield from decoder.pictures(self._packets(container, stream))
             if decoder.broken is None and plan.done:
                 yield from decoder.finish(plan.settled)

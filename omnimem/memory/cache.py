@@ -98,7 +98,7 @@ class CompressedCache(Cache):
         self.profile = profile
         self.method = method
         self.gradient = gradient
-        self.frame_anchored = False
+        self.spatial_ids_advance = False
         self._start()
 
     def _start(self) -> None:
@@ -131,7 +131,7 @@ class CompressedCache(Cache):
         """
         if self._numbering is None:
             return positions, next_position_id
-        self._numbering.anchored = self.frame_anchored
+        self._numbering.anchored = self.spatial_ids_advance
         return self._numbering.assign(positions, modality, valid, next_position_id, text)
 
     def begin(

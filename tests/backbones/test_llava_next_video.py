@@ -17,11 +17,12 @@ from clips import MEDIA, RABBIT, WEBB
 from omnimem.backbones import Backbone, load_backbone
 from omnimem.backbones.llava_next_video.backbone import LlavaNextVideo
 from omnimem.backbones.llava_next_video.tiny import build_tiny
-from omnimem.backbones.published import PUBLISHED, shapes
+from omnimem.backbones.published import PUBLISHED, build_on_meta
 from omnimem.budget import ModelFingerprint
 from omnimem.errors import OmniMemError
 from omnimem.modality import VISUAL
-from one_axis import (
+from reference_models import QUESTION, TOLERANCE, streamed, whole_clip
+from rope_1d import (
     LONG,
     check_answer_by_hand,
     check_answer_of_stock,
@@ -30,7 +31,6 @@ from one_axis import (
     following,
     session_of,
 )
-from stock import QUESTION, TOLERANCE, streamed, whole_clip
 
 PER_FRAME = 9
 JFK = MEDIA / "audio_speech_jfk_11s.flac"
@@ -139,7 +139,7 @@ def test_the_plan_counts_what_a_stream_has_and_a_chunk_encodes_no_more(llava):
     inputs = [encoder.encode(chunk) for chunk in reader]
     handle.remove()
     assert seen == [3] * 4
-    planned = llava.tokens_per_chunk(frame=(9, 16), sound=True, fps=1.0, seconds=12.0, chunk_seconds=3.0)
+    planned = llava.tokens_per_chunk(frame_size=(9, 16), audio=True, fps=1.0, seconds=12.0, chunk_seconds=3.0)
     assert planned == [(len(one), 0) for one in inputs] == [(3 * PER_FRAME, 0)] * 4
     assert inputs[1].time[0, ::PER_FRAME].tolist() == [3.0, 4.0, 5.0]
     assert len(encoder.closing()) == 0
@@ -200,8 +200,8 @@ def test_sound_alone_and_smaller_frames_are_refused(llava):
     with pytest.raises(OmniMemError, match="no video, and llava_next_video does not support audio"):
         list(session_of(llava).watch(JFK))
     with pytest.raises(OmniMemError, match="84×84"):
-        llava.stream_encoder(picture=True, sound=False, fps=1.0, max_pixels=83**2)
-    assert llava.stream_encoder(picture=True, sound=True, fps=1.0).sound is False
+        llava.stream_encoder(video=True, audio=False, fps=1.0, max_pixels=83**2)
+    assert llava.stream_encoder(video=True, audio=True, fps=1.0).has_audio is False
 
 
 def test_a_weight_that_is_missing_or_unknown_is_named(path, tmp_path):
@@ -212,7 +212,7 @@ def test_a_weight_that_is_missing_or_unknown_is_named(path, tmp_path):
 
 def test_what_training_and_plans_ask_for(llava, path):
     names = [name for name, _ in llava.model.named_modules()]
-    found = [name for name in names if re.fullmatch(llava.lora_targets(["q_proj", "down_proj"]), name)]
+    found = [name for name in names if re.fullmatch(llava.lora_target_regex(["q_proj", "down_proj"]), name)]
     assert len(found) == 3 * 2 and all(name.startswith("model.language_model.layers.") for name in found)
     assert sum(name.endswith(llava.projectors["visual"]) for name in names) == 1
     assert all(any(name.startswith(whole) for name in names) for whole in llava.skip_quantization_modules)
@@ -223,10 +223,10 @@ def test_what_training_and_plans_ask_for(llava, path):
 
 def test_the_published_7b_is_planned_without_its_files():
     name = "llava-hf/LLaVA-NeXT-Video-7B-hf"
-    backbone = shapes(name, LlavaNextVideo, torch.bfloat16)
+    backbone = build_on_meta(name, LlavaNextVideo, torch.bfloat16)
     assert PUBLISHED[name][0] == backbone.name
     assert sum(weight.numel() for weight in backbone.model.parameters()) == pytest.approx(7.06e9, rel=1e-3)
-    counts = backbone.tokens_per_chunk(frame=(9, 16), sound=False, fps=1.0, seconds=5.0, chunk_seconds=4.0)
+    counts = backbone.tokens_per_chunk(frame_size=(9, 16), audio=False, fps=1.0, seconds=5.0, chunk_seconds=4.0)
     assert counts == [(4 * 144, 0), (144, 0)]
 
 

@@ -23,8 +23,8 @@ from omnimem.errors import OmniMemError
 from omnimem.memory.rotary import Rotary
 from omnimem.modality import TEXT, VISUAL
 from omnimem.stream_settings import StreamSettings
-from one_axis import LONG, check_answer_by_hand, check_strict_loading, check_trained_run, following, session_of
-from stock import QUESTION, TOLERANCE, streamed, whole_clip
+from reference_models import QUESTION, TOLERANCE, streamed, whole_clip
+from rope_1d import LONG, check_answer_by_hand, check_strict_loading, check_trained_run, following, session_of
 
 JFK = MEDIA / "audio_speech_jfk_11s.flac"
 PER_FRAME = 9
@@ -86,9 +86,9 @@ def test_the_plan_counts_what_a_stream_has(llava):
     reader, encoder = LONG.open(WEBB, llava)
     opening = encoder.prefix()
     inputs = [encoder.encode(chunk) for chunk in reader]
-    planned = llava.tokens_per_chunk(frame=(9, 16), sound=True, fps=1.0, seconds=12.0, chunk_seconds=3.0)
+    planned = llava.tokens_per_chunk(frame_size=(9, 16), audio=True, fps=1.0, seconds=12.0, chunk_seconds=3.0)
     assert planned == [(len(one), 0) for one in inputs] == [(3 * PER_FRAME, 0)] * 4
-    assert llava.tokens_per_chunk(frame=None, sound=True, fps=1.0, seconds=2.0, chunk_seconds=1.0) == [(0, 0)] * 2
+    assert llava.tokens_per_chunk(frame_size=None, audio=True, fps=1.0, seconds=2.0, chunk_seconds=1.0) == [(0, 0)] * 2
     assert inputs[1].time[0, ::PER_FRAME].tolist() == [3.0, 4.0, 5.0]
     closing = encoder.closing()
     assert torch.equal(closing.embeds[0, 0], llava.model.model.image_newline)
@@ -145,13 +145,13 @@ def test_sound_alone_is_refused_and_beside_pictures_ignored(llava):
     with pytest.raises(OmniMemError, match="no video, and llava_onevision does not support audio") as refused:
         list(session_of(llava).watch(JFK))
     assert "\n" not in str(refused.value)
-    assert llava.stream_encoder(picture=True, sound=True, fps=1.0).sound is False
+    assert llava.stream_encoder(video=True, audio=True, fps=1.0).has_audio is False
 
 
 def test_frames_cannot_be_made_smaller_and_chunks_hold_whole_frames(llava):
     with pytest.raises(OmniMemError, match="70×70"):
-        llava.stream_encoder(picture=True, sound=False, fps=1.0, max_pixels=69**2)
-    llava.stream_encoder(picture=True, sound=False, fps=1.0, max_pixels=70**2)
+        llava.stream_encoder(video=True, audio=False, fps=1.0, max_pixels=69**2)
+    llava.stream_encoder(video=True, audio=False, fps=1.0, max_pixels=70**2)
     with pytest.raises(OmniMemError, match=r"multiple of 0\.5"):
         StreamSettings(fps=2.0, chunk_seconds=0.75).check(llava)
 
@@ -168,7 +168,7 @@ def test_a_weight_that_is_missing_or_unknown_is_named(path, tmp_path):
 
 def test_what_training_and_plans_ask_for(llava, path):
     names = [name for name, _ in llava.model.named_modules()]
-    found = [name for name in names if re.fullmatch(llava.lora_targets(["q_proj", "down_proj"]), name)]
+    found = [name for name in names if re.fullmatch(llava.lora_target_regex(["q_proj", "down_proj"]), name)]
     assert len(found) == 3 * 2 and all(name.startswith("model.language_model.layers.") for name in found)
     assert sum(name.endswith(llava.projectors["visual"]) for name in names) == 1
     assert all(any(name.startswith(whole) for name in names) for whole in llava.skip_quantization_modules)

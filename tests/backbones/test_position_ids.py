@@ -84,7 +84,7 @@ def stock_positions(backbone, fps: float, frames: int | None, samples: int | Non
 
 def streamed_positions(backbone, fps, chunk_seconds, frames, samples, **options):
     """The same from our encoder, chunk by chunk; also the seconds of each position."""
-    encoder = backbone.stream_encoder(picture=frames is not None, sound=samples is not None, fps=fps, **options)
+    encoder = backbone.stream_encoder(video=frames is not None, audio=samples is not None, fps=fps, **options)
     parts = [encoder.prefix()]
     for chunk in clip_chunks(fps, chunk_seconds, frames, samples):
         parts.append(encoder.encode(chunk))
@@ -161,7 +161,7 @@ def skip_towers(backbone, monkeypatch) -> None:
 
 def test_golden_positions_of_a_small_clip(tiny):
     """Written out by hand: get_rope_index has changed between releases (transformers.md row 10), this must not."""
-    encoder = tiny.stream_encoder(picture=True, sound=True, fps=1.0)
+    encoder = tiny.stream_encoder(video=True, audio=True, fps=1.0)
     prefix = encoder.prefix()
     text = prefix.position_ids.shape[2] - 2
     assert prefix.position_ids[0, 0].tolist() == [*range(text), text, text]
@@ -230,7 +230,7 @@ def test_half_a_frame_a_second_is_streamed_in_time_order_however_it_is_cut(tiny,
 
 @pytest.mark.parametrize(("fps", "t0"), [(1.0, 1.0), (1.0, 3.0), (2.0, 0.5), (0.5, 2.0), (3.0, 1 / 3)])
 def test_a_chunk_that_starts_inside_a_block_is_refused(tiny, fps, t0):
-    encoder = tiny.stream_encoder(picture=True, sound=True, fps=fps)
+    encoder = tiny.stream_encoder(video=True, audio=True, fps=fps)
     encoder.prefix()
     frames = np.zeros((2, SIDE, SIDE, 3), np.uint8)
     empty = np.zeros(0, np.float32)
@@ -248,8 +248,8 @@ def test_a_chunk_length_that_does_not_fit_is_refused_before_anything_is_read(tin
 
 
 def test_a_stream_of_nothing_is_refused(tiny):
-    with pytest.raises(OmniMemError, match="neither picture nor sound"):
-        tiny.stream_encoder(picture=False, sound=False, fps=1.0)
+    with pytest.raises(OmniMemError, match="neither video nor audio"):
+        tiny.stream_encoder(video=False, audio=False, fps=1.0)
 
 
 # ---- long streams --------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_time_scale_keeps_a_long_stream_inside_the_trained_range(tiny, monkeypat
 
 def test_time_scale_leaves_ordinary_streams_alone(tiny, caplog):
     with caplog.at_level(logging.INFO, logger="omnimem"):
-        encoder = tiny.stream_encoder(picture=True, sound=True, fps=1.0, duration=1200.0)
+        encoder = tiny.stream_encoder(video=True, audio=True, fps=1.0, duration=1200.0)
     assert encoder.time_scale == 1.0
     assert not caplog.records
 
@@ -383,7 +383,7 @@ def test_the_running_floor_is_the_stock_floor_once_the_loudest_point_has_passed(
 def test_silence_is_encoded_without_special_cases(tiny):
     mel = streamed_mel(tiny.processor.feature_extractor, np.zeros(5 * RATE, np.float32), 2)
     assert mel.shape == (128, 500) and mel.isfinite().all()
-    encoder = tiny.stream_encoder(picture=False, sound=True, fps=1.0)
+    encoder = tiny.stream_encoder(video=False, audio=True, fps=1.0)
     encoder.prefix()
     for chunk in sound_chunks(np.zeros(5 * RATE, np.float32), 2):
         assert encoder.encode(chunk).embeds.isfinite().all()

@@ -23,9 +23,9 @@ from transformers import Qwen3OmniMoeProcessor, Qwen3OmniMoeThinkerForConditiona
 from clips import MEDIA, RABBIT, WEBB
 from omnimem import StreamingSession
 from omnimem.backbones import load_backbone
-from omnimem.backbones.checkpoint import quiet_stock
+from omnimem.backbones.checkpoint import quiet_transformers
 from omnimem.backbones.mel import MelStream
-from omnimem.backbones.qwen3_omni.stream_encoder import sound_positions
+from omnimem.backbones.qwen3_omni.stream_encoder import audio_tokens
 from omnimem.backbones.qwen3_omni.tiny import SPECIAL_TOKENS, build_tiny, tiny_config
 from omnimem.backbones.tiny import tiny_tokenizer
 from omnimem.budget import BudgetProfile, ModelFingerprint
@@ -38,8 +38,8 @@ from omnimem.modality import AUDIO, TEXT, VISUAL
 from omnimem.selection import build_selection
 from omnimem.stream_settings import StreamSettings
 from omnimem.tape import ChunkwiseBPTT
+from reference_models import QUESTION, TOLERANCE, Whole, streamed, whole_clip
 from small_runs import arguments, main, trained_run
-from stock import QUESTION, TOLERANCE, Whole, streamed, whole_clip
 
 Stock = Qwen3OmniMoeThinkerForConditionalGeneration
 RATE = 16_000
@@ -75,12 +75,12 @@ def backbone64(path):
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """With the published window of the audio tower."""
-    path = rebuilt(tmp_path_factory.mktemp("models") / "wide", sound_window=800)
+    path = rebuilt(tmp_path_factory.mktemp("models") / "wide", audio_window=800)
     return load_backbone(path, dtype=torch.float32, device="cpu")
 
 
 def stock_model(path: Path, dtype: torch.dtype = torch.float32):
-    with quiet_stock():
+    with quiet_transformers():
         model = Stock.from_pretrained(path, dtype=dtype).eval()
     if dtype == torch.float64:
         model.set_experts_implementation("eager")  # the default takes no double precision
@@ -205,7 +205,7 @@ def skip_towers(backbone, monkeypatch) -> None:
         return SimpleNamespace(pooler_output=[maps], deepstack_features=[[maps]] * 3)
 
     def sound(mel, feature_lens):
-        count = sum(sound_positions(frames, 100) for frames in feature_lens.tolist())
+        count = sum(audio_tokens(frames, 100) for frames in feature_lens.tolist())
         return SimpleNamespace(last_hidden_state=torch.zeros(count, width))
 
     monkeypatch.setattr(backbone.model, "get_video_features", video)
@@ -217,7 +217,7 @@ def stock_positions(backbone, fps: float, frames: int | None, samples: int | Non
     """Rotary positions and modalities of a whole clip and a question, by the stock processor and model."""
     processor, config = backbone.processor, backbone.config
     heard = None if samples is None else torch.tensor([samples // 160])
-    tokens = 0 if samples is None else sound_positions(samples // 160, 100)
+    tokens = 0 if samples is None else audio_tokens(samples // 160, 100)
     extra = {}
     if frames is None:
         media = processor.audio_bos_token + processor.audio_token * tokens + processor.audio_eos_token
@@ -248,7 +248,7 @@ def stock_positions(backbone, fps: float, frames: int | None, samples: int | Non
 
 def streamed_positions(backbone, fps, chunk_seconds, frames, samples, **options):
     """The same from our encoder, chunk by chunk; also the seconds of each position."""
-    encoder = backbone.stream_encoder(picture=frames is not None, sound=samples is not None, fps=fps, **options)
+    encoder = backbone.stream_encoder(video=frames is not None, audio=samples is not None, fps=fps, **options)
     parts = [encoder.prefix()]
     for chunk in clip_chunks(fps, chunk_seconds, frames, samples):
         parts.append(encoder.encode(chunk))
@@ -306,7 +306,7 @@ def test_the_alignment_holds_whole_windows_of_the_audio_tower_and_whole_patches(
 
 
 def test_a_chunk_that_starts_inside_a_window_is_refused(wide):
-    encoder = wide.stream_encoder(picture=True, sound=True, fps=1.0)
+    encoder = wide.stream_encoder(video=True, audio=True, fps=1.0)
     encoder.prefix()
     none = np.zeros(0, np.float32)
     chunk = Chunk(
@@ -351,7 +351,7 @@ def test_mel_of_a_stream_equals_the_stock_processors(backbone, samples):
     text = "<|audio_start|><|audio_pad|><|audio_end|>"
     stock = backbone.processor(text=text, audio=[sound], return_tensors="pt")
     frames = int(stock["feature_attention_mask"].sum())
-    assert stock["input_ids"].shape[1] == 2 + sound_positions(frames, 100) and frames == samples // 160
+    assert stock["input_ids"].shape[1] == 2 + audio_tokens(frames, 100) and frames == samples // 160
     mel = MelStream(backbone.processor.feature_extractor, 200, loudness(backbone, sound), reflect_end=True)
     ours = torch.cat([mel.frames(chunk) for chunk in chunks], dim=1)
     assert torch.allclose(ours, stock["input_features"][0], atol=2e-5)
@@ -418,7 +418,7 @@ def test_the_tiny_checkpoint_has_the_published_layout(tmp_path):
     assert all(re.match(r"thinker\.(model|visual|audio_tower|lm_head)\.", key) for key in keys)
     config = json.loads((path / "config.json").read_text())
     assert config["model_type"] == "qwen3_omni_moe" and config["thinker_config"]["position_id_per_seconds"] == 13
-    with torch.random.fork_rng(), quiet_stock():
+    with torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(0)
         built = Stock(tiny_config(tiny_tokenizer(SPECIAL_TOKENS))).state_dict()
     loaded = load_backbone(path, dtype=torch.float32, device="cpu").model.state_dict()
@@ -473,10 +473,10 @@ def test_the_talker_of_a_published_checkpoint_is_left_out(path, tmp_path):
 def test_lora_reaches_the_attention_of_the_language_model_and_nothing_else(backbone):
     names = [name for name, _ in backbone.model.named_modules()]
     projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    hit = [name for name in names if re.fullmatch(backbone.lora_targets(projections), name)]
+    hit = [name for name in names if re.fullmatch(backbone.lora_target_regex(projections), name)]
     assert len(hit) == 4 * 4 and all(".language_model.layers." in name for name in hit)
     for other in ("gate_proj", "experts", "gate", "qkv", "proj"):
-        assert not [name for name in names if re.fullmatch(backbone.lora_targets([other]), name)]
+        assert not [name for name in names if re.fullmatch(backbone.lora_target_regex([other]), name)]
     for name in backbone.projectors.values():
         assert len([module for module in names if module.endswith(name)]) == 1
 
@@ -495,7 +495,7 @@ def test_the_way_back_gives_the_gradient_of_plain_autograd(path):
     backbone = load_backbone(path, dtype=torch.float64, device="cpu")
     backbone.model.requires_grad_(False)
     torch.manual_seed(0)
-    targets = backbone.lora_targets(["q_proj", "k_proj", "v_proj"])
+    targets = backbone.lora_target_regex(["q_proj", "k_proj", "v_proj"])
     others = rf"(?!{targets}$).*"  # without which PEFT would take every module of these names, see below
     config = LoraConfig(r=2, lora_alpha=4, target_modules=targets, exclude_modules=others, init_lora_weights=False)
     weights = [p for p in PeftModel(backbone.model, config).parameters() if p.requires_grad]
@@ -559,7 +559,7 @@ def test_an_export_is_the_published_layout_with_the_logits_of_base_and_adapter(r
     assert omnimem(["export", str(run), "--out", str(out)]) == 0
     assert "verified against base + adapter" in capsys.readouterr().out
     assert set(load_file(out / "model.safetensors")) == set(load_file(run / "base" / "model.safetensors"))
-    with quiet_stock():
+    with quiet_transformers():
         merged, info = Stock.from_pretrained(out, output_loading_info=True)
         processor = Qwen3OmniMoeProcessor.from_pretrained(out)
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))

@@ -94,8 +94,8 @@ def streamed_logits(backbone: Backbone, path: Path, fps: float, chunk_seconds: f
     stream = Stream(backbone, cache)
     reader = open_media(path, fps=fps, chunk_seconds=chunk_seconds, **options)
     encoder = backbone.stream_encoder(
-        picture=reader.info.has_video,
-        sound=reader.info.has_audio and options.get("audio", True),
+        video=reader.info.has_video,
+        audio=reader.info.has_audio and options.get("audio", True),
         fps=fps,
         duration=reader.info.duration,
         mel_floor=floor,

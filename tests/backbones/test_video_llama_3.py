@@ -16,14 +16,15 @@ from transformers.video_utils import VideoMetadata
 
 from clips import MEDIA, RABBIT, WEBB
 from omnimem.backbones import Backbone, load_backbone
-from omnimem.backbones.published import PUBLISHED, shapes
+from omnimem.backbones.published import PUBLISHED, build_on_meta
 from omnimem.backbones.video_llama_3.backbone import VideoLlama3
 from omnimem.backbones.video_llama_3.tiny import MAX_FRAMES, build_tiny
 from omnimem.budget import ModelFingerprint
 from omnimem.errors import OmniMemError
 from omnimem.media import Chunk
 from omnimem.modality import VISUAL
-from one_axis import (
+from reference_models import QUESTION, TOLERANCE, streamed, whole_clip
+from rope_1d import (
     LONG,
     check_answer_by_hand,
     check_answer_of_stock,
@@ -32,7 +33,6 @@ from one_axis import (
     following,
     session_of,
 )
-from stock import QUESTION, TOLERANCE, streamed, whole_clip
 
 JFK = MEDIA / "audio_speech_jfk_11s.flac"
 TIMECODE = MEDIA / "speech_burned_in_timecode_42s.mp4"
@@ -112,7 +112,7 @@ def test_what_did_not_change_is_left_out_across_chunks(llama):
     expected = mask.view(len(still), -1).sum(1).tolist()
     assert expected.count(1) == 8 and min(expected[::3]) > 1
     for length in (1, 2, 5, 12):
-        encoder, counts = llama.stream_encoder(picture=True, sound=False, fps=1.0, duration=12.0), []
+        encoder, counts = llama.stream_encoder(video=True, audio=False, fps=1.0, duration=12.0), []
         fork = encoder.fork()
         for number, start in enumerate(range(0, 12, length)):
             chunk = chunk_of(still[start : start + length], number, start)
@@ -147,11 +147,11 @@ def test_a_plan_is_an_upper_limit_and_a_chunk_encodes_no_more_than_itself(llama)
     inputs = [encoder.encode(chunk) for chunk in reader]
     handle.remove()
     assert [frames for frames, _, _ in seen] == [3] * 4
-    planned = llama.tokens_per_chunk(frame=(360, 640), sound=True, fps=1.0, seconds=12.0, chunk_seconds=3.0)
+    planned = llama.tokens_per_chunk(frame_size=(360, 640), audio=True, fps=1.0, seconds=12.0, chunk_seconds=3.0)
     found = [int((one.modality == VISUAL).sum()) for one in inputs]
     assert all(count <= most for count, (most, _) in zip(found, planned, strict=True))
     assert [most for most, _ in planned] == [frames * height * width // 4 for frames, height, width in seen]
-    assert llama.tokens_per_chunk(frame=None, sound=True, fps=1.0, seconds=2.0, chunk_seconds=1.0) == [(0, 0)] * 2
+    assert llama.tokens_per_chunk(frame_size=None, audio=True, fps=1.0, seconds=2.0, chunk_seconds=1.0) == [(0, 0)] * 2
 
 
 def test_frames_share_the_pixels_of_the_longest_trained_clip(llama):
@@ -166,7 +166,7 @@ def test_frames_share_the_pixels_of_the_longest_trained_clip(llama):
 @torch.no_grad()
 def test_a_long_stream_has_the_time_every_few_frames(llama):
     def text_of(timestamps: int | None) -> list[str]:
-        encoder = llama.stream_encoder(picture=True, sound=False, fps=1.0, duration=7.8, timestamps=timestamps)
+        encoder = llama.stream_encoder(video=True, audio=False, fps=1.0, duration=7.8, timestamps=timestamps)
         chunk = chunk_of(whole_clip(RABBIT, 1.0).frames, 0, 0)
         embeds = llama.language_model.get_input_embeddings().weight
         inputs = encoder.encode(chunk)
@@ -190,7 +190,7 @@ def test_reindexed_positions_stay_in_the_trained_range(path):
 def test_sound_alone_is_refused_and_beside_pictures_ignored(llama):
     with pytest.raises(OmniMemError, match="no video, and video_llama_3 does not support audio"):
         list(session_of(llama).watch(JFK))
-    assert llama.stream_encoder(picture=True, sound=True, fps=1.0).sound is False
+    assert llama.stream_encoder(video=True, audio=True, fps=1.0).has_audio is False
 
 
 # ---- checkpoint, training --------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_a_weight_that_is_missing_or_unknown_is_named(path, tmp_path):
 
 def test_what_training_and_plans_ask_for(llama, path):
     names = [name for name, _ in llama.model.named_modules()]
-    found = [name for name in names if re.fullmatch(llama.lora_targets(["q_proj", "down_proj"]), name)]
+    found = [name for name in names if re.fullmatch(llama.lora_target_regex(["q_proj", "down_proj"]), name)]
     assert len(found) == 3 * 2 and all(name.startswith("model.language_model.layers.") for name in found)
     assert sum(name.endswith(llama.projectors["visual"]) for name in names) == 1
     assert all(any(name.startswith(whole) for name in names) for whole in llama.skip_quantization_modules)
@@ -216,11 +216,11 @@ def test_what_training_and_plans_ask_for(llama, path):
 
 def test_the_published_7b_is_planned_without_its_files():
     name = "lkhl/VideoLLaMA3-7B-Image-HF"
-    backbone = shapes(name, VideoLlama3, torch.bfloat16)
+    backbone = build_on_meta(name, VideoLlama3, torch.bfloat16)
     assert PUBLISHED[name][0] == backbone.name
     assert sum(weight.numel() for weight in backbone.model.parameters()) == pytest.approx(8.04e9, rel=1e-3)
     assert backbone.frame_limits(180).most // 28**2 == 91
-    counts = backbone.tokens_per_chunk(frame=(360, 640), sound=False, fps=1.0, seconds=200.0, chunk_seconds=100.0)
+    counts = backbone.tokens_per_chunk(frame_size=(360, 640), audio=False, fps=1.0, seconds=200.0, chunk_seconds=100.0)
     assert counts == [(100 * 84, 0)] * 2
 
 

@@ -27,14 +27,14 @@ import check_golden_models
 from clips import MEDIA, RABBIT, ROOT
 from omnimem import StreamingSession
 from omnimem.backbones import BACKBONES, Backbone, ChunkInputs, backbone_class, load_backbone
-from omnimem.backbones.checkpoint import quiet_stock
+from omnimem.backbones.checkpoint import quiet_transformers
 from omnimem.backbones.mel import MelStream
 from omnimem.backbones.video_salmonn2.configuration import (
     VideoSalmonn2Config,
     VideoSalmonn2Qwen2_5Config,
 )
 from omnimem.backbones.video_salmonn2.positions import MediaTokens, group_ids, span_ids
-from omnimem.backbones.vision import Patches
+from omnimem.backbones.vision import FramePatches
 from omnimem.budget import BudgetProfile
 from omnimem.cli import main as omnimem
 from omnimem.errors import OmniMemError
@@ -47,8 +47,8 @@ from omnimem.recipe import load_recipe
 from omnimem.selection import build_selection
 from omnimem.selection.full import Full
 from omnimem.stream_settings import StreamSettings
+from reference_models import QUESTION, TOLERANCE, Whole, whole_clip
 from small_runs import adapter, arguments, main, trained_run
-from stock import QUESTION, TOLERANCE, Whole, whole_clip
 from train.data import load_rows, tokenise
 from train.objective import StreamObjective
 from train.setup import add_lora, profile_of, selection_of, settings_of
@@ -234,7 +234,7 @@ def test_a_checkpoint_saved_again_has_the_published_names_and_loads_everywhere(
     loaded, path_of, tmp_path, family, shard
 ):
     backbone = loaded(family)
-    with quiet_stock():
+    with quiet_transformers():
         backbone.model.save_pretrained(tmp_path, max_shard_size=shard)
         backbone.processor.save_pretrained(tmp_path)
         auto = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
@@ -322,8 +322,8 @@ def stream(backbone: Backbone, clip: Whole, chunk_seconds: float, **options: Any
     """Logits, ids ``[3, 1, T]`` and modality of a stream and a question, with a memory that keeps everything."""
     chunks = cut(clip, chunk_seconds)
     encoder = backbone.stream_encoder(
-        picture=len(clip.frames) > 0,
-        sound=clip.audio is not None,
+        video=len(clip.frames) > 0,
+        audio=clip.audio is not None,
         fps=clip.fps,
         **{"duration": len(clip.frames) / clip.fps, **options},
     )
@@ -406,7 +406,7 @@ def test_a_clip_from_a_file_is_the_same_stream(loaded):
     """Decoded chunk by chunk, with the sound of another file beside the pictures."""
     settings = StreamSettings(chunk_seconds=30, timestamps=None)
     for sound in (None, COMMENTARY):
-        clip = clip_of(APOLLO, 1.0, short_side=360, sound=sound)
+        clip = clip_of(APOLLO, 1.0, short_side=360, audio=sound)
         _, ids, _ = whole(loaded(QWEN3), clip)
         session = StreamingSession(
             loaded(QWEN3), BudgetProfile.uniform(loaded(QWEN3).config, 4000, 1.0), "full", settings
@@ -618,10 +618,10 @@ def test_groups_that_do_not_fit_the_grid_are_one_line(tokens, patches):
         ids_of(group_ids, tokens, patches, TOKENS)
 
 
-class Ear:
+class AudioEncoder:
     """As many positions as there are samples."""
 
-    per_second = 2.0
+    tokens_per_second = 2.0
 
     def __call__(self, chunk: Chunk) -> Tensor:
         assert chunk.audio is not None
@@ -637,14 +637,14 @@ def by_hand(loaded, monkeypatch):
         for module in ("qwen2_5_vl", "qwen3_vl"):
             monkeypatch.setattr(
                 f"omnimem.backbones.{module}.stream_encoder.encode_frames",
-                lambda _, frames, __: Patches(torch.zeros(len(frames) // 2, 6, 64), None, 2, 3),
+                lambda _, frames, __: FramePatches(torch.zeros(len(frames) // 2, 6, 64), None, 2, 3),
             )
         monkeypatch.setattr(backbone, "text_ids", lambda _: torch.zeros(1, 1, dtype=torch.int64))
         encoder = backbone.stream_encoder(
-            picture=patches > 0, sound=sounds is not None, fps=1.0, duration=2.0 * patches, **options
+            video=patches > 0, audio=sounds is not None, fps=1.0, duration=2.0 * patches, **options
         )
         if sounds is not None:
-            encoder.ear, encoder.alignment = Ear(), 2.0
+            encoder.audio_encoder, encoder.alignment = AudioEncoder(), 2.0
         done = [encoder.prefix()]
         seconds = 2 * patches_a_chunk
         length = max(2 * patches, -(-(sounds or 0) // 2))
@@ -778,7 +778,7 @@ def test_an_answer_is_the_greedy_one_of_the_whole_prompt(loaded, family, setting
         elif layout == "release":
             continue  # the released code counts the patches of the whole clip
         if group > 1 and not event.last:
-            assert session._encoder is not None and len(session._encoder.waiting) == 12
+            assert session._encoder is not None and len(session._encoder.pending_audio) == 12
         given = prompt(backbone, seen, group)
         expected = greedy(backbone, given, 6, layout)
         answers = [session.ask(QUESTION, **count) for _ in range(2)]
@@ -803,21 +803,21 @@ def test_the_plan_counts_what_a_stream_has(loaded, family):
     backbone = loaded(family)
     for name in ("with sound", "2 fps, odd", "no sound", "sound alone"):
         clip, _ = apollo(name)
-        encoder = backbone.stream_encoder(picture=len(clip.frames) > 0, sound=clip.audio is not None, fps=clip.fps)
+        encoder = backbone.stream_encoder(video=len(clip.frames) > 0, audio=clip.audio is not None, fps=clip.fps)
         encoder.prefix()
         with torch.no_grad():
             kinds = [encoder.encode(chunk).modality for chunk in cut(clip, 30)]
         frame = clip.frames.shape[1:3] if len(clip.frames) else None
         seconds = max(len(clip.frames) / clip.fps, 0 if clip.audio is None else len(clip.audio) / RATE)
         planned = backbone.tokens_per_chunk(
-            frame=frame, sound=clip.audio is not None, fps=clip.fps, seconds=seconds, chunk_seconds=30.0
+            frame_size=frame, audio=clip.audio is not None, fps=clip.fps, seconds=seconds, chunk_seconds=30.0
         )
         assert planned == [(int((one == VISUAL).sum()), int((one == AUDIO).sum())) for one in kinds]
 
 
 def test_the_released_layout_needs_a_duration(loaded):
     with pytest.raises(OmniMemError, match="position_layout=release") as error:
-        loaded(QWEN2_5).stream_encoder(picture=True, sound=True, fps=1.0, position_layout="release")
+        loaded(QWEN2_5).stream_encoder(video=True, audio=True, fps=1.0, position_layout="release")
     assert "\n" not in str(error.value)
     for media in ({"picture": True, "sound": False}, {"picture": False, "sound": True}):
         assert loaded(QWEN2_5).stream_encoder(**media, fps=1.0, position_layout="release").promised is None
@@ -827,7 +827,7 @@ def test_the_released_layout_needs_a_duration(loaded):
 def test_chunks_hold_whole_segments_of_thirty_seconds(loaded, family):
     backbone = loaded(family)
     assert [backbone.chunk_alignment(fps) for fps in (1, 0.3, 0.25)] == [30, 60, 120]
-    assert backbone.chunk_alignment(1.0, sound=False) == 2
+    assert backbone.chunk_alignment(1.0, audio=False) == 2
     with pytest.raises(OmniMemError, match="multiple of 30"):
         StreamSettings(chunk_seconds=10).check(backbone)
     StreamSettings(chunk_seconds=10, audio=False).check(backbone)
@@ -849,11 +849,13 @@ LONG = {
 def skip_towers(backbone: Backbone, monkeypatch) -> None:
     """Layout and positions do not depend on what the encoders see."""
     width = backbone.config.get_text_config().hidden_size
-    layers = 3 if backbone.frame_anchored or backbone.name == "qwen3_omni" else 0
+    layers = 3 if backbone.spatial_ids_advance or backbone.name == "qwen3_omni" else 0
 
     def see(_, frames, __):
         count = -(-len(frames) // 2)
-        return Patches(torch.zeros(count, 6, width), torch.zeros(layers, count, 6, width) if layers else None, 2, 3)
+        return FramePatches(
+            torch.zeros(count, 6, width), torch.zeros(layers, count, 6, width) if layers else None, 2, 3
+        )
 
     for name in ("qwen2_5_omni", "qwen3_omni", "qwen2_5_vl", "qwen3_vl"):
         monkeypatch.setattr(f"omnimem.backbones.{name}.stream_encoder.encode_frames", see)
@@ -902,7 +904,7 @@ def test_twenty_minutes_are_neither_cut_nor_kept(loaded, monkeypatch, name):
     skip_towers(backbone, monkeypatch)
     monkeypatch.setattr(backbone.config.get_text_config(), "max_position_embeddings", limit)
     reader = open_media(APOLLO, fps=1.0, chunk_seconds=30, short_side=60, audio=backbone.supports_audio)
-    encoder = backbone.stream_encoder(picture=True, sound=backbone.supports_audio, fps=1.0, duration=1200.0)
+    encoder = backbone.stream_encoder(video=True, audio=backbone.supports_audio, fps=1.0, duration=1200.0)
     encoder.prefix()
     heard = seen = largest = 0
     held = {}
@@ -931,7 +933,7 @@ def test_the_text_between_pictures_is_bounded(loaded, monkeypatch, name):
 
     def texts(timestamps: int | None, duration: float | None) -> tuple[int, int, int]:
         encoder = backbone.stream_encoder(
-            picture=True, sound=backbone.supports_audio, fps=1.0, duration=duration, timestamps=timestamps
+            video=True, audio=backbone.supports_audio, fps=1.0, duration=duration, timestamps=timestamps
         )
         parts = [*map(encoder.encode, chunks), encoder.closing()]
         kinds = torch.cat([part.modality[0] for part in parts])
@@ -972,7 +974,7 @@ def test_two_clips_side_by_side_are_each_alone(loaded, tmp_path, name):
         inputs = [encoder.encode(next(iter(reader))) for reader, encoder in opened if encoder.prefix()]
         batch = ChunkInputs.batch(inputs)
         hidden = [Stream(backbone, CompressedCache(profile, Full())).forward(one) for one in (*inputs, batch)]
-    assert (batch.deepstack is not None) == backbone.frame_anchored and len(inputs[0]) != len(inputs[1])
+    assert (batch.deepstack is not None) == backbone.spatial_ids_advance and len(inputs[0]) != len(inputs[1])
     for i, one in enumerate(inputs):
         assert (hidden[-1][i, : len(one)] - hidden[i][0]).abs().max() <= 1e-12
         assert torch.equal(batch.row(i).embeds, one.embeds) and torch.equal(batch.row(i).position_ids, one.position_ids)
@@ -987,12 +989,12 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def test_lora_reaches_the_language_model_and_nothing_else(loaded, family):
     backbone = loaded(family)
     names = [name for name, _ in backbone.model.named_modules()]
-    hit = [name for name in names if re.fullmatch(backbone.lora_targets(PROJECTIONS), name)]
+    hit = [name for name in names if re.fullmatch(backbone.lora_target_regex(PROJECTIONS), name)]
     assert len(hit) == 4 * 7 and all(name.startswith("model.language_model.layers.") for name in hit)
     in_encoders = [name for name in names if name.endswith("q_proj") and name not in hit]
     assert in_encoders, "the sound encoder has modules of the same names"
     for other in ("query", "key", "dense", "audio_proj", "fc1", "qkv"):
-        assert not [name for name in names if re.fullmatch(backbone.lora_targets([other]), name)]
+        assert not [name for name in names if re.fullmatch(backbone.lora_target_regex([other]), name)]
     for name in backbone.projectors.values():
         assert sum(module.endswith(name) for module in names) == 1
 
@@ -1046,7 +1048,7 @@ def test_an_export_has_the_published_names_and_the_logits_of_base_and_adapter(ru
     assert omnimem(["export", str(run), "--out", str(out)]) == 0
     assert "verified against base + adapter" in capsys.readouterr().out
     assert set(load_file(out / "model.safetensors")) == set(load_file(run / "base" / "model.safetensors"))
-    with quiet_stock():
+    with quiet_transformers():
         merged, info = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
         processor = AutoProcessor.from_pretrained(out)
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))

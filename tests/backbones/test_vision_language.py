@@ -30,15 +30,15 @@ from transformers.video_utils import VideoMetadata
 from clips import MEDIA, RABBIT, WEBB
 from omnimem import StreamingSession
 from omnimem.backbones import Backbone, backbone_class, load_backbone
-from omnimem.backbones.checkpoint import quiet_stock
+from omnimem.backbones.checkpoint import quiet_transformers
 from omnimem.backbones.video_salmonn2.positions import MediaTokens, group_ids
 from omnimem.budget import BudgetProfile
 from omnimem.cli import main as omnimem
 from omnimem.errors import OmniMemError
 from omnimem.modality import TEXT, VISUAL
 from omnimem.stream_settings import StreamSettings
+from reference_models import QUESTION, TOLERANCE, Whole, streamed, whole_clip
 from small_runs import adapter, trained_run
-from stock import QUESTION, TOLERANCE, Whole, streamed, whole_clip
 
 QWEN2_5, QWEN3 = NAMES = ["qwen2_5_vl", "qwen3_vl"]
 STOCK = {QWEN2_5: Qwen2_5_VLForConditionalGeneration, QWEN3: Qwen3VLForConditionalGeneration}
@@ -61,7 +61,7 @@ def loaded(path_of):
 
 def stock(path: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
     """The stock model, complete."""
-    with quiet_stock():
+    with quiet_transformers():
         model, info = STOCK[name].from_pretrained(path, dtype=dtype, output_loading_info=True)
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
@@ -266,9 +266,9 @@ def test_sound_is_neither_heard_nor_asked_for(loaded, name):
     with pytest.raises(OmniMemError, match=f"{name} does not support audio") as error:
         list(session_of(backbone).watch(JFK))
     assert "\n" not in str(error.value)
-    with pytest.raises(OmniMemError, match="takes no sound"):
-        backbone.stream_encoder(picture=False, sound=True, fps=1.0)
-    assert backbone.stream_encoder(picture=True, sound=True, fps=1.0).sound is False
+    with pytest.raises(OmniMemError, match="does not support audio"):
+        backbone.stream_encoder(video=False, audio=True, fps=1.0)
+    assert backbone.stream_encoder(video=True, audio=True, fps=1.0).has_audio is False
     with pytest.raises(OmniMemError, match="multiple of 2"):
         StreamSettings(chunk_seconds=3).check(backbone)
 
@@ -281,7 +281,7 @@ def test_the_plan_counts_what_a_stream_has(loaded, name):
     reader, encoder = settings.open(RABBIT, backbone)
     encoder.prefix()
     kinds = [encoder.encode(chunk).modality for chunk in reader]
-    planned = backbone.tokens_per_chunk(frame=(240, 320), sound=True, fps=1.0, seconds=7.0, chunk_seconds=4.0)
+    planned = backbone.tokens_per_chunk(frame_size=(240, 320), audio=True, fps=1.0, seconds=7.0, chunk_seconds=4.0)
     assert planned == [(int((one == VISUAL).sum()), 0) for one in kinds]
 
 
@@ -349,11 +349,11 @@ def test_lora_reaches_the_language_model_and_nothing_else(loaded, name):
     backbone = loaded(name)
     names = [module for module, _ in backbone.model.named_modules()]
     projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    hit = [module for module in names if re.fullmatch(backbone.lora_targets(projections), module)]
+    hit = [module for module in names if re.fullmatch(backbone.lora_target_regex(projections), module)]
     layers = backbone.config.text_config.num_hidden_layers
     assert len(hit) == 7 * layers and all(module.startswith("model.language_model.layers.") for module in hit)
     for other in ("qkv", "proj", "linear_fc1", "mlp"):
-        assert not [module for module in names if re.fullmatch(backbone.lora_targets([other]), module)]
+        assert not [module for module in names if re.fullmatch(backbone.lora_target_regex([other]), module)]
     for projector in backbone.projectors.values():
         assert sum(module.endswith(projector) for module in names) == 1
 
@@ -372,7 +372,7 @@ def test_a_run_exports_what_the_stock_classes_load(tmp_path, name, capsys):
     keys = [set(load_file(folder / "model.safetensors")) for folder in (run / "base", tmp_path / "merged")]
     assert keys[0] == keys[1], "the hub's layout"
     base, merged = stock(run / "base", name), stock(tmp_path / "merged", name)
-    with quiet_stock():
+    with quiet_transformers():
         assert type(AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")) is STOCK[name]
         processor = AutoProcessor.from_pretrained(tmp_path / "merged")
     backbone = load_backbone(tmp_path / "merged", device="cpu")

@@ -76,7 +76,7 @@ def build(folder: Path, name: str, mib: int) -> None:
     config = LoraConfig(
         r=16,
         lora_alpha=32,
-        target_modules=backbone.lora_targets(PROJECTIONS),
+        target_modules=backbone.lora_target_regex(PROJECTIONS),
         init_lora_weights=False,
         base_model_name_or_path=str(base),
     )

@@ -63,7 +63,7 @@ def run(method: str, budget: int) -> dict[str, Any]:
     texts = load_backbone("tiny")
     backbone: Any = SimpleNamespace(
         language_model=decoder,
-        frame_anchored=False,
+        spatial_ids_advance=False,
         text_ids=texts.text_ids,
         question_ids=texts.question_ids,
         embed=lambda ids: torch.randn(1, ids.shape[1], SHAPE["hidden"]),

@@ -40,7 +40,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from data_prep.shipped import QUICKSTART_CLIP
 from omnimem.backbones import Backbone
-from omnimem.backbones.checkpoint import _nf4, quiet_stock
+from omnimem.backbones.checkpoint import _nf4, quiet_transformers
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json
@@ -131,7 +131,7 @@ def with_random_weights(skeleton: Backbone, recipe: Recipe, device: torch.device
     """
     dtype, nf4 = skeleton.model.dtype, recipe.model.load_in_4bit
     torch.manual_seed(recipe.model.seed)
-    with quiet_stock():
+    with quiet_transformers():
         with torch.device("meta"):
             model: Any = type(skeleton.model)._from_config(deepcopy(skeleton.config), dtype=dtype)
         quantizer: Any = AutoHfQuantizer.from_config(_nf4(dtype, skeleton.skip_quantization_modules)) if nf4 else None

@@ -67,7 +67,7 @@ def decoder(layers: int = LAYERS) -> Any:
     model: Any = Qwen2_5OmniThinkerTextModel(config).requires_grad_(False)
     attach(model)
     inject_adapter_in_model(LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"]), model)
-    return SimpleNamespace(language_model=model, device=torch.device("cpu"), frame_anchored=False)
+    return SimpleNamespace(language_model=model, device=torch.device("cpu"), spatial_ids_advance=False)
 
 
 def chunk(number: int, size: int = VISUAL + AUDIO) -> Any:

@@ -108,7 +108,7 @@ def test_without_the_sound(tmp_path):
 def test_sound_of_another_file(tmp_path):
     asked = {"chunk_seconds": 4.0, "short_side": 360}
     shard = made(MEDIA / FLOWER, tmp_path, heard=SPEECH)
-    assert_same(ShardReader(shard, **asked), open_media(MEDIA / FLOWER, sound=SPEECH, **asked))
+    assert_same(ShardReader(shard, **asked), open_media(MEDIA / FLOWER, audio_path=SPEECH, **asked))
     assert shard != made(MEDIA / FLOWER, tmp_path)
 
 

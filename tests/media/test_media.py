@@ -19,9 +19,8 @@ import pytest
 
 from clips import MEDIA
 from media_files import add_sound, picture, tone, write_media
-from omnimem.media import Chunk, MediaError, open_media, probe
+from omnimem.media import Chunk, MediaError, open_media, probe, selective_decoder
 from omnimem.media import container as container_module
-from omnimem.media import gop as gop_module
 from omnimem.media.plan import FramePlan, PlanImpossible
 from omnimem.media.probe import inspect
 from omnimem.media.video import VideoSampler
@@ -148,7 +147,7 @@ def test_every_kind_of_stream_gives_the_frames_of_a_full_decode(tmp_path, name, 
     else:
         write_media(path, codec=codec, options=options, muxer_options=muxer_options)
     if name == "one_group.mkv":
-        monkeypatch.setattr(gop_module, "HOLD_PACKETS", 16)
+        monkeypatch.setattr(selective_decoder, "HOLD_PACKETS", 16)
     source = inspect(path)
     pictures = naive_pictures(path, 0)
     for fps in (Fraction(1, 2), Fraction(1), Fraction(7, 2), Fraction(25)):
@@ -760,7 +759,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 def test_sound_beside_the_video_is_that_file_read_alone(video, sound):
     """Pictures and samples are those of each file read by itself; the stream lasts as long as the longer one."""
     options = {"fps": 1, "short_side": 64}
-    chunks = list(open_media(video, sound=sound, **options))
+    chunks = list(open_media(video, audio_path=sound, **options))
     seen, heard = list(open_media(video, audio=False, **options)), list(open_media(sound, **options))
     assert len(chunks) == max(len(seen), len(heard)) and chunks[-1].t1 == max(seen[-1].t1, heard[-1].t1)
     for chunk, other in zip(chunks, seen, strict=False):
@@ -771,31 +770,31 @@ def test_sound_beside_the_video_is_that_file_read_alone(video, sound):
         for name in ("audio", "audio_before", "audio_after"):
             np.testing.assert_array_equal(getattr(chunk, name), getattr(other, name))
     assert sum(len(chunk.audio) for chunk in chunks) == sum(len(chunk.audio) for chunk in heard)
-    info, own, beside = open_media(video, sound=sound).info, probe(video), probe(sound)
+    info, own, beside = open_media(video, audio_path=sound).info, probe(video), probe(sound)
     assert info.has_video and info.has_audio and info.duration == max(own.duration, beside.duration)
     assert (info.video_codec, info.audio_codec) == (own.video_codec, beside.audio_codec)
     assert (info.video_offset, info.audio_offset) == (0, 0)
 
 
 def test_sound_beside_the_video_is_left_alone_when_not_wanted(tmp_path):
-    (chunk, *_) = open_media(RABBIT, sound=tmp_path / "missing.wav", audio=False)
-    assert chunk.audio is None and not open_media(RABBIT, sound=JFK, audio=False).info.audio_codec
-    blind = list(open_media(RABBIT, sound=JFK, video=False))
+    (chunk, *_) = open_media(RABBIT, audio_path=tmp_path / "missing.wav", audio=False)
+    assert chunk.audio is None and not open_media(RABBIT, audio_path=JFK, audio=False).info.audio_codec
+    blind = list(open_media(RABBIT, audio_path=JFK, video=False))
     assert sum(len(chunk.frames) for chunk in blind) == 0 and blind[-1].t1 == pytest.approx(11)
-    assert list(open_media(RABBIT, sound=JFK, max_seconds=5))[-1].t1 == 5
-    (copy,) = [pickle.loads(pickle.dumps(open_media(RABBIT, sound=JFK)))]
+    assert list(open_media(RABBIT, audio_path=JFK, max_seconds=5))[-1].t1 == 5
+    (copy,) = [pickle.loads(pickle.dumps(open_media(RABBIT, audio_path=JFK)))]
     assert copy.info.has_audio and next(iter(copy)).audio is not None
 
 
 def test_sound_beside_the_video_says_which_file_is_wrong(caplog):
     with pytest.raises(MediaError, match=f"^{VFR.name}: no audio stream"):
-        open_media(RABBIT, sound=VFR)
+        open_media(RABBIT, audio_path=VFR)
     with pytest.raises(MediaError, match=f"^{JFK.name}: no video stream"):
-        open_media(JFK, sound=COMMENTARY)
+        open_media(JFK, audio_path=COMMENTARY)
     with pytest.raises(MediaError, match=f"^{CUT_OFF.name}: cut off or damaged"):
-        list(open_media(CUT_OFF, sound=JFK))
+        list(open_media(CUT_OFF, audio_path=JFK))
     with pytest.raises(MediaError, match=f"^{CUT_OFF.name}: cut off or damaged"):
-        list(open_media(HEVC, sound=CUT_OFF, short_side=32))
+        list(open_media(HEVC, audio_path=CUT_OFF, short_side=32))
     with caplog.at_level(logging.WARNING, logger="omnimem.media"):
-        assert list(open_media(CUT_OFF, sound=JFK, on_truncated="warn"))[-1].t1 == pytest.approx(11)
+        assert list(open_media(CUT_OFF, audio_path=JFK, on_truncated="warn"))[-1].t1 == pytest.approx(11)
     assert len(caplog.records) == 1 and CUT_OFF.name in caplog.text

@@ -235,7 +235,7 @@ def chunk_of(frames: int, samples: int | None, seconds: float, t0: float = 0.0) 
 
 
 def encoded(backbone, frames, samples, seconds, fps, **options):
-    encoder = backbone.stream_encoder(picture=frames > 0, sound=samples is not None, fps=fps, **options)
+    encoder = backbone.stream_encoder(video=frames > 0, audio=samples is not None, fps=fps, **options)
     encoder.prefix()
     return encoder, encoder.encode(chunk_of(frames, samples, seconds))
 
@@ -407,7 +407,7 @@ def adapter(tiny_path, tmp_path):
     config = LoraConfig(
         r=2,
         lora_alpha=8,
-        target_modules=backbone.lora_targets(["q_proj", "k_proj", "v_proj"]),
+        target_modules=backbone.lora_target_regex(["q_proj", "k_proj", "v_proj"]),
         task_type="CAUSAL_LM",
         init_lora_weights=False,
         base_model_name_or_path=str(tiny_path),
@@ -447,11 +447,11 @@ def test_row_19_lora_targets_are_the_language_models_alone(tiny):
     wanted = ["q_proj", "k_proj", "v_proj"]
     plain = [name for name in names if name.split(".")[-1] in wanted]
     assert any("audio_tower" in name for name in plain), "a plain list of names no longer reaches the audio tower"
-    pattern = re.compile(tiny.lora_targets(wanted))
+    pattern = re.compile(tiny.lora_target_regex(wanted))
     hit = [name for name in names if pattern.fullmatch(name)]
     assert len(hit) == 3 * tiny.config.text_config.num_hidden_layers
     assert all(".language_model.layers." in name for name in hit)
-    every = re.compile(tiny.lora_targets([*wanted, "o_proj", "gate_proj", "up_proj", "down_proj"]))
+    every = re.compile(tiny.lora_target_regex([*wanted, "o_proj", "gate_proj", "up_proj", "down_proj"]))
     hit = [name for name in names if every.fullmatch(name)]
     assert len(hit) == 7 * tiny.config.text_config.num_hidden_layers
     assert all(".language_model.layers." in name for name in hit)
@@ -500,7 +500,7 @@ def test_row_22_the_sampled_rate_has_no_default(tiny):
         rate = inspect.signature(cls.stream_encoder).parameters["fps"]
         assert rate.default is inspect.Parameter.empty
     with pytest.raises(TypeError, match="fps"):
-        tiny.stream_encoder(picture=True, sound=False)
+        tiny.stream_encoder(video=True, audio=False)
     # Stock: a rate left out is taken for 2, so pictures at 1 a second are put at half their time.
     encoder, inputs = encoded(tiny, 8, None, 8, 1.0)
     times = (inputs.position_ids[0, 0].reshape(-1, 16)[:, 0] - encoder.start).tolist()

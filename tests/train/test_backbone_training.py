@@ -22,7 +22,7 @@ from torch import Tensor
 import omnimem.backbones.qwen3_omni.stream_encoder as qwen3_omni_encoder
 import omnimem.backbones.qwen3_vl.stream_encoder as qwen3_vl_encoder
 from omnimem.backbones import Backbone, ChunkInputs, backbone_class, load_backbone
-from omnimem.backbones.vision import Patches
+from omnimem.backbones.vision import FramePatches
 from omnimem.budget import BudgetProfile
 from omnimem.cli import main as omnimem
 from omnimem.forward import Stream
@@ -294,7 +294,7 @@ def test_a_sample_that_waits_brings_no_deepstack(tiny_of):
         modality=torch.full((1, 2), VISUAL, dtype=torch.int8), time=torch.zeros(1, 2),
         next_position_id=torch.tensor([2]), deepstack=torch.ones(3, 1, 2, 64),
     )  # fmt: skip
-    encoder = backbone.stream_encoder(picture=True, sound=False, fps=1.0)
+    encoder = backbone.stream_encoder(video=True, audio=False, fps=1.0)
     batch = ChunkInputs.batch([encoder.empty_step(), brings])
     assert batch.deepstack is not None and batch.deepstack.shape == (3, 2, 2, 64)
     assert batch.deepstack[:, 0].eq(0).all() and batch.deepstack[:, 1].eq(1).all()
@@ -415,7 +415,7 @@ def test_a_question_before_the_first_picture(tiny_of, name):
     backbone = load_backbone(tiny_of(name), dtype="float32", device="cpu")
     profile = BudgetProfile.uniform(backbone.config, 24, 5.0 if backbone.supports_audio else float("inf"))
     stream = Stream(backbone, CompressedCache(profile, build_selection("omnimem")))
-    encoder = backbone.stream_encoder(picture=True, sound=False, fps=1.0)
+    encoder = backbone.stream_encoder(video=True, audio=False, fps=1.0)
     tape = ChunkwiseBPTT(stream, Store(), lockstep=True)
     tape.forward(encoder.prefix())
     assert len(encoder.closing()) == 0
@@ -478,14 +478,14 @@ def stubbed(monkeypatch, backbone: Backbone, seed: int = 0) -> Any:
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    def frames(_backbone: Any, frames: np.ndarray, _limits: Any) -> Patches:
+    def frames(_backbone: Any, frames: np.ndarray, _limits: Any) -> FramePatches:
         count = len(frames) // 2
-        return Patches(noise(count, SIDE**2, 64), noise(3, count, SIDE**2, 64), SIDE, SIDE)
+        return FramePatches(noise(count, SIDE**2, 64), noise(3, count, SIDE**2, 64), SIDE, SIDE)
 
     monkeypatch.setattr(qwen3_vl_encoder, "encode_frames", frames)
     monkeypatch.setattr(qwen3_omni_encoder, "encode_frames", frames)
     sound = backbone.name == "qwen3_omni"
-    encoder: Any = backbone.stream_encoder(picture=True, sound=sound, fps=2 * PATCHES / SPAN)
+    encoder: Any = backbone.stream_encoder(video=True, audio=sound, fps=2 * PATCHES / SPAN)
     if sound:
 
         def heard(_chunk: Chunk) -> Tensor:
@@ -547,12 +547,12 @@ def test_ids_of_a_long_stream_stay_bounded_and_are_those_by_hand(monkeypatch, ti
     for before, after, following in seen.steps:
         heads = len(before[0].index)
         rows = [facts(table, row) for table in before for row in range(heads)]
-        expected, end = by_hand(rows, start, backbone.frame_anchored)
+        expected, end = by_hand(rows, start, backbone.spatial_ids_advance)
         found = [[ids for ids, _ in facts(table, row)] for table in after for row in range(heads)]
         assert found == expected and following == end
         for table in after:
             for row in range(heads):
-                assert_layout(table, row, following, start, backbone.frame_anchored)
+                assert_layout(table, row, following, start, backbone.spatial_ids_advance)
     # Text stays, and takes an id each; of a picture at least one position is left, and it has three sides.
     text = max(int((table.modality == TEXT).sum(1).max()) for table in seen.steps[-1][1])
     bound = text + 24 * SIDE + start + 150

@@ -20,7 +20,7 @@ from transformers import AutoProcessor, Qwen2_5OmniProcessor, Qwen2_5OmniThinker
 
 from omnimem import StreamingSession
 from omnimem.backbones import backbone_class, load_backbone
-from omnimem.backbones.checkpoint import quiet_stock
+from omnimem.backbones.checkpoint import quiet_transformers
 from omnimem.backbones.qwen2_5_omni.tiny import build_tiny
 from omnimem.budget import BudgetProfile
 from omnimem.cli import main as omnimem
@@ -50,7 +50,7 @@ def export(run, tmp_path_factory) -> Path:
 
 
 def stock(path: Path, dtype: torch.dtype = torch.float32):
-    with quiet_stock():
+    with quiet_transformers():
         model, info = Stock.from_pretrained(path, dtype=dtype, output_loading_info=True)
     return model.eval(), info
 
@@ -158,7 +158,7 @@ def test_an_honest_bfloat16_export_of_a_mixture_of_experts_passes(tmp_path, monk
     """Rounding can send a token to another expert, and its logits anywhere: in bfloat16 by half of the largest."""
     base = backbone_class("qwen3_omni").build_tiny(tmp_path / "base")
     backbone = load_backbone(base, dtype="bfloat16", device="cpu")
-    targets = backbone.lora_targets(["q_proj", "k_proj", "v_proj", "o_proj"])
+    targets = backbone.lora_target_regex(["q_proj", "k_proj", "v_proj", "o_proj"])
     model = peft.get_peft_model(backbone.model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets))
     generator = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():

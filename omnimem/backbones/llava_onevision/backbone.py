@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
 
-from omnimem.backbones.llava import FrameEncoder, LlavaBackbone
-from omnimem.backbones.llava_onevision.stream_encoder import NewlineEncoder
+from omnimem.backbones.llava import LlavaBackbone, LlavaStreamEncoder
+from omnimem.backbones.llava_onevision.stream_encoder import LlavaOnevisionStreamEncoder
 from omnimem.backbones.llava_onevision.tiny import build_tiny
 
 
@@ -19,7 +19,7 @@ class LlavaOnevision(LlavaBackbone):
     model_types = ("llava_onevision",)
     model_class = LlavaOnevisionForConditionalGeneration
     processor_class = LlavaOnevisionProcessor
-    encoder_class: ClassVar[type[FrameEncoder]] = NewlineEncoder
+    encoder_class: ClassVar[type[LlavaStreamEncoder]] = LlavaOnevisionStreamEncoder
     build_tiny = staticmethod(build_tiny)
 
     @property

@@ -26,10 +26,10 @@ class Qwen2_5Omni(QwenBackbone):
     system_prompt = SYSTEM_PROMPT
     build_tiny = staticmethod(build_tiny)
 
-    def chunk_alignment(self, fps: float, sound: bool = True) -> float:
+    def chunk_alignment(self, fps: float, audio: bool = True) -> float:
         """Whole sound blocks and whole temporal patches: two seconds at whole frame rates."""
         return common_multiple(float(self.config.seconds_per_chunk), self.temporal_patch / fps)
 
-    def audio_positions(self, seconds: float) -> int:
+    def audio_tokens(self, seconds: float) -> int:
         """25 a second."""
         return round(seconds * AUDIO_TOKENS_PER_SECOND)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from omnimem.backbones.base import ChunkInputs
-from omnimem.backbones.layout import LayoutEncoder, Piece, patch_ids
+from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_ids
 from omnimem.backbones.mel import MelStream
 from omnimem.backbones.vision import encode_frames
 from omnimem.media import Chunk
@@ -56,7 +56,7 @@ class Qwen2_5OmniStreamEncoder(LayoutEncoder):
 
     def prefix(self) -> ChunkInputs:
         """System and user turn, then the opening token(s) of the media, which share one position."""
-        names = (["vision_bos"] if self.picture else []) + (["audio_bos"] if self.sound else [])
+        names = (["vision_bos"] if self.has_video else []) + (["audio_bos"] if self.has_audio else [])
         opening = self.text(self.opening_ids)
         marks = self.text(self._ids(names), [self.next_position_id] * len(names))
         self.start = self.next_position_id = int(self.next_position_id) + 1
@@ -64,7 +64,7 @@ class Qwen2_5OmniStreamEncoder(LayoutEncoder):
 
     def closing(self) -> ChunkInputs:
         """The closing token(s) of the media on one position."""
-        names = (["audio_eos"] if self.sound else []) + (["vision_eos"] if self.picture else [])
+        names = (["audio_eos"] if self.has_audio else []) + (["vision_eos"] if self.has_video else [])
         marks = self.text(self._ids(names), [self.next_position_id] * len(names))
         return self.join([marks], self.next_position_id + 1)
 
@@ -93,16 +93,16 @@ class Qwen2_5OmniStreamEncoder(LayoutEncoder):
             The chunk does not begin at a block boundary of the encoders.
         """
         self.check_start(chunk)
-        video = self._video(chunk) if self.picture and len(chunk.frames) else []
-        audio = self._audio(chunk) if self.sound and chunk.audio is not None else []
+        video = self._video(chunk) if self.has_video and len(chunk.frames) else []
+        audio = self._audio(chunk) if self.has_audio and chunk.audio is not None else []
         groups = sorted({group for group, _ in (*video, *audio)})
         ordered = [piece for group in groups for pieces in (video, audio) for at, piece in pieces if at == group]
         if ordered:
             # The model's rule: text goes on one past the largest id of the *last* piece.
-            self.next_position_id = int(ordered[-1].positions.max()) + 1
+            self.next_position_id = int(ordered[-1].position_ids.max()) + 1
         return self.join(ordered)
 
-    def _video(self, chunk: Chunk) -> list[tuple[int, Piece]]:
+    def _video(self, chunk: Chunk) -> list[tuple[int, TokenSpan]]:
         """Video positions of the chunk, one piece a temporal patch, with the number of its 2 s."""
         patches = encode_frames(self.backbone, chunk.frames, self.limits)
         numbers = torch.arange(self.patches_seen, self.patches_seen + len(patches))
@@ -114,10 +114,10 @@ class Qwen2_5OmniStreamEncoder(LayoutEncoder):
         for i, embeds in enumerate(patches.embeds):
             ids = patch_ids(time[i : i + 1], patches.height, patches.width) + self.start
             group = floor(seconds[i].item() / self.group_seconds + 1e-6)
-            pieces.append((group, Piece(embeds, ids, VISUAL, seconds[i].expand(len(embeds)).float())))
+            pieces.append((group, TokenSpan(embeds, ids, VISUAL, seconds[i].expand(len(embeds)).float())))
         return pieces
 
-    def _audio(self, chunk: Chunk) -> list[tuple[int, Piece]]:
+    def _audio(self, chunk: Chunk) -> list[tuple[int, TokenSpan]]:
         """Sound positions of the chunk, one piece for each 2 s, with their number."""
         mel = self.mel.frames(chunk)
         tokens = _audio_tokens(mel.shape[1])
@@ -136,7 +136,7 @@ class Qwen2_5OmniStreamEncoder(LayoutEncoder):
         return [
             (
                 int(numbers[i]) // size,
-                Piece(features[i : i + size], ids[:, i : i + size], AUDIO, seconds[i : i + size]),
+                TokenSpan(features[i : i + size], ids[:, i : i + size], AUDIO, seconds[i : i + size]),
             )
             for i in range(0, tokens, size)
         ]

@@ -22,7 +22,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from omnimem.backbones.checkpoint import quiet_stock
+from omnimem.backbones.checkpoint import quiet_transformers
 from omnimem.backbones.qwen2_5_omni.prompt import SYSTEM_PROMPT
 from omnimem.backbones.tiny import chat_template, mrope_section, tiny_tokenizer, write_tiny
 
@@ -137,7 +137,7 @@ def build_tiny(path: str | Path, seed: int = 0, layers: int = 3, hidden: int = 6
     """
     tokenizer = tiny_tokenizer(SPECIAL_TOKENS, SYSTEM_PROMPT)
     # The stock default of the talker (not saved here) names ids outside its own vocabulary and warns of it.
-    with quiet_stock():
+    with quiet_transformers():
         thinker = tiny_config(tokenizer, layers, hidden)
         whole = Qwen2_5OmniConfig(thinker_config=thinker.to_dict(), enable_audio_output=False)
     whole.architectures = ["Qwen2_5OmniForConditionalGeneration"]

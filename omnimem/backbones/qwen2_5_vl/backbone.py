@@ -7,7 +7,7 @@ from typing import ClassVar
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from omnimem.backbones.qwen import QwenBackbone
-from omnimem.backbones.qwen2_5_vl.stream_encoder import SpanEncoder
+from omnimem.backbones.qwen2_5_vl.stream_encoder import Qwen2_5VLStreamEncoder
 from omnimem.backbones.qwen2_5_vl.tiny import build_tiny
 
 
@@ -22,7 +22,7 @@ class Qwen2_5VL(QwenBackbone):
     model_types = ("qwen2_5_vl",)
     model_class = Qwen2_5_VLForConditionalGeneration
     processor_class = Qwen2_5_VLProcessor
-    encoder_class = SpanEncoder
+    encoder_class = Qwen2_5VLStreamEncoder
     projectors: ClassVar[dict[str, str]] = {"visual": "visual.merger"}
     skip_quantization_modules: ClassVar[tuple[str, ...]] = ("model.visual", "lm_head")
     supports_audio = False

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from omnimem.backbones.base import ChunkInputs
-from omnimem.backbones.layout import LayoutEncoder, Piece, patch_ids
-from omnimem.backbones.vision import Patches, encode_frames
+from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_ids
+from omnimem.backbones.vision import FramePatches, encode_frames
 from omnimem.errors import OmniMemError
 from omnimem.media import Chunk
 from omnimem.modality import AUDIO, VISUAL
 
 
-class SpanEncoder(LayoutEncoder):
-    """Encoder of one stream; see `Backbone.stream_encoder` for what is not listed, and `QwenBackbone.ear` for sound.
+class Qwen2_5VLStreamEncoder(LayoutEncoder):
+    """Encoder of one stream; see `Backbone.stream_encoder` for the other parameters.
 
     Parameters
     ----------
@@ -34,9 +34,9 @@ class SpanEncoder(LayoutEncoder):
 
     def __init__(self, backbone: Any, **asked: Any) -> None:
         super().__init__(backbone, **asked)
-        ear = backbone.ear()
-        self.ear = ear if self.sound else None
-        self.per_second = 1.0 if ear is None else ear.per_second
+        audio_encoder = backbone.audio_encoder()
+        self.audio_encoder = audio_encoder if self.has_audio else None
+        self.audio_tokens_per_second = 1.0 if audio_encoder is None else audio_encoder.tokens_per_second
         self.limits = backbone.pixel_limits(self.max_pixels)
         self.opening_ids = backbone.text_ids(backbone.opening)
         per_second = float(backbone.config.vision_config.tokens_per_second)
@@ -45,11 +45,11 @@ class SpanEncoder(LayoutEncoder):
         self.seconds_per_patch = torch.tensor(backbone.temporal_patch / self.fps)
         self.ids_per_patch = self.seconds_per_patch * (per_second * self.time_scale)
         self.promised: int | None = None
-        if self.position_layout == "release" and self.picture and self.sound:
+        if self.position_layout == "release" and self.has_video and self.has_audio:
             if self.duration is None:
                 raise OmniMemError("position_layout=release needs media whose header says how long they are")
             self.promised = -(-math.ceil(self.duration * self.fps) // backbone.temporal_patch)
-        self.heard = torch.empty(0, backbone.config.get_text_config().hidden_size)
+        self.pending_audio = torch.empty(0, backbone.config.get_text_config().hidden_size)
         self.start = self.highest = 0
         self.patches_seen = self.audio_seen = self.placed = 0
         self.sides = (0, 0)
@@ -86,22 +86,22 @@ class SpanEncoder(LayoutEncoder):
         """
         self.check_start(chunk)
         pieces = []
-        if self.ear is not None and chunk.audio is not None:
-            self.heard = self.ear(chunk)
-        if self.picture and len(chunk.frames):
+        if self.audio_encoder is not None and chunk.audio is not None:
+            self.pending_audio = self.audio_encoder(chunk)
+        if self.has_video and len(chunk.frames):
             patches = encode_frames(self.backbone, chunk.frames, self.limits)
             for i in range(len(patches)):
                 pieces.append(self._patch(patches, i))
-                until = int(self.patches_seen * self.seconds_per_patch * self.per_second)
+                until = int(self.patches_seen * self.seconds_per_patch * self.audio_tokens_per_second)
                 pieces.append(self._sound(until - self.audio_seen))
         # What is left: more sound than picture, or a sound encoder's padding.
-        pieces.append(self._sound(len(self.heard)))
+        pieces.append(self._sound(len(self.pending_audio)))
         pieces = [piece for piece in pieces if len(piece)]
         if pieces:
             self.next_position_id = self.highest + 1
         return self.join(pieces)
 
-    def _patch(self, patches: Patches, i: int) -> Piece:
+    def _patch(self, patches: FramePatches, i: int) -> TokenSpan:
         number, self.patches_seen = self.patches_seen, self.patches_seen + 1
         seconds = (number * self.seconds_per_patch).float()
         count = patches.height * patches.width
@@ -111,14 +111,14 @@ class SpanEncoder(LayoutEncoder):
         else:
             ids = patch_ids(torch.tensor([number]), patches.height, patches.width, self.ids_per_patch) + self.start
             # With sound, text goes on behind the largest time id; without, behind the largest of all.
-            self.highest = max(self.highest, int((ids[0] if self.sound else ids).max()))
+            self.highest = max(self.highest, int((ids[0] if self.has_audio else ids).max()))
         deepstack = None if patches.deepstack is None else patches.deepstack[:, i]
-        return Piece(patches.embeds[i], ids, VISUAL, seconds.expand(count), deepstack)
+        return TokenSpan(patches.embeds[i], ids, VISUAL, seconds.expand(count), deepstack)
 
-    def _sound(self, count: int) -> Piece:
+    def _sound(self, count: int) -> TokenSpan:
         """The next `count` positions of what was heard, or as many as there are."""
-        count = min(max(0, count), len(self.heard))
-        embeds, self.heard = self.heard[:count], self.heard[count:]
+        count = min(max(0, count), len(self.pending_audio))
+        embeds, self.pending_audio = self.pending_audio[:count], self.pending_audio[count:]
         numbers = torch.arange(self.audio_seen, self.audio_seen + count)
         self.audio_seen += count
         if self.promised is not None:
@@ -126,9 +126,9 @@ class SpanEncoder(LayoutEncoder):
         else:
             time = (numbers * self.time_scale).long()
             # A stream of sound alone is counted like text.
-            ids = torch.stack((time, torch.zeros_like(time) if self.picture else time, time)) + self.start
+            ids = torch.stack((time, torch.zeros_like(time) if self.has_video else time, time)) + self.start
             self.highest = max([self.highest, *ids[0].tolist()])
-        return Piece(embeds, ids, AUDIO, numbers / self.per_second)
+        return TokenSpan(embeds, ids, AUDIO, numbers / self.audio_tokens_per_second)
 
     def _released(self, count: int) -> Tensor:
         """Ids of the next positions of the span in the released layout, whatever they are."""

@@ -17,7 +17,7 @@ from transformers import (
 
 from omnimem.backbones.layout import common_multiple
 from omnimem.backbones.qwen import QwenBackbone
-from omnimem.backbones.qwen3_omni.stream_encoder import Qwen3OmniStreamEncoder, sound_positions
+from omnimem.backbones.qwen3_omni.stream_encoder import Qwen3OmniStreamEncoder, audio_tokens
 from omnimem.backbones.qwen3_omni.tiny import build_tiny
 from omnimem.errors import OmniMemError
 
@@ -52,7 +52,7 @@ class Qwen3Omni(QwenBackbone):
     def load(
         cls, path: str | Path, dtype: torch.dtype, device: torch.device | str, load_in_4bit: bool = False
     ) -> QwenBackbone:
-        """Load a checkpoint folder or hub id; every weight must be there (see `load_stock`)."""
+        """Load a checkpoint folder or hub id; every weight must be there (see `load_pretrained`)."""
         try:
             return super().load(path, dtype, device, load_in_4bit)
         except OmniMemError as error:
@@ -62,25 +62,25 @@ class Qwen3Omni(QwenBackbone):
             raise
 
     @property
-    def sound_window(self) -> int:
+    def mel_window_frames(self) -> int:
         """Mel frames of a window of the audio tower's attention, beyond which it never looks (800 as published)."""
         audio = self.config.audio_config
         return audio.n_window_infer // (2 * audio.n_window) * 2 * audio.n_window
 
-    def chunk_alignment(self, fps: float, sound: bool = True) -> float:
+    def chunk_alignment(self, fps: float, audio: bool = True) -> float:
         """Whole temporal patches and, with sound, whole windows of the audio tower: 8 s as published."""
         patch = self.temporal_patch / fps
         extractor = self.processor.feature_extractor
-        window = self.sound_window * extractor.hop_length / extractor.sampling_rate
-        return common_multiple(window, patch) if sound else common_multiple(patch)
+        window = self.mel_window_frames * extractor.hop_length / extractor.sampling_rate
+        return common_multiple(window, patch) if audio else common_multiple(patch)
 
-    def audio_positions(self, seconds: float) -> int:
+    def audio_tokens(self, seconds: float) -> int:
         """13 a second, and what the audio tower makes of the rest."""
         extractor = self.processor.feature_extractor
         frames = int(round(seconds * extractor.sampling_rate, 3)) // extractor.hop_length
-        return sound_positions(frames, 2 * self.config.audio_config.n_window)
+        return audio_tokens(frames, 2 * self.config.audio_config.n_window)
 
-    def lora_targets(self, names: Sequence[str]) -> str:
+    def lora_target_regex(self, names: Sequence[str]) -> str:
         """Projections of the decoder's attention: what follows it are experts, which are no linear layers."""
         return rf".*language_model\.layers\.\d+\.self_attn\.({'|'.join(names)})"
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from omnimem.backbones.base import ChunkInputs
-from omnimem.backbones.layout import LayoutEncoder, Piece, patch_ids
+from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_ids
 from omnimem.backbones.mel import MelStream
 from omnimem.backbones.vision import encode_frames
 from omnimem.media import Chunk
@@ -29,7 +29,7 @@ from omnimem.modality import AUDIO, VISUAL
 if TYPE_CHECKING:
     from omnimem.backbones.qwen3_omni.backbone import Qwen3Omni
 
-SOUND_BLOCK_POSITIONS = 13
+TOKENS_PER_MEL_BLOCK = 13
 """Positions that the audio tower makes of each full block of 100 mel frames: halved three times, rounded up."""
 
 
@@ -49,8 +49,10 @@ class Qwen3OmniStreamEncoder(LayoutEncoder):
         config = backbone.config
         self.seconds_per_patch = backbone.temporal_patch / self.fps
         self.limits = backbone.pixel_limits(self.max_pixels)
-        self.sound_block = 2 * config.audio_config.n_window
-        self.mel = MelStream(backbone.processor.feature_extractor, backbone.sound_window, mel_floor, reflect_end=True)
+        self.mel_block_frames = 2 * config.audio_config.n_window
+        self.mel = MelStream(
+            backbone.processor.feature_extractor, backbone.mel_window_frames, mel_floor, reflect_end=True
+        )
         self.opening_ids = backbone.text_ids(backbone.opening)
         self.ids_per_second: int = config.position_id_per_seconds
         self.time_scale = self.choose_time_scale(self.ids_per_second, self.opening_ids.shape[1])
@@ -60,14 +62,14 @@ class Qwen3OmniStreamEncoder(LayoutEncoder):
 
     def prefix(self) -> ChunkInputs:
         """System and user turn, then the opening token(s) of the media."""
-        names = (["vision_bos"] if self.picture else []) + (["audio_bos"] if self.sound else [])
+        names = (["vision_bos"] if self.has_video else []) + (["audio_bos"] if self.has_audio else [])
         inputs = self.join([self.text(self.opening_ids), self.text(self._ids(names))])
         self.start = int(self.next_position_id)
         return inputs
 
     def closing(self) -> ChunkInputs:
         """The closing token(s) of the media."""
-        names = (["audio_eos"] if self.sound else []) + (["vision_eos"] if self.picture else [])
+        names = (["audio_eos"] if self.has_audio else []) + (["vision_eos"] if self.has_video else [])
         positions = _consecutive(self.next_position_id, len(names) + 1)
         return self.join([self.text(self._ids(names), positions[:-1])], positions[-1])
 
@@ -97,9 +99,9 @@ class Qwen3OmniStreamEncoder(LayoutEncoder):
         """
         self.check_start(chunk)
         first = self.audio_seen
-        features = self._audio(chunk) if self.sound and chunk.audio is not None else None
+        features = self._audio(chunk) if self.has_audio and chunk.audio is not None else None
         pieces, taken = [], first
-        for due, patch in self._video(chunk) if self.picture and len(chunk.frames) else []:
+        for due, patch in self._video(chunk) if self.has_video and len(chunk.frames) else []:
             if features is not None:
                 until = min(max(ceil(due), taken), self.audio_seen)
                 pieces.append(self._sound(features, first, taken, until))
@@ -110,10 +112,10 @@ class Qwen3OmniStreamEncoder(LayoutEncoder):
         pieces = [piece for piece in pieces if len(piece)]
         if pieces:
             # The model's rule: text goes on one past the largest id of the *last* piece.
-            self.next_position_id = _consecutive(pieces[-1].positions.max().item(), 2)[1]
+            self.next_position_id = _consecutive(pieces[-1].position_ids.max().item(), 2)[1]
         return self.join(pieces)
 
-    def _video(self, chunk: Chunk) -> list[tuple[float, Piece]]:
+    def _video(self, chunk: Chunk) -> list[tuple[float, TokenSpan]]:
         """Temporal patches of the chunk, each with the number of the sound position that it stands before."""
         patches = encode_frames(self.backbone, chunk.frames, self.limits)
         numbers = torch.arange(self.patches_seen, self.patches_seen + len(patches))
@@ -128,7 +130,7 @@ class Qwen3OmniStreamEncoder(LayoutEncoder):
             ids = grid.clone()
             ids[0] += time[i]
             deepstack = None if patches.deepstack is None else patches.deepstack[:, i]
-            piece = Piece(patches.embeds[i], ids + self.start, VISUAL, seconds[i].expand(ids.shape[1]), deepstack)
+            piece = TokenSpan(patches.embeds[i], ids + self.start, VISUAL, seconds[i].expand(ids.shape[1]), deepstack)
             pieces.append((number * self.seconds_per_patch * self.ids_per_second, piece))
         return pieces
 
@@ -136,39 +138,41 @@ class Qwen3OmniStreamEncoder(LayoutEncoder):
         """Sound of the chunk as ``[N, C]``; they are counted as seen."""
         mel = self.mel.frames(chunk)
         frames = mel.shape[1]
-        count = sound_positions(frames, self.sound_block)
+        count = audio_tokens(frames, self.mel_block_frames)
         tower = self.backbone.model.model.audio_tower
         if count == 0:
             return torch.empty(0, tower.config.output_dim, device=self.backbone.device)
         lengths = [frames]
-        if frames < self.sound_block and self.audio_seen > 0:
+        if frames < self.mel_block_frames and self.audio_seen > 0:
             # The tower pads its blocks to the longest one, and its convolutions see the padding: where the sound of the
             # whole clip has a full block, the last one must find one beside it here too.
-            mel = torch.cat((mel.new_zeros(len(mel), self.sound_block), mel), dim=1)
-            lengths = [self.sound_block, frames]
+            mel = torch.cat((mel.new_zeros(len(mel), self.mel_block_frames), mel), dim=1)
+            lengths = [self.mel_block_frames, frames]
         features = tower(
             mel.to(self.backbone.device, tower.dtype), feature_lens=torch.tensor(lengths, device=self.backbone.device)
         ).last_hidden_state[-count:]
         self.audio_seen += count
         return features
 
-    def _sound(self, features: Tensor, first: int, start: int, stop: int) -> Piece:
+    def _sound(self, features: Tensor, first: int, start: int, stop: int) -> TokenSpan:
         """Sound positions `start` to `stop` of the stream, of `features` that begin at position `first`."""
         numbers = torch.arange(start, stop)
         ids = (self.start + numbers * self.time_scale).to(self.id_dtype)
-        return Piece(features[start - first : stop - first], ids.expand(3, -1), AUDIO, numbers / SOUND_BLOCK_POSITIONS)
+        return TokenSpan(
+            features[start - first : stop - first], ids.expand(3, -1), AUDIO, numbers / TOKENS_PER_MEL_BLOCK
+        )
 
     def _ids(self, names: list[str]) -> Tensor:
         tokenizer = self.backbone.tokenizer
         return torch.tensor([[self.backbone.token_id(getattr(tokenizer, f"{name}_token")) for name in names]])
 
 
-def sound_positions(frames: int, block: int) -> int:
+def audio_tokens(frames: int, block: int) -> int:
     """Positions of so many mel frames, cut into blocks: three convolutions halve each, rounding up."""
     rest = frames % block
     for _ in range(3):
         rest = (rest + 1) // 2
-    return frames // block * SOUND_BLOCK_POSITIONS + rest
+    return frames // block * TOKENS_PER_MEL_BLOCK + rest
 
 
 def _consecutive(start: float, count: int) -> list[float]:

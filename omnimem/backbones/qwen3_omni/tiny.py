@@ -25,7 +25,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from omnimem.backbones.checkpoint import quiet_stock
+from omnimem.backbones.checkpoint import quiet_transformers
 from omnimem.backbones.qwen2_5_omni.tiny import hub_name
 from omnimem.backbones.tiny import chat_template, tiny_tokenizer, write_tiny
 
@@ -64,7 +64,7 @@ def tiny_processor(tokenizer: PreTrainedTokenizerFast | None = None) -> Qwen3Omn
 
 
 def tiny_config(
-    tokenizer: PreTrainedTokenizerFast, layers: int = 4, hidden: int = 64, sound_window: int = 200
+    tokenizer: PreTrainedTokenizerFast, layers: int = 4, hidden: int = 64, audio_window: int = 200
 ) -> Qwen3OmniMoeThinkerConfig:
     """Configuration of the tiny thinker: 4 experts of which 2 work, three deepstack maps, two small encoders."""
     token: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(text) for name, text in SPECIAL_TOKENS.items()}
@@ -110,7 +110,7 @@ def tiny_config(
             "encoder_ffn_dim": 64,
             "downsample_hidden_size": 8,
             "output_dim": hidden,
-            "n_window_infer": sound_window,
+            "n_window_infer": audio_window,
             "initializer_range": 32**-0.5,
         },
         image_token_id=token["image_token"],
@@ -129,7 +129,7 @@ def tiny_config(
     return config
 
 
-def build_tiny(path: str | Path, seed: int = 0, layers: int = 4, hidden: int = 64, sound_window: int = 200) -> Path:
+def build_tiny(path: str | Path, seed: int = 0, layers: int = 4, hidden: int = 64, audio_window: int = 200) -> Path:
     """Write a tiny random checkpoint in the hub's layout.
 
     Parameters
@@ -140,7 +140,7 @@ def build_tiny(path: str | Path, seed: int = 0, layers: int = 4, hidden: int = 6
         Seed of the weights.
     layers, hidden : int
         Size of the language model.
-    sound_window : int
+    audio_window : int
         Mel frames of an attention window of the audio tower; 800 as published.
 
     Returns
@@ -150,8 +150,8 @@ def build_tiny(path: str | Path, seed: int = 0, layers: int = 4, hidden: int = 6
     """
     tokenizer = tiny_tokenizer(SPECIAL_TOKENS)
     # The stock defaults of the talker (not saved here) name ids outside its own vocabulary and warn of it.
-    with quiet_stock():
-        thinker = tiny_config(tokenizer, layers, hidden, sound_window)
+    with quiet_transformers():
+        thinker = tiny_config(tokenizer, layers, hidden, audio_window)
         whole = Qwen3OmniMoeConfig(thinker_config=thinker.to_dict(), enable_audio_output=False)
     whole.architectures = ["Qwen3OmniMoeForConditionalGeneration"]
     return write_tiny(

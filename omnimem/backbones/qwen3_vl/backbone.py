@@ -7,7 +7,7 @@ from typing import ClassVar
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 from omnimem.backbones.qwen import QwenBackbone
-from omnimem.backbones.qwen3_vl.stream_encoder import TimestampEncoder
+from omnimem.backbones.qwen3_vl.stream_encoder import Qwen3VLStreamEncoder
 from omnimem.backbones.qwen3_vl.tiny import build_tiny
 
 PROJECTORS = {
@@ -28,9 +28,9 @@ class Qwen3VL(QwenBackbone):
     model_types = ("qwen3_vl",)
     model_class = Qwen3VLForConditionalGeneration
     processor_class = Qwen3VLProcessor
-    encoder_class = TimestampEncoder
+    encoder_class = Qwen3VLStreamEncoder
     projectors: ClassVar[dict[str, str]] = PROJECTORS
     skip_quantization_modules: ClassVar[tuple[str, ...]] = ("model.visual", "lm_head")
     supports_audio = False
-    frame_anchored = True
+    spatial_ids_advance = True
     build_tiny = staticmethod(build_tiny)

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from omnimem.backbones.base import ChunkInputs
-from omnimem.backbones.layout import LayoutEncoder, Piece, group_size, patch_ids
+from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_ids, patches_per_timestamp
 from omnimem.media import Chunk
 from omnimem.modality import VISUAL
 
 
-class DifferenceEncoder(LayoutEncoder):
+class VideoLlama3StreamEncoder(LayoutEncoder):
     """Encoder of one stream; see `Backbone.stream_encoder` for the parameters."""
 
     def __init__(self, backbone: Any, **asked: Any) -> None:
         super().__init__(backbone, **asked)
         frames = None if self.duration is None else math.ceil(self.duration * self.fps)
         self.limits = backbone.frame_limits(frames, self.max_pixels)
-        self.frames_per_time = group_size(frames, self.timestamps)
+        self.frames_per_time = patches_per_timestamp(frames, self.timestamps)
         self.frames_seen = 0
         self.last_frame: Tensor | None = None
 
@@ -58,7 +58,7 @@ class DifferenceEncoder(LayoutEncoder):
             The chunk does not begin at a frame.
         """
         self.check_start(chunk)
-        pieces: list[Piece] = []
+        pieces: list[TokenSpan] = []
         if len(chunk.frames):
             embeds, kept, height, width = self._encode_frames(chunk)
             for i, time in enumerate(chunk.frame_times.tolist()):
@@ -67,7 +67,7 @@ class DifferenceEncoder(LayoutEncoder):
                     pieces.append(self.text(self.backbone.text_ids(f"{comma}Time {time:.1f}s:")))
                 ids = patch_ids(torch.zeros(1), height, width)[:, kept[i]]
                 ids[0] = torch.arange(ids.shape[1]) + int(self.next_position_id)
-                pieces.append(Piece(embeds[i, kept[i]], ids, VISUAL, torch.full((ids.shape[1],), time)))
+                pieces.append(TokenSpan(embeds[i, kept[i]], ids, VISUAL, torch.full((ids.shape[1],), time)))
                 self.next_position_id += ids.shape[1]
                 self.frames_seen += 1
         return self.join(pieces)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from omnimem.backbones.layout import common_multiple
 from omnimem.backbones.qwen import QwenBackbone
-from omnimem.backbones.qwen2_5_vl.stream_encoder import SpanEncoder
+from omnimem.backbones.qwen2_5_vl.stream_encoder import Qwen2_5VLStreamEncoder
 from omnimem.backbones.qwen3_vl.backbone import PROJECTORS
-from omnimem.backbones.qwen3_vl.stream_encoder import TimestampEncoder
+from omnimem.backbones.qwen3_vl.stream_encoder import Qwen3VLStreamEncoder
 from omnimem.backbones.video_salmonn2.audio import SEGMENT_SECONDS
 from omnimem.backbones.video_salmonn2.configuration import is_qwen2_5
 from omnimem.backbones.video_salmonn2.modeling import (
@@ -26,12 +26,12 @@ MIN_PIXELS, MAX_PIXELS = 784, 176_400
 """Pixels of a resized frame, as in the published training scripts."""
 
 
-class WhisperEar:
+class WhisperQFormerEncoder:
     """Sound of chunks that begin at whole segments of 30 s: every started one becomes 60 positions."""
 
-    per_second = float(TOKENS_PER_SECOND)
+    tokens_per_second = float(TOKENS_PER_SECOND)
 
-    def __init__(self, backbone: HearingBackbone) -> None:
+    def __init__(self, backbone: VideoSalmonn2Backbone) -> None:
         self.backbone = backbone
 
     def __call__(self, chunk: Chunk) -> Tensor:
@@ -41,7 +41,7 @@ class WhisperEar:
         return self.backbone.model.model.get_audio_features(features.to(self.backbone.device)).flatten(0, 1)
 
 
-class HearingBackbone(QwenBackbone):
+class VideoSalmonn2Backbone(QwenBackbone):
     """What both families share."""
 
     processor_class = VideoSalmonn2Processor
@@ -56,9 +56,9 @@ class HearingBackbone(QwenBackbone):
         family = VideoSalmonn2Qwen2_5 if is_qwen2_5(config) else VideoSalmonn2
         return cls is family and (made_of or config.get("model_type") in types)
 
-    def ear(self) -> WhisperEar:
+    def audio_encoder(self) -> WhisperQFormerEncoder:
         """Whisper and the Q-Former."""
-        return WhisperEar(self)
+        return WhisperQFormerEncoder(self)
 
     def pixel_limits(self, max_pixels: int | None = None) -> PixelLimits:
         """Limits of the published training scripts, never above what the video processor or the caller allows."""
@@ -66,34 +66,34 @@ class HearingBackbone(QwenBackbone):
         most = min(max_pixels or MAX_PIXELS, processor.size["longest_edge"])
         return PixelLimits(min(MIN_PIXELS, most), most, processor.patch_size * processor.merge_size)
 
-    def chunk_alignment(self, fps: float, sound: bool = True) -> float:
+    def chunk_alignment(self, fps: float, audio: bool = True) -> float:
         """Whole temporal patches and, with sound, the 30 s that the audio encoder reads at once."""
         patch = self.temporal_patch / fps
-        return common_multiple(patch, SEGMENT_SECONDS) if sound else common_multiple(patch)
+        return common_multiple(patch, SEGMENT_SECONDS) if audio else common_multiple(patch)
 
-    def audio_positions(self, seconds: float) -> int:
+    def audio_tokens(self, seconds: float) -> int:
         """60 for every started 30 s."""
         return -int(-seconds // SEGMENT_SECONDS) * SEGMENT_SECONDS * TOKENS_PER_SECOND
 
 
-class VideoSalmonn2(HearingBackbone):
+class VideoSalmonn2(VideoSalmonn2Backbone):
     """Qwen3-VL family: 4B, 8B."""
 
     name = "video_salmonn2"
     model_types = ("video_salmonn2",)
     projectors: ClassVar[dict[str, str]] = {**PROJECTORS, "audio": "audio.connector"}
-    frame_anchored = True
+    spatial_ids_advance = True
     model_class = VideoSalmonn2ForConditionalGeneration
-    encoder_class = TimestampEncoder
+    encoder_class = Qwen3VLStreamEncoder
     build_tiny = staticmethod(build_tiny)
 
 
-class VideoSalmonn2Qwen2_5(HearingBackbone):
+class VideoSalmonn2Qwen2_5(VideoSalmonn2Backbone):
     """Qwen2.5-VL family: 3B, 7B, 72B."""
 
     name = "video_salmonn2_qwen2_5"
     model_types = ("video_salmonn2_qwen2_5",)
     model_class = VideoSalmonn2Qwen2_5ForConditionalGeneration
-    encoder_class = SpanEncoder
+    encoder_class = Qwen2_5VLStreamEncoder
     system_prompt = "You are a helpful assistant."
     build_tiny = staticmethod(build_tiny_qwen2_5)

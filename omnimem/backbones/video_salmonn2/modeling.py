@@ -31,7 +31,7 @@ from omnimem.backbones.video_salmonn2.positions import MediaTokens, group_ids, s
 from omnimem.errors import OmniMemError
 
 
-class HearingModel(nn.Module):
+class AudioVisualMixin(nn.Module):
     """What both families add to their stock model."""
 
     config: Any
@@ -61,7 +61,7 @@ class HearingModel(nn.Module):
         input_features : Tensor, optional
             Log-mel features ``[S, bins, 3000]`` of all segments of 30 s, in the order of the prompt.
         position_layout : {"train", "release"}
-            See `SpanEncoder`; the Qwen3-VL family has one.
+            See `Qwen2_5VLStreamEncoder`; the Qwen3-VL family has one.
         """
         media = input_features is not None or kwargs.get("pixel_values_videos") is not None
         if input_ids is not None and media:
@@ -137,7 +137,7 @@ class HearingModel(nn.Module):
         raise NotImplementedError
 
 
-class VideoSalmonn2Model(HearingModel, Qwen3VLModel):
+class VideoSalmonn2Model(AudioVisualMixin, Qwen3VLModel):
     """Qwen3-VL family (4B, 8B) without the output projection."""
 
     config_class = VideoSalmonn2Config
@@ -151,7 +151,7 @@ class VideoSalmonn2Model(HearingModel, Qwen3VLModel):
         return group_ids(ids, grids, tokens)
 
 
-class VideoSalmonn2Qwen2_5Model(HearingModel, Qwen2_5_VLModel):
+class VideoSalmonn2Qwen2_5Model(AudioVisualMixin, Qwen2_5_VLModel):
     """Qwen2.5-VL family (3B, 7B, 72B) without the output projection."""
 
     config_class = VideoSalmonn2Qwen2_5Config

@@ -33,7 +33,7 @@ def span_ids(
     tokens: MediaTokens,
     position_layout: str = "train",
 ) -> Tensor:
-    """Ids of a prompt in the Qwen2.5-VL family (see `SpanEncoder`).
+    """Ids of a prompt in the Qwen2.5-VL family (see `Qwen2_5VLStreamEncoder`).
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def span_ids(
     tokens : MediaTokens
         Which ids are media.
     position_layout : {"train", "release"}
-        See `SpanEncoder`.
+        See `Qwen2_5VLStreamEncoder`.
 
     Returns
     -------
@@ -82,7 +82,7 @@ def span_ids(
 
 
 def group_ids(ids: Tensor, grids: Tensor, tokens: MediaTokens) -> Tensor:
-    """Ids of a prompt in the Qwen3-VL family (see `TimestampEncoder`): ``[3, T]`` from ``[T]`` and ``[V, 3]``."""
+    """Ids of a prompt in the Qwen3-VL family (see `Qwen3VLStreamEncoder`): ``[3, T]`` from ``[T]`` and ``[V, 3]``."""
     sides = [(t, h // tokens.merge, w // tokens.merge) for t, h, w in grids.tolist()]
     found, start = [], 0
     for key, run in groupby(ids.tolist(), lambda token: token == tokens.video):

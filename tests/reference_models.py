@@ -50,8 +50,8 @@ def streamed(
     stream = Stream(backbone, cache)
     reader = open_media(path, fps=fps, chunk_seconds=chunk_seconds, **options)
     encoder = backbone.stream_encoder(
-        picture=reader.info.has_video,
-        sound=reader.info.has_audio and options.get("audio", True) and backbone.supports_audio,
+        video=reader.info.has_video,
+        audio=reader.info.has_audio and options.get("audio", True) and backbone.supports_audio,
         fps=fps,
         duration=min(reader.info.duration or 1e9, options.get("max_seconds", 1e9)),
         **(settings or {}),

@@ -21,7 +21,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from .picture import PictureLayout
+from .frame_layout import FrameLayout
 from .plan import FramePlan, PlanImpossible
 
 # Codecs whose key frames are places to start decoding; the rest are decoded whole.
@@ -46,14 +46,14 @@ class DecodeStats:
     held: int = 0  # most packets held at once
 
 
-class GopDecoder:
+class SelectiveDecoder:
     """Turn packets into the pictures a plan wants.
 
     After ``pictures`` ends, ``broken`` is ``None`` or (ticks up to which the picture is readable, FFmpeg's
     error).
     """
 
-    def __init__(self, stream: VideoStream, plan: FramePlan, layout: PictureLayout, stats: DecodeStats) -> None:
+    def __init__(self, stream: VideoStream, plan: FramePlan, layout: FrameLayout, stats: DecodeStats) -> None:
         self.codec: VideoCodecContext = stream.codec_context
         self.plan = plan
         self.layout = layout
@@ -178,7 +178,7 @@ class GopDecoder:
         self._owed.discard(frame.pts)
         self.stats.converted += 1
         picture = self.layout.rgb(frame)
-        for _ in range(self.plan.take()):
+        for _ in range(self.plan.pop_wanted()):
             yield picture
 
     def _cut(self, at: int) -> list[Packet]:

@@ -14,7 +14,7 @@ import numpy as np
 from .errors import MediaError
 
 
-class Ahead:
+class FrameLookahead:
     """An iterator over pictures that can tell whether another follows.
 
     An error met while looking ahead is raised when the picture is asked for, so that what came before it
@@ -30,10 +30,10 @@ class Ahead:
         return self
 
     def __next__(self) -> np.ndarray:
-        self.raise_error()
+        self.raise_pending_error()
         return self._next.pop() if self._next else next(self._pictures)
 
-    def goes_on(self) -> bool:
+    def has_next(self) -> bool:
         """Whether asking for a picture gives one, or an error."""
         if not self._next and self._error is None:
             try:
@@ -42,7 +42,7 @@ class Ahead:
                 self._error = error
         return bool(self._next) or self._error is not None
 
-    def raise_error(self) -> None:
+    def raise_pending_error(self) -> None:
         """Raise now what looking ahead met."""
         if self._error is not None:
             raise self._error
@@ -53,7 +53,7 @@ class Ahead:
         self._pictures.close()
 
 
-class SoundWindow:
+class AudioWindow:
     """Cut a line of sound into intervals, with ``context`` samples of what is next to them.
 
     Parameters
@@ -80,11 +80,11 @@ class SoundWindow:
         return self._from + len(self._held)
 
     @property
-    def goes_on(self) -> bool:
+    def has_next(self) -> bool:
         """Whether there is sound after the last interval taken."""
         return self.length > self._stop
 
-    def take(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Samples before, in and after ``[start, stop)``; intervals are taken in order."""
         self._fill(stop + max(self._context, 1))
         at = start - self._from
@@ -114,6 +114,6 @@ class SoundWindow:
             self._held = self._held[: self._end - self._from]
 
 
-def nothing() -> Generator[np.ndarray, None, None]:
+def empty_stream() -> Generator[np.ndarray, None, None]:
     """The pictures, or the sound, of a clip that has none."""
     yield from ()

@@ -15,7 +15,7 @@ from av.video.frame import VideoFrame
 
 
 @dataclass(frozen=True)
-class PictureLayout:
+class FrameLayout:
     """Stored size after scaling (pixels) and how the stored picture is turned for display."""
 
     width: int
@@ -25,7 +25,7 @@ class PictureLayout:
     flip_columns: bool
 
     @classmethod
-    def of(cls, frame: VideoFrame, short_side: int | None) -> PictureLayout:
+    def of(cls, frame: VideoFrame, short_side: int | None) -> FrameLayout:
         """Layout of a stream by its first frame; ``short_side`` bounds the shorter side (never enlarges)."""
         width, height = frame.width, frame.height
         if short_side is not None and short_side < min(width, height):

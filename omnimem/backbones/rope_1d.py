@@ -17,7 +17,7 @@ from omnimem.errors import OmniMemError
 from omnimem.memory import CompressedCache
 
 
-class OneAxisBackbone(QwenBackbone):
+class Rope1DBackbone(QwenBackbone):
     """See `QwenBackbone` for the parameters.
 
     Raises

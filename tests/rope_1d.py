@@ -20,8 +20,8 @@ from omnimem.forward import Stream
 from omnimem.memory import CompressedCache
 from omnimem.stream import StreamingSession
 from omnimem.stream_settings import StreamSettings
+from reference_models import QUESTION, whole_clip
 from small_runs import trained_run
-from stock import QUESTION, whole_clip
 
 LONG = StreamSettings(chunk_seconds=3, max_seconds=12)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from omnimem.media import Chunk
 
 
-class Ear(Protocol):
+class AudioEncoder(Protocol):
     """Embeddings of sound.
 
     Attributes
@@ -18,7 +18,7 @@ class Ear(Protocol):
         Positions a second.
     """
 
-    per_second: float
+    tokens_per_second: float
 
     def __call__(self, chunk: Chunk) -> Tensor:
         """Embeddings ``[N, C]`` of a chunk's sound."""

@@ -1,6 +1,6 @@
 """Entry point of `accelerate launch train.py recipe=NAME key=value ...`; the program is `train/command.py`.
 
-(`import train` gives the package `train/`, not this file: Python looks at packages first.)
+(`import train` imports the package `train/`, not this file: packages take precedence.)
 """
 
 import sys

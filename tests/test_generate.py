@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clips import RABBIT, WEBB
-from omnimem import stream as stream_module
+from omnimem import generation
 from omnimem.backbones import ChunkInputs, load_backbone
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
@@ -214,7 +214,7 @@ class Inline:
 
 
 def test_what_a_question_needs_does_not_grow_with_the_stream(tiny64, monkeypatch):
-    monkeypatch.setattr(stream_module, "Thread", Inline)
+    monkeypatch.setattr(generation, "Thread", Inline)
     profile = BudgetProfile.uniform(tiny64.config, mean=24, ratio=2.0)
     settings = StreamSettings(chunk_seconds=2.0, short_side=56)
     session = StreamingSession(tiny64, profile, "omnimem", settings)

@@ -11,14 +11,13 @@ when the cheaper one decides all along. Bytes are those of one position in one l
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from report import new_parser, write_report
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -107,9 +106,8 @@ def stream(session: StreamingSession, clip: Path, seconds: float) -> list[set[in
 
 def main() -> int:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("run", help="a trained run, an export, or a checkpoint")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--variant", default="paper", choices=("paper", "release"))
     parser.add_argument("--mean-budget", type=int, default=96)
     parser.add_argument("--seconds", type=float, default=40.0, help="of each clip (default: %(default)s)")
@@ -171,16 +169,15 @@ def main() -> int:
             f"{row['measurement']:<18}{row['bytes']:>7}{row['rank']:>8.3f}{row['kept']:>8.3f}"
             f"{row['kept_lowest']:>8.3f}{row['end']:>12.3f}"
         )
-    if args.out:
-        report = {
-            "variant": args.variant,
-            "mean_budget": args.mean_budget,
-            "clips": [clip.name for clip in clips],
-            "decisions": decisions,
-            "state_bytes": states,
-            "rows": rows,
-        }
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    report = {
+        "variant": args.variant,
+        "mean_budget": args.mean_budget,
+        "clips": [clip.name for clip in clips],
+        "decisions": decisions,
+        "state_bytes": states,
+        "rows": rows,
+    }
+    write_report(args.out, report)
     return 0
 
 

@@ -16,14 +16,13 @@ than the carrier; with `redundancy=sketch` it holds less.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
 from cost import Run, add_shape, build_decoder, bytes_of, clock
+from report import new_parser, write_report
 from torch import Tensor
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import apply_rotary_pos_emb
 
@@ -112,8 +111,7 @@ class Carrier:
 
 def main() -> int:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser = new_parser(__doc__)
     parser.add_argument("--full", type=int, default=0, metavar="N", help="also over an uncompressed cache of N")
     add_shape(parser)
     args = parser.parse_args()
@@ -145,11 +143,10 @@ def main() -> int:
             f"{name:<34}{seconds * 1e3:>11.0f}{ratios['ratio']:>8.2f}{args.chunk / seconds:>13.0f}"
             f"{size / 2**20:>8.0f}{ratios['memory_ratio']:>8.2f}"
         )
-    if args.out:
-        device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
-        shape = {k: v for k, v in vars(args).items() if k != "out"}
-        report = {"shape": shape, "device": device, "threads": torch.get_num_threads(), "rows": rows}
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
+    shape = {k: v for k, v in vars(args).items() if k != "out"}
+    report = {"shape": shape, "device": device, "threads": torch.get_num_threads(), "rows": rows}
+    write_report(args.out, report)
     return 0
 
 

@@ -13,14 +13,13 @@ metadata (index, ids, time, modality), attention scores, and the spare room of t
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from report import new_parser, write_report
 from torch import Tensor
 from transformers import Qwen2_5OmniTextConfig, Qwen2_5OmniThinkerTextModel
 
@@ -124,8 +123,8 @@ def bytes_of(cache: Any) -> dict[str, int]:
     parts = {
         "keys and values": cache.kv_nbytes,
         "features": size("features"),
-        "metadata": size("table"),
-        "scores": size("mass"),
+        "metadata": size("metadata"),
+        "scores": size("attention_scores"),
     }
     return {**parts, "spare": cache.nbytes - sum(parts.values()), "all": cache.nbytes}
 
@@ -167,8 +166,7 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
 
 def main() -> int:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser = new_parser(__doc__)
     add_shape(parser)
     args = parser.parse_args()
     model = build_decoder(args)
@@ -196,17 +194,16 @@ def main() -> int:
     alone = time_attention(args, args.rounds)
     for name, seconds in alone.items():
         print(f"{name + ' alone':<28}{seconds * 1e3:>11.0f}{seconds / alone['attention']:>8.2f} of attention")
-    if args.out:
-        shape = {k: v for k, v in vars(args).items() if k != "out"}
-        device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
-        report = {
-            "shape": shape,
-            "device": device,
-            "threads": torch.get_num_threads(),
-            "variants": rows,
-            "alone": alone,
-        }
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    shape = {k: v for k, v in vars(args).items() if k != "out"}
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
+    report = {
+        "shape": shape,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "variants": rows,
+        "alone": alone,
+    }
+    write_report(args.out, report)
     return 0
 
 

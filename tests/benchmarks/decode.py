@@ -8,10 +8,8 @@ encoding again. Both ways must give the same frames; ratios of CPU time carry ov
     python tests/benchmarks/decode.py [--out results.json] [--minutes 10]
 """
 
-import argparse
 import hashlib
 import itertools
-import json
 import math
 import sys
 import tempfile
@@ -23,6 +21,8 @@ import av
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+from report import new_parser, write_report  # noqa: E402
 
 from omnimem.media.probe import inspect  # noqa: E402
 from omnimem.media.video import VideoSampler  # noqa: E402
@@ -123,9 +123,8 @@ def compare(film: Path, encoding: str, fps: Fraction) -> dict:
 
 
 def main() -> None:
-    """Build the films, compare, print JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="also write the results here, as JSON")
+    """Build the films, compare, write JSON."""
+    parser = new_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="length of the film (default 10)")
     options = parser.parse_args()
     rows = []
@@ -135,10 +134,7 @@ def main() -> None:
             encode_once(short, parameters)
             repeat(short, film, options.minutes * 60)
             rows += [compare(film, encoding, fps) for fps in (Fraction(1, 2), Fraction(1), Fraction(2))]
-    report = json.dumps({"minutes": options.minutes, "size": SIZE, "results": rows}, indent=2)
-    print(report)
-    if options.out:
-        options.out.write_text(report + "\n")
+    write_report(options.out, {"minutes": options.minutes, "size": SIZE, "results": rows})
 
 
 if __name__ == "__main__":

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from report import new_parser, run_child, write_report
 
 LIMITS = {"qwen2_5_omni": 1.25, "qwen3_omni": 2.25}
 """Most bytes of resident set for each byte of checkpoint: one copy (with experts: and their file), and some room."""
@@ -105,29 +104,15 @@ def export(folder: Path) -> dict[str, Any]:
 
 def measure(name: str, mib: int) -> dict[str, Any]:
     """Build and export, each in a process of its own, whose allocator gives freed memory back."""
-    settings = {
-        **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-        "OMP_NUM_THREADS": "1",
-    }
     with tempfile.TemporaryDirectory() as folder:
-        for job in ("build", "export"):
-            done = subprocess.run(
-                [sys.executable, __file__, "--child", job, folder, name, str(mib)],
-                stdout=subprocess.PIPE,
-                text=True,
-                env=settings,
-                check=True,
-            )
-    row = json.loads(done.stdout.splitlines()[-1])
+        run_child(__file__, "--child", "build", folder, name, str(mib))
+        row = run_child(__file__, "--child", "export", folder, name, str(mib))
     return {"backbone": name, **row, "resident": row["peak"] - row["imported"]}
 
 
 def main() -> int:
     """Measure and report; exit 1 when memory grows by more than the limit for each byte of checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser = new_parser(__doc__)
     parser.add_argument("--sizes", default="200,800", help="two sizes in MiB (default: %(default)s)")
     parser.add_argument("--backbones", default=",".join(LIMITS), help="(default: %(default)s)")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -156,9 +141,8 @@ def main() -> int:
             f"(limit {LIMITS[name]}), {slopes[name]['anonymous']:.2f} of them anonymous"
         )
         rows += pair
-    if args.out:
-        report = {"machine": platform.machine(), "python": platform.python_version(), "slopes": slopes, "rows": rows}
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    report = {"machine": platform.machine(), "python": platform.python_version(), "slopes": slopes, "rows": rows}
+    write_report(args.out, report)
     return int(any(slope["resident"] > LIMITS[name] for name, slope in slopes.items()))
 
 

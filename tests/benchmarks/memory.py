@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from report import new_parser, run_child, write_report
 
 from omnimem.selection import SELECTION_METHODS
 
@@ -109,15 +108,7 @@ def run(method: str, budget: int) -> dict[str, Any]:
 
 def measure(method: str, budget: int) -> dict[str, Any]:
     """`run` in a process of its own, whose allocator gives freed memory back."""
-    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", method, "--budget", str(budget)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **settings},
-        check=True,
-    )
-    row = json.loads(done.stdout.splitlines()[-1])
+    row = run_child(__file__, "--child", method, "--budget", str(budget))
     row["memory_ratio"] = row["long"]["memory"]["all"] / row["short"]["memory"]["all"]
     row["process_ratio"] = row["long"]["process"] / row["short"]["process"]
     return row
@@ -125,8 +116,7 @@ def measure(method: str, budget: int) -> dict[str, Any]:
 
 def main() -> int:
     """Measure and report; exit 1 when a method other than `full` grew."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser = new_parser(__doc__)
     parser.add_argument("--budget", type=int, default=512, help="tokens a layer (default: %(default)s)")
     parser.add_argument("--methods", default=",".join(SELECTION_METHODS), help="separated by commas (default: all)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -147,10 +137,9 @@ def main() -> int:
             f"({row['process_ratio']:.3f}x); {parts}",
             flush=True,
         )
-    if args.out:
-        about = {"machine": platform.machine(), "python": platform.python_version(), "shape": SHAPE}
-        about |= {"chunk": FRAMES * PATCHES + AUDIO_TOKENS, "chunks": [SHORT, LONG], "budget": args.budget}
-        args.out.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    about = {"machine": platform.machine(), "python": platform.python_version(), "shape": SHAPE}
+    about |= {"chunk": FRAMES * PATCHES + AUDIO_TOKENS, "chunks": [SHORT, LONG], "budget": args.budget}
+    write_report(args.out, {**about, "rows": rows})
     bounded = [row for row in rows if row["method"] != "full"]
     return int(any(row["memory_ratio"] > MEMORY_LIMIT or row["process_ratio"] > PROCESS_LIMIT for row in bounded))
 

@@ -11,12 +11,13 @@ between clips: a size depends on the resolution of the file (frames are never en
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from report import new_parser, write_report
 
 from data_prep.decoded_clips.format import PrepareSettings
 from data_prep.decoded_clips.prepare import prepare
@@ -61,8 +62,7 @@ def gigabytes_an_hour(measured: Sequence[tuple[int, float]]) -> float:
 
 def main() -> int:
     """Measure every clip in every encoding, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser = new_parser(__doc__)
     parser.add_argument("--media", type=Path, default=Path(__file__).parents[2] / "data_prep" / "quickstart")
     parser.add_argument("--fps", type=float, default=1.0)
     parser.add_argument("--short-side", type=int, default=360)
@@ -78,9 +78,8 @@ def main() -> int:
         print(f"{name:<36}{whole:6.3f} GB an hour ({min(each.values()):.3f} to {max(each.values()):.3f})", flush=True)
     for clip in clips:
         print(f"{clip.name:<46}" + " ".join(f"{row['clips'][clip.name]:7.3f}" for row in rows))
-    if args.out:
-        report = {"fps": args.fps, "short_side": args.short_side, "rows": rows}
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    report = {"fps": args.fps, "short_side": args.short_side, "rows": rows}
+    write_report(args.out, report)
     return 0
 
 

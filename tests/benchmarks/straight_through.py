@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from report import new_parser, run_child, write_report
 from training_memory import AUDIO, VISUAL, WIDTH, Peak, chunk, decoder, resident
 
 GRADIENTS = ("none", "straight_through")
@@ -105,24 +103,9 @@ def memory(gradient: str) -> dict[str, int]:
     return {"live": live, "stored": stored, "grown": peak.peak - peak.start_bytes, "process": peak.peak}
 
 
-def child(*args: str) -> Any:
-    """What this file prints in a process of its own, with one thread and an allocator that gives memory back."""
-    settings = {
-        **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, *args], stdout=subprocess.PIPE, text=True, env=settings, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> int:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser = new_parser(__doc__)
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each setting (default: %(default)s)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -137,9 +120,9 @@ def main() -> int:
     turns: dict[str, list[float]] = {gradient: [] for gradient in GRADIENTS}
     for _ in range(2):
         for gradient in GRADIENTS:
-            turns[gradient] += child("--child", gradient, str(-(-args.steps // 2)))
+            turns[gradient] += run_child(__file__, "--child", gradient, str(-(-args.steps // 2)))
     rows = {
-        gradient: {"seconds": statistics.median(turns[gradient]), **child("--child", gradient, "memory")}
+        gradient: {"seconds": statistics.median(turns[gradient]), **run_child(__file__, "--child", gradient, "memory")}
         for gradient in GRADIENTS
     }
     none, taught = (rows[gradient] for gradient in GRADIENTS)
@@ -148,10 +131,9 @@ def main() -> int:
         unit, scale = ("s", 1) if name == "seconds" else ("MiB", 2**20)
         shown = [f"{row[name] / scale:7.2f} {unit}" for row in (none, taught)]
         print(f"{name:<8} none {shown[0]}, straight_through {shown[1]}: {ratio:.2f}x")
-    if args.out:
-        shape = {"layers": LAYERS, "width": WIDTH, "chunk": VISUAL + AUDIO, "budget": BUDGET, "chunks": CHUNKS}
-        report = {"machine": platform.machine(), "shape": shape, "rows": rows, "ratios": ratios}
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    shape = {"layers": LAYERS, "width": WIDTH, "chunk": VISUAL + AUDIO, "budget": BUDGET, "chunks": CHUNKS}
+    report = {"machine": platform.machine(), "shape": shape, "rows": rows, "ratios": ratios}
+    write_report(args.out, report)
     return 0
 
 

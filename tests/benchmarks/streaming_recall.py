@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from report import write_report
 from torch import Tensor, nn
 from transformers import Qwen2_5OmniTextConfig, Qwen2_5OmniThinkerTextModel
 
@@ -54,7 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "straight-through": {"gradient": {}},
     "hard, similarity only": {"method": "similarity_only"},
     "hard, three times the steps": {"times": 3},
-    "straight-through, gain 4": {"gradient": {"gain": 4.0}},
+    "straight-through, gain 4": {"gradient": {"gradient_scale": 4.0}},
     "straight-through, T 1": {"gradient": {"temperature": 1.0}},
     "straight-through, margin 8": {"gradient": {"margin": 8}},
     "soft, margin 8": {"gradient": {"form": "soft", "margin": 8}},
@@ -278,7 +279,7 @@ def main() -> int:
         if args.out:
             report = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
             report[kind] = {"steps": args.steps, "rate": args.rate, "seeds": seeds, "before": before, "rows": rows}
-            args.out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_report(args.out, report)
     return 0
 
 

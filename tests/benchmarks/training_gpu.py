@@ -11,15 +11,14 @@ rival takes the same positions in one pass with activation checkpointing, layer 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from report import new_parser, write_report
 from torch import Tensor
 from transformers import Qwen2_5OmniTextConfig, Qwen2_5OmniThinkerTextModel
 
@@ -156,8 +155,7 @@ def measure(step: Any, model: Any, positions: int, device: torch.device, budget:
 
 def main() -> int:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser = new_parser(__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), default="7b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", default="1,10,60")
@@ -177,10 +175,9 @@ def main() -> int:
                 if row.get("out_of_memory"):
                     break
             del model
-    if args.out:
-        where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-        report = {"device": where, "shape": args.shape, "torch": torch.__version__, "rows": rows}
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    report = {"device": where, "shape": args.shape, "torch": torch.__version__, "rows": rows}
+    write_report(args.out, report)
     return 0
 
 

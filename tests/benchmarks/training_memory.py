@@ -15,13 +15,13 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from report import new_parser, run_child, write_report
 
 LIMIT = 1.15
 VARIANTS = ("disk", "host", "disk, straight-through", "autograd")
@@ -161,26 +161,12 @@ def step(variant: str, chunks: int) -> dict[str, Any]:
 
 def measure(variant: str, chunks: int) -> dict[str, Any]:
     """`step` in a process of its own, whose allocator gives freed memory back."""
-    settings = {
-        **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", variant, str(chunks)],
-        capture_output=True,
-        text=True,
-        env=settings,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_child(__file__, "--child", variant, str(chunks))
 
 
 def main() -> int:
     """Measure and report; exit 1 when the longest stream needs more than 1.15 times the shortest."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser = new_parser(__doc__)
     parser.add_argument("--chunks", default="8,64,256", help="lengths (default: %(default)s)")
     parser.add_argument("--longest-autograd", type=int, default=64, help="chunks (default: %(default)s)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -207,10 +193,9 @@ def main() -> int:
                 f"({row['ratio']:.2f}x), waiting in memory {row['waiting'] / 2**20:6.1f} MiB, {row['seconds']:.1f} s",
                 flush=True,
             )
-    if args.out:
-        shape = {"layers": LAYERS, "width": WIDTH, "chunk": VISUAL + AUDIO, "budget": BUDGET}
-        report = {"machine": platform.machine(), "shape": shape, "rows": rows}
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    shape = {"layers": LAYERS, "width": WIDTH, "chunk": VISUAL + AUDIO, "budget": BUDGET}
+    report = {"machine": platform.machine(), "shape": shape, "rows": rows}
+    write_report(args.out, report)
     return int(worst > LIMIT)
 
 

@@ -144,14 +144,14 @@ def test_rescaling_keeps_the_distribution_and_the_sum():
         budgets = rescale(published, mean)
         assert sum(budget.total for budget in budgets) == 3 * mean
         assert budgets[0].visual > budgets[1].visual > budgets[2].visual
-    with pytest.raises(OmniMemError, match="cannot hold"):
+    with pytest.raises(OmniMemError, match="below two floors"):
         rescale(published, 20)
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"mean_budget": 31}, "cannot hold 16"),
+        ({"mean_budget": 31}, "below two floors of 16"),
         ({"mean_budget": 100, "ratio": 0.0}, "above 0"),
         ({"mean_budget": 100, "temperature": math.nan}, "above 0"),
         ({"mean_budget": 100, "floor": 0}, "at least 1"),
@@ -238,7 +238,7 @@ def test_the_command_from_media_to_picture(tiny_path, tmp_path, capsys):
     out = tmp_path / "profile.json"
     options = ["--mean-budget", "120", "--chunk-seconds", "4", "--max-seconds", "4"]
     assert main(["calibrate", "--model", str(tiny_path), "--media", str(media), "--out", str(out), *options]) == 0
-    assert "120 positions a layer from 1 clips" in capsys.readouterr().out
+    assert "120 tokens per layer, from 1 clips" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["media", "profile.json"]
     assert main(["profile", "show", str(out)]) == 0
     assert "visual H" in capsys.readouterr().out

@@ -83,7 +83,7 @@ def test_the_published_list_format_is_written_back_number_by_number(tmp_path):
 @pytest.mark.parametrize("name", ["visual", "audio"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, 8192.0, True, False, "8", None, float("nan")], ids=repr)
 def test_a_budget_is_a_whole_number_of_at_least_one(name, value):
-    with pytest.raises(OmniMemError, match=rf"layer 1 keeps .* {name} positions") as error:
+    with pytest.raises(OmniMemError, match=rf"layer 1 has .* {name} tokens") as error:
         BudgetProfile((LayerBudget(3, 2), replace(LayerBudget(3, 2), **{name: value})))
     assert "\n" not in str(error.value)
 

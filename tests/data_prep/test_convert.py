@@ -9,11 +9,10 @@ import shutil
 import datasets
 import pytest
 
-import data_prep.convert as package
 from clips import MEDIA, RABBIT, WEBB
-from data_prep.convert import convert
+from data_prep.convert import FORMATS, convert
 from data_prep.convert.options import INSTRUCTION, answer_letter, read_options
-from data_prep.convert.sample import FROM_ZERO, HISTORY, MUTE, REJECTED, SYSTEM, TRUTH, TURNS
+from data_prep.convert.sample import FROM_ZERO, HISTORY, MUTED, REJECTED, SYSTEM, TRUTH, TURNS
 from data_prep.convert.table import seconds
 from data_prep.manifest import BadRow, Question, read_manifest
 from omnimem.cli import main
@@ -83,7 +82,7 @@ def test_video_salmonn2_with_and_without_sound_and_sound_alone(run):
     assert [row.questions for row in rows[:2]] == [
         (Question("What?", "A rabbit."),), (Question("What?", "A toy."),)
     ]  # fmt: skip
-    assert report.refused == [] and report.notes == {MUTE: 1}
+    assert report.refused == [] and report.notes == {MUTED: 1}
 
 
 def test_video_salmonn2_preference_pairs_of_both_releases(run):
@@ -113,7 +112,7 @@ def test_sharegpt_both_spellings_and_its_three_kinds_of_sound(run):
     assert [facts(row) for row in rows] == [
         (VIDEO, SOUND, True), (VIDEO, None, True), (VIDEO, None, False), (SOUND, None, True)
     ]  # fmt: skip
-    assert report.notes == {SYSTEM: 1, MUTE: 1}
+    assert report.notes == {SYSTEM: 1, MUTED: 1}
 
 
 def test_sharegpt_preferences_and_alpaca(run):
@@ -212,7 +211,7 @@ def test_a_table_merges_the_questions_of_a_video(run):
 def test_tabs_options_by_column_and_answers_by_number(run):
     text = f"video\tquestion\ta0\ta1\ta2\tanswer\tuse_audio\n{VIDEO}\tWhat?\tcat\tdog\trabbit\t2\tfalse\n"
     report, (row,) = run(text, name="in.tsv")
-    assert row.questions[0].answer == "C" and not row.audio and report.notes == {FROM_ZERO: 1, MUTE: 1}
+    assert row.questions[0].answer == "C" and not row.audio and report.notes == {FROM_ZERO: 1, MUTED: 1}
     report, (row,) = run(text, name="in.tsv", answers="index1", audio="on")
     assert row.questions[0].answer == "B" and row.audio and report.notes == {}
 
@@ -295,7 +294,7 @@ def test_media_columns_give_their_paths_and_content_without_a_file_is_refused(ro
     typed.save_to_disk(root / "typed")
     report = convert([str(root / "typed")], root / "out.jsonl")
     ((place, reason),) = report.refused
-    assert place.endswith("typed[0]") and "in the data set itself" in reason
+    assert place.endswith("typed[0]") and "embedded in the data set" in reason
     assert read_manifest(root / "out.jsonl").rows[0].name == VIDEO
 
 
@@ -313,22 +312,22 @@ BAD = [
     ({**SALMONN, "video": "empty.mp4"}, 'video "empty.mp4" is an empty file'),
     ({**SALMONN, "video": "more"}, 'video "more" is not a file'),
     ({**SALMONN, "video": "text.mp4"}, "text.mp4: "),
-    ({**SALMONN, "video": SOUND}, f'video "{SOUND}" has no picture in it'),
+    ({**SALMONN, "video": SOUND}, f'video "{SOUND}" has no video track'),
     ({**SALMONN, "video": "/etc/passwd"}, 'video "/etc/passwd" lies outside '),
     ({**SALMONN, "video": "../outside.mp4"}, 'video "../outside.mp4" lies outside '),
     ({**SALMONN, "video": "https://a.b/c.mp4"}, 'video "https://a.b/c.mp4" is a URL; download it'),
     ({**SALMONN, "video": 3}, "video must be a path, got 3"),
     ({**SALMONN, "use_audio": "yes"}, 'use_audio must be true or false, got "yes"'),
-    ({**SALMONN, "timestamps": [0, 3]}, "only [0, 3] of the video is meant; cut it out first"),
-    ({**SALMONN, "start": 2, "end": 3}, "only 2 to 3 of the video is meant; cut it out first"),
-    ({**SALMONN, "image": "a.jpg"}, "it has image; only video and sound are read"),
-    ({"audio": VIDEO, "conversations": talk("<audio>What?", "A.")}, f'audio "{VIDEO}" is a video'),
+    ({**SALMONN, "timestamps": [0, 3]}, "uses only [0, 3] of the video; cut the segment first"),
+    ({**SALMONN, "start": 2, "end": 3}, "uses only 2 to 3 of the video; cut the segment first"),
+    ({**SALMONN, "image": "a.jpg"}, "it has image; only video and audio are read"),
+    ({"audio": VIDEO, "conversations": talk("<audio>What?", "A.")}, f'audio "{VIDEO}" has a video track'),
     ({**SALMONN, "conversations": talk("<video>What?", " ")}, 'empty answer to "What?"'),
     ({**SALMONN, "conversations": talk("<video>What?")}, 'question without answer: "What?"'),
     ({**SALMONN, "conversations": talk("<video>", "A.")}, "empty question"),
     ({**SALMONN, "conversations": talk("A.", "<video>What?", roles=("gpt", "human"))}, "an answer before the first"),
     ({**SALMONN, "conversations": talk("<video>What?", "A <video>.")}, "placeholder <video> in an answer"),
-    ({**SALMONN, "conversations": talk("<video>W?", "A.", roles=("human", "tool"))}, 'role "tool" has no place'),
+    ({**SALMONN, "conversations": talk("<video>W?", "A.", roles=("human", "tool"))}, 'unknown role "tool"'),
     ({**SALMONN, "conversations": talk("<video>W?", "A.", roles=("human", "history_gpt"))}, "no question with an"),
     ({**SALMONN, "conversations": []}, "a conversation is a list of turns, got []"),
     ({**SALMONN, "conversations": [*talk("<video>W?", "A."), {"from": "gpt", "value": "B."}]}, "two assistant turns"),
@@ -340,11 +339,11 @@ BAD = [
     ({**SHAREGPT, "videos": [VIDEO, OTHER]}, "media without placeholder: 2 video files, 1 <video>"),
     ({"messages": messages("<video><video>?", "A."), "videos": [VIDEO, OTHER]}, "2 video files; a row is one stream"),
     ({**SHAREGPT, "audios": [SOUND]}, "media without placeholder: 1 audio files, 0 <audio>"),
-    ({**SHAREGPT, "images": ["a.jpg"]}, "it has images; only video and sound are read"),
-    ({"messages": messages("<image>What?", "A."), "videos": [VIDEO]}, "placeholder <image>; only video and sound"),
-    ({**SHAREGPT, "videos": [["1.jpg", "2.jpg"]]}, "the video is a list of pictures"),
-    ({**SHAREGPT, "videos": [{"bytes": "x"}]}, "the video is in the data set itself"),
-    ({**SHAREGPT, "kto_tag": False}, "kto_tag is false: the answer is a bad one"),
+    ({**SHAREGPT, "images": ["a.jpg"]}, "it has images; only video and audio are read"),
+    ({"messages": messages("<image>What?", "A."), "videos": [VIDEO]}, "placeholder <image>; only video and audio"),
+    ({**SHAREGPT, "videos": [["1.jpg", "2.jpg"]]}, "the video is a list of images"),
+    ({**SHAREGPT, "videos": [{"bytes": "x"}]}, "the video is embedded in the data set"),
+    ({**SHAREGPT, "kto_tag": False}, "kto_tag is false: the answer is marked as bad"),
     ({**SHAREGPT, "tools": "[]"}, "it has tools"),
     ({"messages": messages("What?", "A."), "videos": []}, "no video and no audio"),
     ({"rejected_response": "A.", **SHAREGPT}, 'the rejected answer to "What?" is the same as the answer'),
@@ -353,7 +352,7 @@ BAD = [
     ({"video": VIDEO, "question": "What?", "options": ["a", "b"], "answer": "c"}, 'answer "c" is none of the 2'),
     ({"video": VIDEO, "question": "What?", "options": "a", "answer": "a"}, "options must be 2 to 26 texts"),
     ({"video": VIDEO, "question": "What?", "answer": "a", "time": "soon"}, "time must be seconds, mm:ss or hh:mm:ss"),
-    ({"media": VIDEO, "question": "What?", "answer": "a"}, "it is a row of a manifest already"),
+    ({"media": VIDEO, "question": "What?", "answer": "a"}, "it is already a row of a manifest"),
     ({"clip": 1}, 'format not recognised; its keys are "clip"'),
     ({**SALMONN, "conversations": talk("<video>\ud800?", " ")}, 'empty answer to "\\ud800?"'),
     ({"video": VIDEO, "question": "What?", "answer": ["a"]}, 'the answer to "What?" must be text, got ["a"]'),
@@ -433,7 +432,7 @@ def test_the_command_says_what_it_did_and_how_to_train(root, tmp_path, capsys):
     assert main(["data", "convert", str(source), "--to", str(root / "out.jsonl")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "1 rows written (1 questions, from 2 source rows), 1 refused" in lines[0]
-    assert f"{MUTE}: 1" in lines
+    assert f"{MUTED}: 1" in lines
     assert "gone.mp4" in lines[1] and lines[-1].endswith(f"data.path={root / 'out.jsonl'}")
     assert main(["data", "convert", str(source), "--to", str(tmp_path / "out.jsonl"), "--root", str(root)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith(f"data.root={root.resolve()}")
@@ -455,7 +454,7 @@ def test_the_command_refuses_in_one_line(root, tmp_path, capsys):
     assert "in.json[1]: video" in says([SALMONN, bad], "--on-bad-row", "error")
     assert "no good row among 0" in says("")
     assert "not a JSON array" in says("[1, ")
-    assert "--root is where the media lie" in says([SALMONN], "--root", str(tmp_path / "none"))
+    assert "not a folder; give the folder of the media as --root" in says([SALMONN], "--root", str(tmp_path / "none"))
     assert "must name columns video, question and answer" in says("a,b\n1,2\n", "--from", "csv")
     assert "each name once" in says("video,question,answer,answer\na,b,c,d\n", "--from", "csv")
     assert "not readable as a data set" in says("[]", "--from", "huggingface")
@@ -463,8 +462,8 @@ def test_the_command_refuses_in_one_line(root, tmp_path, capsys):
         (["gone.json", "--to", str(out)], "gone.json: no such file"),
         (["clips/gone.json", "--to", str(out)], "clips/gone.json: no such file"),
         ([str(source), "--to", str(source)], "ends in .jsonl"),
-        ([str(source), str(tmp_path / "in.json"), "--to", str(out)], "do not lie in one folder"),
-        (["owner/name", "--to", str(out)], "with --root"),
+        ([str(source), str(tmp_path / "in.json"), "--to", str(out)], "are not in one folder"),
+        (["owner/name", "--to", str(out)], "as --root"),
         ([str(root / "more"), "--to", str(out)], "a folder without *.parquet"),
     ):
         assert main(["data", "convert", *arguments]) == 2
@@ -477,4 +476,4 @@ def test_the_command_refuses_in_one_line(root, tmp_path, capsys):
 def test_the_command_line_knows_every_format(capsys):
     with pytest.raises(SystemExit):
         main(["data", "convert", "--help"])
-    assert "{" + ",".join(package.FORMATS) + "}" in capsys.readouterr().out
+    assert "{" + ",".join(FORMATS) + "}" in capsys.readouterr().out

@@ -79,4 +79,5 @@ def test_rejected_answers_are_kept_and_said_to_be_unused(tmp_path, form):
 def test_the_help_says_that_nothing_trains_on_them(capsys):
     with pytest.raises(SystemExit):
         main(["data", "convert", "--help"])
-    assert "rejected answers are kept but not trained on" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Rejected answers of preference pairs are copied to the manifest, but nothing trains on them" in shown

@@ -87,7 +87,7 @@ def test_table_json_csv_and_cells_say_the_same(compared):
         assert min(row["chunk_ms"], row["first_token_ms"]) > 0 and row["device_peak_bytes"] is None
     shown = [line.split() for line in printed.splitlines()[1:6]]
     assert [line[1] for line in shown] == ["12", "12", "24", "24", "-"] and shown[-1][0] == "full"
-    assert "3 questions about 2 clips, 1 clips left out" in printed
+    assert "3 questions about 2 clips, 1 clips skipped" in printed
     assert (out / "accuracy_vs_budget.png").read_bytes().startswith(b"\x89PNG") and "accuracy_vs_budget.png" in printed
 
 
@@ -236,7 +236,7 @@ def test_budgets_a_profile_cannot_hold_and_a_ratio_beside_it(tiny, questions, tm
     BudgetProfile.uniform(tiny.config).save(tmp_path / "p.json")
     given = ["--profile", str(tmp_path / "p.json")]
     assert compare("no/such/model", questions, tmp_path, *given, "--mean-budgets", "8") == 2
-    assert "cannot hold" in capsys.readouterr().err
+    assert "below two floors" in capsys.readouterr().err
     assert compare("no/such/model", questions, tmp_path, *given, "--ratio", "2") == 2
     assert "has its own" in capsys.readouterr().err
     for wrong in ("1", "24,x", ""):

@@ -141,7 +141,7 @@ def test_preparing_refuses_it(evil, root, tmp_path):
     file = manifest(root, {"media": evil.name}, {"media": inner(root)})
     folder = tmp_path / "prepared"
     report = prepare(read_manifest(file), folder, PrepareSettings(), workers=1, on_bad_row="skip")
-    assert report.made == 1
+    assert report.decoded == 1
     (problem,) = report.problems
     assert evil.name in problem
     assert [record["name"] for record in read_records(folder)] == ["good.webm"]

@@ -139,7 +139,7 @@ def test_the_working_and_home_folders_are_never_replaced(tmp_path, monkeypatch, 
         monkeypatch.chdir(inner)
     monkeypatch.setenv("HOME", str(inner if place == "home" else "/"))
     with (
-        pytest.raises(OmniMemError, match=f"it holds your {place} folder"),
+        pytest.raises(OmniMemError, match=f"it contains your {place} folder"),
         atomic_directory(tmp_path / "me", overwrite=True),
     ):
         pytest.fail("the work must not start")

@@ -1,15 +1,15 @@
-"""How much host memory does an export take? Peak of the process over that after imports, for two sizes of checkpoint.
+"""Host memory of an export: peak of the process above its level after imports, for two sizes of checkpoint.
 
     python tests/benchmarks/export_memory.py [--out results.json] [--sizes 200,800] [--backbones NAME,NAME]
 
 For each model and size (MiB) one process builds a checkpoint of random weights in bfloat16 and a LoRA adapter on every
-projection of the decoder's linear layers; another imports the export, notes its resident set, exports, and notes its
-peak (VmHWM, Linux). Reported is the difference as a multiple of the written checkpoint, and the slope: bytes more for
-each byte more of checkpoint, from which what every process pays once has dropped out.
+projection of the decoder's linear layers; another imports the export, reads its resident set, exports, and reads its
+peak (VmHWM, Linux). Reported are the difference as a multiple of the written checkpoint, and the slope: additional
+bytes of memory per additional byte of checkpoint, in which one-time costs of a process cancel.
 
 Mapped files count in the resident set. The weights of a dense model are the mapped file until they are merged; experts
-are joined while they are loaded, so that their file is mapped beside them, in pages that the kernel can drop. What it
-cannot drop, anonymous memory, is sampled every 5 ms and reported as well.
+are joined while they are loaded, so their file is mapped in addition, in pages that the kernel can drop. Anonymous
+memory, which it cannot drop, is sampled every 5 ms and reported as well.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from typing import Any
 from report import new_parser, run_child, write_report
 
 LIMITS = {"qwen2_5_omni": 1.25, "qwen3_omni": 2.25}
-"""Most bytes of resident set for each byte of checkpoint: one copy (with experts: and their file), and some room."""
+"""Upper limit of resident bytes per byte of checkpoint: one copy (with experts: plus their file), and a tolerance."""
 
 WIDTH = 1024
 LAYER_MIB = {"qwen2_5_omni": 18, "qwen3_omni": 30}
 """Size of a decoder layer of this width in bfloat16."""
 
 SHARD = "20MB"
-"""As small beside these checkpoints as the export's own 2 GB beside published ones."""
+"""Shard size, in the same proportion to these checkpoints as the default 2 GB to published ones."""
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -45,21 +45,21 @@ def status(name: str) -> int:
 
 
 class Anonymous(threading.Thread):
-    """Most bytes of anonymous memory while this runs."""
+    """Peak of anonymous memory while this thread runs."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.start_bytes = self.peak = status("RssAnon")
 
     def run(self) -> None:
-        """Look every 5 ms until the process ends."""
+        """Sample every 5 ms until the process ends."""
         while True:
             self.peak = max(self.peak, status("RssAnon"))
             time.sleep(0.005)
 
 
 def build(folder: Path, name: str, mib: int) -> None:
-    """Write ``folder/base`` of about so many MiB and ``folder/run`` with an adapter for it."""
+    """Write ``folder/base`` of about `mib` MiB and ``folder/run`` with an adapter for it."""
     import torch
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file, save_file
@@ -84,7 +84,7 @@ def build(folder: Path, name: str, mib: int) -> None:
 
 
 def export(folder: Path) -> dict[str, Any]:
-    """Export ``folder/run``; bytes of the checkpoint, of the process before and of its peak, and seconds."""
+    """Export ``folder/run``; bytes of the checkpoint and of the process before and at its peak, and seconds."""
     import train.export
 
     train.export.SHARD = SHARD
@@ -103,7 +103,7 @@ def export(folder: Path) -> dict[str, Any]:
 
 
 def measure(name: str, mib: int) -> dict[str, Any]:
-    """Build and export, each in a process of its own, whose allocator gives freed memory back."""
+    """Build and export, each in a new process."""
     with tempfile.TemporaryDirectory() as folder:
         run_child(__file__, "--child", "build", folder, name, str(mib))
         row = run_child(__file__, "--child", "export", folder, name, str(mib))
@@ -111,7 +111,7 @@ def measure(name: str, mib: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure and report; exit 1 when memory grows by more than the limit for each byte of checkpoint."""
+    """Measure and report; exit 1 if the slope exceeds the limit."""
     parser = new_parser(__doc__)
     parser.add_argument("--sizes", default="200,800", help="two sizes in MiB (default: %(default)s)")
     parser.add_argument("--backbones", default=",".join(LIMITS), help="(default: %(default)s)")
@@ -137,7 +137,7 @@ def main() -> int:
         bytes_more = large["checkpoint"] - small["checkpoint"]
         slopes[name] = {key: (large[key] - small[key]) / bytes_more for key in ("resident", "anonymous")}
         print(
-            f"{name:<14} {slopes[name]['resident']:.2f} bytes more for each byte more of checkpoint "
+            f"{name:<14} {slopes[name]['resident']:.2f} additional bytes per additional byte of checkpoint "
             f"(limit {LIMITS[name]}), {slopes[name]['anonymous']:.2f} of them anonymous"
         )
         rows += pair

@@ -138,8 +138,8 @@ def nested(depth: int) -> list[str]:
         ("[[1, 2, 3]]", r"expected \[audio, visual\]"),
         ("[[1, 2], 3]", r"layer 1 is 3"),
         ('["ab"]', r"expected \[audio, visual\]"),
-        ("[[1, 2], [0, 2]]", "layer 1 keeps 0 audio"),
-        ("[[1, -2]]", "keeps -2 visual"),
+        ("[[1, 2], [0, 2]]", "layer 1 has 0 audio"),
+        ("[[1, -2]]", "has -2 visual"),
         ("[[1.0, 2]]", "1.0 audio"),
         ("[[true, 2]]", "True audio"),
         ("[[NaN, 2]]", "JSON"),
@@ -151,7 +151,7 @@ def nested(depth: int) -> list[str]:
         (saved_with(selection=[]), "selection must be an object"),
         (saved_with(selection={"method": ["omnimem"]}), "selection: method must be a single value"),
         (saved_with(stream={"fps": {}}), "stream: fps must be a single value"),
-        *((text, "nests|JSON|expected|keeps|single") for depth in (20, 900, 970, 5000) for text in nested(depth)),
+        *((text, "nests|JSON|expected|tokens|single") for depth in (20, 900, 970, 5000) for text in nested(depth)),
     ],
 )
 def test_files_that_are_no_profile_are_refused_in_one_line_that_names_the_file(tmp_path, content, reason):

@@ -131,7 +131,7 @@ class Forced(LogitsProcessor):
 
 def test_the_score_of_an_answer_is_what_generation_gives_it(tiny):
     session = StreamingSession(tiny, BudgetProfile.uniform(tiny.config, 24), "omnimem", StreamSettings(chunk_seconds=4))
-    with pytest.raises(OmniMemError, match="nothing watched"):
+    with pytest.raises(OmniMemError, match="no media streamed"):
         session.score_answer("Who?", "He.")
     for event in session.watch(WEBB):
         if event.chunk == 1:

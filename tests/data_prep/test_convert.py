@@ -1,4 +1,4 @@
-"""Data sets of other projects become manifests; what a row must not say is refused with its place and reason.
+"""`omnimem data convert`: data sets of other projects become manifests; bad rows are refused with place and reason.
 
 python -m pytest tests/data_prep/test_convert.py
 """
@@ -23,7 +23,7 @@ VIDEO, OTHER, SOUND = RABBIT.name, WEBB.name, "audio_speech_jfk_11s.flac"
 
 @pytest.fixture
 def root(tmp_path):
-    """A data root with two videos, a sound, and files that are not what they seem."""
+    """A data root with two videos, an audio file, and files with a wrong suffix or no content."""
     folder = tmp_path / "data"
     (folder / "more").mkdir(parents=True)
     for name in (VIDEO, OTHER, SOUND):
@@ -36,7 +36,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def run(root):
-    """Write rows as JSON (an array), JSON Lines, or text as it is; convert; read the manifest back."""
+    """Write rows as a JSON array, JSON Lines, or the given text; convert; read the manifest."""
 
     def go(rows, name="in.json", **options):
         source = root / name
@@ -67,7 +67,7 @@ def facts(row):
 # ---- video-SALMONN 2 -------------------------------------------------------------------------------------------------
 
 
-def test_video_salmonn2_with_and_without_sound_and_sound_alone(run):
+def test_video_salmonn2_with_audio_without_audio_and_audio_only(run):
     report, rows = run(
         [
             {"video": VIDEO, "use_audio": True, "conversations": talk("<video>\nWhat?", "A rabbit.")},
@@ -100,7 +100,7 @@ def test_video_salmonn2_preference_pairs_of_both_releases(run):
 # ---- LLaMA-Factory and ms-swift --------------------------------------------------------------------------------------
 
 
-def test_sharegpt_both_spellings_and_its_three_kinds_of_sound(run):
+def test_sharegpt_both_spellings_and_three_uses_of_audio(run):
     report, rows = run(
         [
             {"messages": messages("<video><audio>What?", "A."), "videos": [VIDEO], "audios": [SOUND]},
@@ -135,7 +135,7 @@ def test_sharegpt_preferences_and_alpaca(run):
     )
 
 
-def test_conversation_of_several_turns_becomes_questions_of_their_own(run):
+def test_each_turn_of_a_conversation_becomes_a_separate_question(run):
     turns = [{"from": "system", "value": "Be brief."}, *talk("One?", "1.", "Look at <video> now", "2.")]
     learned = messages("<video>Three?", "3.", "Four?", "4.")
     learned[1]["loss"] = False
@@ -240,7 +240,7 @@ def test_options_and_the_letter_of_the_answer(answer, reading, letter):
     [("C", ["yes", "no"], "auto"), ("2", ["yes", "no"], "auto"), ("B. yes", ["yes", "no"], "auto"),
      ("1", ["1", "2"], "auto"), ("A", ["B", "A"], "auto"), ("no", ["yes", "no"], "letter"), (0, ["a", "b"], "index1")],
 )  # fmt: skip
-def test_options_that_an_answer_does_not_settle(answer, options, reading):
+def test_ambiguous_answers_to_options_are_refused(answer, options, reading):
     with pytest.raises(BadRow, match="answer "):
         answer_letter(answer, options, reading)
 
@@ -281,7 +281,7 @@ def test_data_sets_saved_to_disk_and_as_parquet(root):
         convert([str(root / "splits")], root / "out.jsonl")
 
 
-def test_media_columns_give_their_paths_and_content_without_a_file_is_refused(root):
+def test_media_columns_give_paths_and_embedded_content_is_refused(root):
     texts = {"question": ["Who?"] * 2, "answer": ["A president."] * 2}
     paths = datasets.Dataset.from_dict({"audio": [str(root / SOUND)] * 2, **texts})
     paths.cast_column("audio", datasets.Audio()).save_to_disk(root / "saved")
@@ -365,7 +365,7 @@ BAD = [
 ]  # fmt: skip
 
 
-def test_bad_rows_are_refused_one_by_one_and_good_rows_go_on(run, root):
+def test_bad_rows_are_refused_and_good_rows_converted(run, root):
     report, rows = run([SALMONN, *(row for row, _ in BAD), SALMONN])
     assert [place for place, _ in report.refused] == [f"{root / 'in.json'}[{i + 1}]" for i in range(len(BAD))]
     for (_, reason), (row, expected) in zip(report.refused, BAD, strict=True):
@@ -375,7 +375,7 @@ def test_bad_rows_are_refused_one_by_one_and_good_rows_go_on(run, root):
     assert [(entry["source"], entry["reason"]) for entry in listed] == report.refused
 
 
-def test_lines_that_are_no_rows_are_refused_too(run, root):
+def test_invalid_lines_are_refused(run, root):
     good = json.dumps(SHAREGPT)
     report, _ = run(f"{good}\n{{half\n\n{good}\n", name="in.jsonl")
     assert report.refused[0][0] == f"{root / 'in.jsonl'}:2" and "not valid JSON" in report.refused[0][1]
@@ -388,13 +388,13 @@ def test_lines_that_are_no_rows_are_refused_too(run, root):
     assert not (root / "out.refused.jsonl").exists()
 
 
-def test_answers_that_are_numbers(run):
+def test_numeric_answers(run):
     rows = [{"video": VIDEO, "question": "How many?", "answer": number} for number in (1234567, 3.0, 2.25)]
     _, (row,) = run(rows)
     assert [one.answer for one in row.questions] == ["1234567", "3", "2.25"]
 
 
-def test_bad_lines_of_a_table_cost_no_other_line(run, root):
+def test_a_bad_line_of_a_table_does_not_affect_other_lines(run, root):
     lines = ["video,question,answer", f"{VIDEO},One?,a,b", f"{VIDEO},Two?,a", f'{VIDEO},"Three"?,a', f"{VIDEO},Four?,a"]
     latin = f"{VIDEO},Wo liegt K\xf6ln?,a".encode("latin-1")
     table = "\n".join(lines).encode() + b"\n" + latin + f'\n{VIDEO},Six?,"a\n{VIDEO},Seven?,b\n'.encode()
@@ -407,7 +407,7 @@ def test_bad_lines_of_a_table_cost_no_other_line(run, root):
         assert place == f"{root / 'in.csv'}:{line}" and words in reason
 
 
-def test_a_link_that_leaves_the_root_and_files_that_are_not_opened(run, root):
+def test_links_out_of_the_root_are_refused_also_without_opening_files(run, root):
     (root / "link.mp4").symlink_to(root.parent / "outside.mp4")
     report, rows = run([{**SALMONN, "video": name} for name in ("link.mp4", "text.mp4")], open_media=False)
     assert "lies outside" in report.refused[0][1] and [row.name for row in rows] == ["text.mp4"]
@@ -415,7 +415,7 @@ def test_a_link_that_leaves_the_root_and_files_that_are_not_opened(run, root):
     assert row.name == VIDEO and report.refused == []
 
 
-def test_what_is_heard_can_be_set_for_all(run):
+def test_the_audio_option_overrides_all_rows(run):
     rows = [{**SALMONN, "audio": SOUND}, {"audio": SOUND, "conversations": talk("<audio>W?", "A.")}]
     report, (row,) = run(rows, audio="off")
     assert facts(row) == (VIDEO, None, False) and "--audio off leaves nothing" in report.refused[0][1]
@@ -426,7 +426,7 @@ def test_what_is_heard_can_be_set_for_all(run):
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_says_what_it_did_and_how_to_train(root, tmp_path, capsys):
+def test_the_command_prints_a_summary_and_the_training_command(root, tmp_path, capsys):
     source = root / "in.json"
     source.write_text(json.dumps([SALMONN, {**SALMONN, "video": "gone.mp4"}]))
     assert main(["data", "convert", str(source), "--to", str(root / "out.jsonl")]) == 0
@@ -439,7 +439,7 @@ def test_the_command_says_what_it_did_and_how_to_train(root, tmp_path, capsys):
     assert read_manifest(tmp_path / "out.jsonl", root).problems == []
 
 
-def test_the_command_refuses_in_one_line(root, tmp_path, capsys):
+def test_mistakes_on_the_command_line_give_one_line(root, tmp_path, capsys):
     source, out = root / "in.json", root / "out.jsonl"
 
     def says(rows, *options):
@@ -473,7 +473,7 @@ def test_the_command_refuses_in_one_line(root, tmp_path, capsys):
     assert "is the input" in capsys.readouterr().err
 
 
-def test_the_command_line_knows_every_format(capsys):
+def test_the_help_lists_every_format(capsys):
     with pytest.raises(SystemExit):
         main(["data", "convert", "--help"])
     assert "{" + ",".join(FORMATS) + "}" in capsys.readouterr().out

@@ -118,7 +118,7 @@ def remove_directory(path: str | os.PathLike[str]) -> None:
     shutil.rmtree(hidden)
 
 
-def sweep(folder: str | os.PathLike[str]) -> None:
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
     """Delete temporary files and folders of killed processes directly inside `folder`."""
     for path in Path(folder).glob(".*"):
         if LEFTOVER.fullmatch(path.name):

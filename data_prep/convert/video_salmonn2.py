@@ -1,4 +1,4 @@
-r"""Rows of video-SALMONN 2 and 2+: `video` or `audio` beside `conversations`.
+r"""Rows of video-SALMONN 2 and 2+: `video` or `audio`, and `conversations`.
 
     {"video": "a.mp4", "use_audio": true, "conversations": [{"from": "human", "value": "<video>\nWhat?"}, …]}
 

@@ -32,7 +32,7 @@ from data_prep.decoded_clips.format import VERSION, ClipMetadata, PrepareSetting
 from data_prep.decoded_clips.shard_writer import Prepared, Refused, Task, died, prepare_clip, source
 from data_prep.manifest import Manifest, Row
 from omnimem.errors import OmniMemError
-from omnimem.files import atomic_file, atomic_write_json, sweep
+from omnimem.files import atomic_file, atomic_write_json, remove_leftovers
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _lock(store: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            sweep(store)
+            remove_leftovers(store)
         except OSError:
             pass  # another run, or a file system without locks: delete nothing
         with suppress(OSError):

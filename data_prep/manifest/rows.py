@@ -1,4 +1,4 @@
-"""What a manifest holds: rows with their questions, and the fingerprint by which a run recognises its data."""
+"""Rows of a manifest with their questions, and the fingerprint by which a run recognises its data."""
 
 from __future__ import annotations
 

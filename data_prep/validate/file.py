@@ -188,24 +188,24 @@ def _times(source: Source, tracks: list[Track], used: list[Track], fast: bool) -
         if abs(late) > START_OFFSET:
             first, last = ("video", "audio") if late > 0 else ("audio", "video")
             found.append(Finding("start_offset", f"{last} starts {1000 * abs(late):.0f} ms after {first}"))
-    whole = all(track.error is None and not track.truncated for track in used)
+    complete = all(track.error is None and not track.truncated for track in used)
     ends = {track.kind: track.end for track in used if track.end is not None}
-    if whole and len(ends) == 2 and abs(gap := float(ends["audio"] - ends["video"])) > END_OFFSET:
+    if complete and len(ends) == 2 and abs(gap := float(ends["audio"] - ends["video"])) > END_OFFSET:
         first, last = ("video", "audio") if gap > 0 else ("audio", "video")
         found.append(Finding("end_offset", f"{first} ends {abs(gap):.1f} s before {last}"))
-    return [*found, *_duration(info, [track for track in tracks if not track.still], whole)]
+    return [*found, *_duration(info, [track for track in tracks if not track.still], complete)]
 
 
-def _duration(info: MediaInfo, moving: list[Track], whole: bool) -> list[Finding]:
+def _duration(info: MediaInfo, moving: list[Track], complete: bool) -> list[Finding]:
     starts = [track.first for track in moving if track.first is not None]
     length = float(max((track.end for track in moving if track.end is not None), default=0) - min(starts, default=0))
     found = []
     if info.duration is None:
         message = f"the header has no duration (decoded: {length:.1f} s): plans count it as 0 s"
         found.append(Finding("no_duration", message))
-    elif whole and abs(info.duration - length) > max(DURATION_SECONDS, DURATION_SHARE * length):
+    elif complete and abs(info.duration - length) > max(DURATION_SECONDS, DURATION_SHARE * length):
         found.append(Finding("duration_mismatch", f"header: {info.duration:.1f} s, content: {length:.1f} s"))
-    if whole and length < SHORT:
+    if complete and length < SHORT:
         found.append(Finding("short", f"only {length:.2f} s long"))
     return found
 

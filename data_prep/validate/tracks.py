@@ -221,8 +221,10 @@ def is_variable(times: array[int], tick: Fraction) -> bool:
     if total < 2:
         return False
     median = _median(steps, total)
-    odd = sum(n for step, n in steps.items() if abs(step - median) * tick > max(Fraction(2, 1000), median * tick / 10))
-    return odd > max(1, total / 100)
+    irregular = sum(
+        n for step, n in steps.items() if abs(step - median) * tick > max(Fraction(2, 1000), median * tick / 10)
+    )
+    return irregular > max(1, total / 100)
 
 
 def step_range(times: array[int], tick: Fraction) -> tuple[float, float]:

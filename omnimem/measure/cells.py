@@ -25,7 +25,7 @@ from rich.progress import Progress
 
 from omnimem.backbones import Backbone
 from omnimem.errors import OmniMemError
-from omnimem.files import atomic_file, atomic_write_json, sweep
+from omnimem.files import atomic_file, atomic_write_json, remove_leftovers
 from omnimem.selection import SELECTION_METHODS, SelectionMethod, build_selection
 
 log = logging.getLogger("omnimem.measure.cells")
@@ -85,7 +85,7 @@ def run_cells(
     """
     rows = []
     if (folder / CELLS).is_dir():
-        sweep(folder / CELLS)
+        remove_leftovers(folder / CELLS)
     with Progress(*Progress.get_default_columns(), console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(cells))
         for cell in cells:

@@ -48,7 +48,7 @@ class Meter:
         Largest size of keys and values after any forward: retained and new tokens before compression, or retained
         tokens, question and answer.
     memory_peak : int
-        The same for the whole cache, with buffers and the state of the selection method.
+        The same for the full_chunks cache, with buffers and the state of the selection method.
     device_peak : int or None
         CUDA: peak bytes allocated by PyTorch beyond those at the start (weights); None on other devices.
     step_seconds : list of float
@@ -135,8 +135,8 @@ class _MeteredSettings(StreamSettings):
             return super().open(path, backbone, audio_path)
         once = replace(self, loop_seconds=None, max_seconds=min(REPEATED_SECONDS, self.max_seconds or math.inf))
         reader, _ = StreamSettings.open(once, path, backbone, audio_path)
-        whole = replace(self, max_seconds=self.loop_seconds)
-        encoder = whole.stream_encoder(replace(reader.info, duration=self.loop_seconds), backbone)
+        full_length = replace(self, max_seconds=self.loop_seconds)
+        encoder = full_length.stream_encoder(replace(reader.info, duration=self.loop_seconds), backbone)
         chunks = repeat(reader, self.fps, self.chunk_seconds, self.loop_seconds)
         return cast(MediaReader, _Repeated(reader.info, chunks)), encoder
 
@@ -174,19 +174,19 @@ def repeat(reader: MediaReader, fps: float, chunk_seconds: float, seconds: float
     """
     frames = round(fps * chunk_seconds) if reader.info.has_video else 0
     samples = round(SAMPLE_RATE * chunk_seconds)
-    whole: list[Chunk] = []
+    full_chunks: list[Chunk] = []
     for chunk in reader:
         if len(chunk.frames) < frames or (chunk.audio is not None and len(chunk.audio) < samples):
             break
-        whole.append(chunk)
-    if not whole:
+        full_chunks.append(chunk)
+    if not full_chunks:
         name = Path(reader.info.path).name
         raise OmniMemError(
             f"{name}: shorter than a chunk of {chunk_seconds:g} s; choose a longer clip or shorter chunks"
         )
     count = math.ceil(seconds / chunk_seconds - 1e-6)
     for index in range(count):
-        chunk = whole[index % len(whole)]
+        chunk = full_chunks[index % len(full_chunks)]
         start = index * chunk_seconds
         yield replace(
             chunk,

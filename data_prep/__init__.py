@@ -1,1 +1,1 @@
-"""Data before training: manifests that name clips and their questions, checked before anything is decoded."""
+"""Data before training: read, convert, check and decode manifests of clips and questions (`README.md`)."""

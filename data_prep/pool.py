@@ -1,7 +1,7 @@
-"""Many files read by worker processes, and going on when one of them dies.
+"""Process files in worker processes and continue when one of the workers dies.
 
-A decoder that crashes, or that takes all memory, takes its process along, and with it Python's whole pool. Whatever was
-at work then is done again, each file alone: the one whose process dies again is the one.
+A decoder that crashes or exhausts memory kills its process, and Python then discards the whole pool. The files that
+were in progress are processed again, one at a time: the file whose process dies a second time is the cause.
 
     python -m pytest tests/data_prep/test_validate.py -k "crash or interrupted"
 """
@@ -23,49 +23,50 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-AHEAD = 2  # files handed to each worker before it asks: it need not wait, and few are read twice
+TASKS_PER_WORKER = 2  # one running and one queued; a small number, because they are repeated after a crash
 
 
 def processors() -> int:
-    """Processors that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def in_processes(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Generator[tuple[Item, Result | None], None, None]:
-    """Call `function` on every item in worker processes; yield results as they come, None where the process died.
+    """Call `function` on every item in worker processes; yield each result when it completes, None if its process died.
 
     Parameters
     ----------
     function : callable
-        Of a module (workers are spawned and import it). What it raises ends the work.
+        A module-level function, because workers are spawned and import it. Its exceptions are raised here.
     items : iterable
-        Taken as workers ask for them; picklable.
+        Picklable items, consumed as workers become free.
     workers : int
+        Number of processes.
     """
-    waiting = iter(items)
-    while suspects := (yield from _until_one_dies(function, waiting, workers)):
+    remaining = iter(items)
+    while suspects := (yield from _run_until_a_worker_dies(function, remaining, workers)):
         for item in suspects:
-            if (yield from _until_one_dies(function, iter([item]), 1)):
+            if (yield from _run_until_a_worker_dies(function, iter([item]), 1)):
                 yield item, None
 
 
-def _until_one_dies(
-    function: Callable[[Item], Result], waiting: Iterator[Item], workers: int
+def _run_until_a_worker_dies(
+    function: Callable[[Item], Result], remaining: Iterator[Item], workers: int
 ) -> Generator[tuple[Item, Result], None, list[Item]]:
-    """Yield results until all are done; return the items in flight if a worker died."""
-    first = list(islice(waiting, 1))
+    """Yield results until all items are done; return the items in progress if a worker died."""
+    first = list(islice(remaining, 1))
     if not first:
         return []
     context = multiprocessing.get_context("spawn")
-    # Closed when this process ends, however it ends: workers that decode do not outlive it.
+    # The system closes the pipe when this process ends in any way; the workers then exit.
     lifeline, held = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with, initargs=(lifeline,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_exit_with_parent, initargs=(lifeline,))
     running: dict[Future[Result], Item] = {}
     try:
         while True:
-            for item in [*first, *islice(waiting, AHEAD * workers - len(running) - len(first))]:
+            for item in [*first, *islice(remaining, TASKS_PER_WORKER * workers - len(running) - len(first))]:
                 try:
                     running[pool.submit(function, item)] = item
                 except BrokenProcessPool:
@@ -87,8 +88,8 @@ def _until_one_dies(
         lifeline.close()
 
 
-def _die_with(lifeline: Connection) -> None:
-    """End this worker as soon as the other end of `lifeline` is closed, in the middle of a file if need be."""
+def _exit_with_parent(lifeline: Connection) -> None:
+    """End this worker as soon as the other end of `lifeline` is closed, even while it decodes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent closes the lifeline
 
     def watch() -> None:

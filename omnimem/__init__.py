@@ -1,4 +1,4 @@
-"""OmniMem: fine-tune and run audio-visual language models with a memory of fixed size.
+"""OmniMem: fine-tune and run audio-visual language models with a compressed KV cache of fixed size.
 
     from omnimem import StreamingSession
 
@@ -7,8 +7,7 @@
         print(event)
     print(session.ask("What does the narrator say?"))
 
-The public names are imported when they are first used: `import omnimem` costs nothing, so that the command
-line answers `--help` at once.
+The public names are imported when they are first used, so that `import omnimem` and `omnimem --help` are fast.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from __future__ import annotations
 import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from omnimem.version import __version__
 
 if TYPE_CHECKING:
     from omnimem.backbones import load_backbone
@@ -25,10 +26,8 @@ if TYPE_CHECKING:
     from omnimem.selection import SELECTION_METHODS
     from omnimem.stream import StreamingSession
 
-# peft imports it to see whether it is there, and on a CPU it complains of a faster kernel that nobody asked for.
+# peft imports bitsandbytes to see whether it is installed; on a CPU that logs a warning about a missing kernel.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-__version__ = "0.1.0"
 
 __all__ = [
     "SELECTION_METHODS",
@@ -40,7 +39,7 @@ __all__ = [
     "load_backbone",
 ]
 
-_HOMES = {
+_MODULES = {
     "BudgetProfile": "omnimem.budget",
     "CompressedCache": "omnimem.memory",
     "OmniMemError": "omnimem.errors",
@@ -51,14 +50,14 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for (PEP 562)."""
-    if name not in _HOMES:
+    """Import a public name on first access (PEP 562)."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value  # asked for once: afterwards the module finds it by itself
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value  # later lookups find it without this function
     return value
 
 
 def __dir__() -> list[str]:
-    """List the public names for completion, imported or not."""
+    """List the public names for completion, whether imported or not."""
     return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""`python -m omnimem`: the same as the command `omnimem`."""
+"""`python -m omnimem` runs the command `omnimem`."""
 
 from omnimem.cli import main
 

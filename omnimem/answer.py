@@ -1,8 +1,8 @@
-"""The command ``omnimem answer``: watch a clip with a bounded memory, live, and answer a question about it.
+"""The command ``omnimem answer``: stream a clip with a bounded cache, show progress, and answer a question about it.
 
     omnimem answer runs/quickstart clip.mp4 "What is heard?" --json
 
-The display goes to stderr and the answer to stdout, so that scripts can read it.
+Progress goes to stderr and the answer to stdout, for scripts.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from omnimem.stream import StreamEvent, StreamingSession
 
 
 def answer_command(args: argparse.Namespace) -> None:
-    """Load, watch, ask, print; `args` are those of `omnimem.cli`."""
+    """Load the model, stream the clip, ask, print; `args` are those of `omnimem.cli`."""
     if not args.question.strip():
-        raise OmniMemError("the question is empty")
+        raise OmniMemError("the question is empty: give a text")
     session = open_session(args)
     console = Console(stderr=True)
     started = time.perf_counter()
@@ -36,7 +36,7 @@ def answer_command(args: argparse.Namespace) -> None:
             live.update(progress_line(event))
             if args.at is not None and event.seconds >= args.at:
                 break
-    assert event is not None  # a file without a single chunk is a MediaError
+    assert event is not None  # a file without any chunk raises MediaError
     watched = time.perf_counter()
     console.print(progress_line(event), soft_wrap=True)
     if args.at is not None and event.seconds < args.at:
@@ -71,7 +71,7 @@ def answer_command(args: argparse.Namespace) -> None:
 
 
 def open_session(args: argparse.Namespace) -> StreamingSession:
-    """Session for the command's options; whatever is left out is as the checkpoint was trained."""
+    """A session with the command's options; the defaults are those the checkpoint was trained with."""
     settings = {
         "fps": args.fps,
         "chunk_seconds": args.chunk_seconds,
@@ -94,10 +94,8 @@ def open_session(args: argparse.Namespace) -> StreamingSession:
 
 
 def progress_line(event: StreamEvent) -> Text:
-    """Seconds read, positions retained and bytes held, on one line."""
+    """Seconds read, retained tokens and their bytes, on one line."""
     total = "" if event.duration is None else f" of {event.duration:.0f}"
-    kept = event.retained
-    return Text(
-        f"{event.seconds:.0f}{total} s read · kept {kept['visual']:.0f} visual + {kept['audio']:.0f} audio + "
-        f"{kept['text']:.0f} text a layer · {event.kv_bytes / 2**20:.2f} MiB"
-    )
+    tokens = " + ".join(f"{event.retained[kind]:.0f} {kind}" for kind in ("visual", "audio", "text"))
+    size = event.kv_bytes / 2**20
+    return Text(f"{event.seconds:.0f}{total} s read · retained {tokens} tokens per layer · {size:.2f} MiB")

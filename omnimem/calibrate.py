@@ -1,10 +1,10 @@
-"""Measure a calibration set and turn it into a budget profile (AVBA, method.md §3).
+"""Measure calibration clips and allocate a budget profile (AVBA, arXiv 2606.07577).
 
     omnimem calibrate --model runs/quickstart --media clips/ --mean-budget 96 --out profile.json
 
-Every clip is streamed with nothing evicted while each layer's attention mass and hidden states are observed; what is
-kept of a clip are a few numbers a layer, so the set may be large. They are saved clip by clip: an interrupted
-calibration goes on where it stopped.
+Every clip is streamed without eviction while the attention scores and hidden states of each layer are observed. Only a
+few numbers per layer are stored for each clip, so the set may be large. They are saved after every clip: an interrupted
+calibration resumes with the next one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from omnimem.selection import AttentionScoreSpec
 from omnimem.selection.base import compute_dtype
 from omnimem.selection.full import Full
 from omnimem.selection.redundancy import redundancy
-from omnimem.stream import StreamingSession, StreamSettings
+from omnimem.stream import StreamingSession
+from omnimem.stream_settings import StreamSettings
 
 log = logging.getLogger("omnimem.calibrate")
 
@@ -46,7 +47,7 @@ GROUPS = {"visual": (VISUAL,), "audio": (AUDIO,), "both": (VISUAL, AUDIO)}
 
 
 class Observe(Full):
-    """Keep everything and observe what allocation needs: attention mass and hidden states."""
+    """Evict nothing, and observe what the allocation needs: attention scores and hidden states."""
 
     attention_scores = AttentionScoreSpec()
     stores_features = True
@@ -58,7 +59,7 @@ class Observe(Full):
 
 @dataclass(frozen=True)
 class ClipStatistics:
-    """Numbers of one clip: for each layer and group (visual, audio, both) entropy, redundancy and count."""
+    """Statistics of one clip: entropy, redundancy and count for each layer and group (visual, audio, both)."""
 
     name: str
     digest: str
@@ -67,13 +68,13 @@ class ClipStatistics:
 
 @torch.no_grad()
 def measure_clip(backbone: Backbone, clip: Path, settings: StreamSettings) -> list[dict[str, dict[str, float]]]:
-    """Stream a clip without eviction and summarise every layer.
+    """Stream a clip without eviction and compute the statistics of every layer.
 
     Returns
     -------
     list of dict
-        For each layer: group → ``entropy`` (normalised), ``redundancy``, ``count``; a group that does not occur
-        is left out.
+        For each layer: group → ``entropy`` (normalised), ``redundancy``, ``count``; groups with fewer than two tokens
+        are omitted.
     """
     profile = BudgetProfile.uniform(backbone.config)
     cache = CompressedCache(profile, Observe())
@@ -94,7 +95,7 @@ def _summarise(layer: CompressedLayer) -> dict[str, dict[str, float]]:
         member = torch.isin(table.modality[0], torch.tensor(kinds, dtype=torch.int8, device=table.modality.device))
         count = int(member.sum())
         if count < 2:
-            continue  # the entropy of a single position says nothing, and log 1 = 0
+            continue  # the normalised entropy of a single token is undefined: log 1 = 0
         share = layer.attention_scores[0][member].double()
         share = share / share.sum()
         entropy = -torch.xlogy(share, share).sum().item() / math.log(count)
@@ -108,23 +109,22 @@ def calibrate(
     settings: StreamSettings,
     partial: Path,
 ) -> Iterator[ClipStatistics | None]:
-    """Measure clips one by one, keeping results in `partial`; clips measured before are not streamed again.
+    """Measure clips one by one and save the results in `partial`; clips that it contains are not measured again.
 
     Parameters
     ----------
     backbone : Backbone
-        The model.
     clips : sequence of Path
-        Media files; one that cannot be read is logged and left out.
+        Media files; one that cannot be read is logged and skipped.
     settings : StreamSettings
-        How media are read; ``max_seconds`` bounds the memory, because nothing is evicted here.
+        How media are read; ``max_seconds`` bounds the cache, because nothing is evicted.
     partial : Path
-        JSON file with what has been measured so far, written after every clip.
+        JSON file with the results so far, written after every clip.
 
     Yields
     ------
     ClipStatistics or None
-        Of each clip, None for one that was left out.
+        Of each clip; None for a skipped one.
     """
     model = asdict(ModelFingerprint.of(backbone.config))
     key = {"model": model, "model_id": backbone.model_id, "stream": asdict(settings)}
@@ -135,7 +135,7 @@ def calibrate(
             try:
                 known[digest] = measure_clip(backbone, clip, settings)
             except OmniMemError as error:
-                log.warning("left out: %s", error)
+                log.warning("clip skipped: %s", error)
                 yield None
                 continue
             atomic_write_json(partial, {**key, "clips": known})
@@ -143,7 +143,7 @@ def calibrate(
 
 
 def _read_partial(partial: Path, key: dict[str, Any]) -> dict[str, Any]:
-    """Clips measured before with the same model and settings."""
+    """Results for the same model and settings; none if the file belongs to others."""
     if not partial.is_file():
         return {}
     try:
@@ -151,7 +151,7 @@ def _read_partial(partial: Path, key: dict[str, Any]) -> dict[str, Any]:
         same = {name: content[name] for name in key} == json.loads(json.dumps(key))
         return content["clips"] if same else {}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise OmniMemError(f"{partial}: not a calibration in progress; delete it to start anew") from error
+        raise OmniMemError(f"{partial}: not an unfinished calibration; delete it to start again") from error
 
 
 def profile_from(
@@ -164,15 +164,15 @@ def profile_from(
     floor: int = DEFAULT_FLOOR,
     selection: dict[str, Any] | None = None,
 ) -> BudgetProfile:
-    """Average the clips and allocate.
+    """Average the statistics of the clips and allocate budgets.
 
     Raises
     ------
     OmniMemError
-        No clip could be used, or the budget cannot hold the floors.
+        No usable clip, or the mean budget is below the floors.
     """
     if not clips:
-        raise OmniMemError("nothing to calibrate on: no clip could be read")
+        raise OmniMemError("nothing to calibrate on: no clip could be read; check them with omnimem data validate")
     layers = [_average([clip.layers[i] for clip in clips]) for i in range(len(clips[0].layers))]
     digest = hashlib.sha256("\n".join(sorted(clip.digest for clip in clips)).encode()).hexdigest()
     return BudgetProfile(
@@ -195,7 +195,7 @@ def profile_from(
 
 
 def _average(layers: Sequence[dict[str, dict[str, float]]]) -> LayerStatistics:
-    """Mean over the clips in which a group occurs."""
+    """Mean over the clips that contain a group."""
 
     def mean(group: str) -> Compressibility:
         found = [layer[group] for layer in layers if group in layer]

@@ -1,6 +1,6 @@
-"""The one exception that means "you can fix this": entry points print its line and exit with status 2.
+"""`OmniMemError`, the exception for mistakes of the user: entry points print its message and exit with status 2.
 
-Everything else that is raised is a defect of ours (or of the machine) and exits with status 1.
+Any other exception is a bug (or a failure of the machine) and exits with status 1.
 """
 
 
@@ -9,7 +9,7 @@ class OmniMemError(Exception):
 
 
 def is_storable(text: str) -> bool:
-    """Whether a file in UTF-8 and a path can hold `text`: no lone surrogates (undecodable bytes), no NUL characters."""
+    """Whether `text` can be written to a UTF-8 file and used as a path: no lone surrogates, no NUL characters."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

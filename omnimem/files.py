@@ -1,7 +1,7 @@
-"""Output that is either complete or absent: write beside the target, flush to disk, rename into place.
+"""Atomic writes: write to a temporary name in the target's folder, flush to disk, rename.
 
-A run that is interrupted, or that fills the disk, must not leave half a checkpoint which a resumed run or a
-reader then takes for a whole one. Everything this project writes for later use goes through one of these:
+A run that is interrupted or fills the disk must not leave a partial checkpoint that a resumed run takes for a complete
+one. All files that are read again later are written with these functions:
 
     with atomic_directory("runs/quickstart/merged") as folder:
         model.save_pretrained(folder)
@@ -26,11 +26,11 @@ from omnimem.errors import OmniMemError
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 LEFTOVER = re.compile(r"\..*\.[0-9a-f]{8}\.(tmp.*|old)")
-"""Names of unfinished writes, as `_sibling` makes them."""
+"""Names of unfinished writes (see `_sibling`)."""
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` in UTF-8; `path` holds the old content or the new, never a part of either."""
+    """Write `text` to `path` in UTF-8; `path` always has either the old or the new content."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
@@ -41,22 +41,22 @@ def atomic_write_json(path: str | os.PathLike[str], obj: Any) -> None:
     Raises
     ------
     ValueError
-        `obj` holds NaN or an infinity, which JSON cannot say. Nothing is written.
+        `obj` contains NaN or an infinity, which JSON cannot represent. Nothing is written.
     """
     atomic_write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; move it onto `path` if the block succeeds.
+    """Yield a temporary path in the folder of `path`; rename it to `path` if the block succeeds.
 
-    Parent folders are made. The temporary name keeps the suffix of `path`, because some writers choose their
-    format by it. A symbolic link is followed, so that the link stays a link.
+    Parent folders are created. The temporary name has the suffix of `path`, because some writers choose their format by
+    it. A symbolic link is resolved: the file it points to is replaced, not the link.
 
     Raises
     ------
     OmniMemError
-        `path` is a folder, cannot be written, or the disk is full. The temporary file is gone.
+        `path` is a folder, cannot be written, or the disk is full. The temporary file is deleted.
     """
     target = Path(os.path.realpath(path))
     temporary = _sibling(target, "tmp" + target.suffix)
@@ -76,20 +76,20 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Yield a new temporary folder beside `path`; rename it onto `path` if the block succeeds.
+    """Yield a new temporary folder next to `path`; rename it to `path` if the block succeeds.
 
     Parameters
     ----------
     path : path
-        The folder to make. It may exist if it is empty. A symbolic link is followed.
+        The folder to create. It may exist if it is empty. A symbolic link is resolved.
     overwrite : bool
-        Replace a folder that is not empty. Its old content stays at `path` until the new is complete.
+        Replace a folder that is not empty. The old content stays at `path` until the new one is complete.
 
     Raises
     ------
     OmniMemError
-        `path` is a file, is not empty and `overwrite` is off, holds the working or the home folder, cannot be
-        written, or the disk is full. The temporary folder is gone.
+        `path` is a file, is not empty and `overwrite` is off, contains the working or the home folder, cannot be
+        written, or the disk is full. The temporary folder is deleted.
     """
     target = Path(os.path.realpath(path))
     temporary, old = _sibling(target, "tmp"), _sibling(target, "old")
@@ -100,7 +100,7 @@ def atomic_directory(path: str | os.PathLike[str], overwrite: bool = False) -> I
         try:
             yield temporary
             _sync_tree(temporary)
-            # Looked at again: the block may have run for an hour; what appeared since is not ours to delete.
+            # Checked again: the block may have run for an hour, and files that appeared since must not be deleted.
             _check_directory(path, target, overwrite)
             _swap(temporary, target, old)
         except BaseException:
@@ -112,14 +112,14 @@ def atomic_directory(path: str | os.PathLike[str], overwrite: bool = False) -> I
 
 
 def remove_directory(path: str | os.PathLike[str]) -> None:
-    """Delete a folder so that it is there whole or not at all: renamed out of sight first, then emptied."""
+    """Delete a folder atomically: rename it to a hidden name, then delete that."""
     hidden = _sibling(Path(path), "old")
     os.rename(path, hidden)
     shutil.rmtree(hidden)
 
 
-def sweep(folder: str | os.PathLike[str]) -> None:
-    """Delete what a killed process left of its unfinished writes directly inside `folder`."""
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Delete temporary files and folders of killed processes directly inside `folder`."""
     for path in Path(folder).glob(".*"):
         if LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -127,14 +127,14 @@ def sweep(folder: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def explained_disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Say in one line that the disk is full while `path` is appended to."""
+    """Raise a one-line error if the disk is full while the block appends to `path`."""
     with _explained(path, Path(path)):
         yield
 
 
 def _sibling(target: Path, ending: str) -> Path:
-    """Return an unused hidden name beside `target`: a rename is atomic only inside one file system."""
-    # The stem is cut so that a long legal name does not become an illegal one.
+    """Return an unused hidden name in the folder of `target`: a rename is atomic only within one file system."""
+    # The name is truncated, so that a long legal name does not become an illegal one.
     return target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex[:8]}.{ending}")
 
 
@@ -147,10 +147,10 @@ def _check_directory(path: str | os.PathLike[str], target: Path, overwrite: bool
         return
     if not overwrite:
         raise OmniMemError(f"{path} exists and is not empty; choose another folder or pass --overwrite")
-    # `--overwrite --out ~` is a slip of the keyboard; it must not cost somebody their files.
-    for place, name in ((Path.cwd(), "working"), (Path.home(), "home")):
-        if Path(os.path.realpath(place)).is_relative_to(target):
-            raise OmniMemError(f"refusing to overwrite {path}: it holds your {name} folder; choose another")
+    # A mistyped `--overwrite --out ~` must not delete the user's files.
+    for folder, name in ((Path.cwd(), "working"), (Path.home(), "home")):
+        if Path(os.path.realpath(folder)).is_relative_to(target):
+            raise OmniMemError(f"refusing to overwrite {path}: it contains your {name} folder; choose another folder")
 
 
 def _make_parents(path: str | os.PathLike[str], target: Path) -> None:
@@ -174,7 +174,7 @@ def _swap(new: Path, target: Path, old: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file or a folder to disk: a rename that overtakes its data leaves an empty file on a crash."""
+    """Flush a file or folder to disk: if the rename reached the disk first, a crash would leave an empty file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -191,7 +191,7 @@ def _sync_tree(folder: Path) -> None:
 
 @contextmanager
 def _explained(path: str | os.PathLike[str], temporary: Path) -> Iterator[None]:
-    """Turn a full disk, and a refusal that concerns our temporary path, into one line about `path`."""
+    """Turn a full disk, and a failure to write the temporary path, into a one-line error about `path`."""
     try:
         yield
     except OmniMemError:
@@ -199,12 +199,12 @@ def _explained(path: str | os.PathLike[str], temporary: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in DISK_FULL:
             raise OmniMemError(_no_space(path)) from error
-        # An OSError about some other file (an input that is missing) is not a failure to write: it passes.
+        # An OSError about another file (such as a missing input) is not a failure to write and is raised unchanged.
         if str(error.filename).startswith(str(temporary)):
             raise OmniMemError(f"cannot write {path}: {error.strerror}") from error
         raise
     except Exception as error:
-        # Writers in Rust (safetensors, tokenizers) raise a class of their own that only words the cause.
+        # Writers in Rust (safetensors, tokenizers) raise their own exceptions, which have the cause only in their text.
         if "os error 28" in str(error) or os.strerror(errno.ENOSPC) in str(error):
             raise OmniMemError(_no_space(path)) from error
         raise
@@ -217,12 +217,12 @@ def _no_space(path: str | os.PathLike[str]) -> str:
         free = shutil.disk_usage(parent).free
     return (
         f"cannot write {path}: no space left on the disk ({free / 2**20:.0f} MiB free); "
-        "nothing was left behind, free some space or choose another folder"
+        "no partial file was left; free some space or choose another folder"
     )
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file of any size, a block at a time."""
+    """SHA-256 of a file, read in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):

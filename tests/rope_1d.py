@@ -18,7 +18,8 @@ from omnimem.cli import main as omnimem
 from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache
-from omnimem.stream import StreamingSession, StreamSettings
+from omnimem.stream import StreamingSession
+from omnimem.stream_settings import StreamSettings
 from reference_models import QUESTION, whole_clip
 from small_runs import trained_run
 

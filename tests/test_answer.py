@@ -1,4 +1,4 @@
-"""`omnimem answer`: any model, any clip, one question; what is wrong is said in one line."""
+"""`omnimem answer`: any model, any clip, one question; mistakes give one line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def export(run) -> Path:
 
 
 def answered(capsys, model: str | Path, clip: str, *options: str, question: str = "What is seen?") -> dict:
-    """The JSON object of an answer; what else is shown goes to stderr, without a word of trouble."""
+    """The JSON object of an answer; progress goes to stderr, without warnings."""
     capsys.readouterr()
     assert omnimem(["answer", str(model), str(MEDIA / clip), question, "--json", *FEW, *options]) == 0
     shown = capsys.readouterr()
@@ -42,7 +42,7 @@ def answered(capsys, model: str | Path, clip: str, *options: str, question: str 
     return report
 
 
-def test_json_says_what_was_watched_and_what_was_kept(run, capsys):
+def test_json_reports_the_stream_and_the_retained_tokens(run, capsys):
     report = answered(capsys, run, RABBIT)
     assert report["question"] == "What is seen?" and report["media"] == str(MEDIA / RABBIT)
     assert report["model"] == str(run) and report["method"] == "omnimem" and report["mean_budget"] == 24
@@ -115,10 +115,10 @@ def test_memory_options(run, capsys, tmp_path):
     assert report["retained"]["visual"] == 7 and report["retained"]["audio"] == 2 and report["mean_budget"] == 9
 
 
-def test_picture_alone_and_sound_alone(run, capsys):
-    silent, heard = answered(capsys, run, SILENT), answered(capsys, run, SPEECH)
+def test_video_only_and_audio_only(run, capsys):
+    silent, audio_only = answered(capsys, run, SILENT), answered(capsys, run, SPEECH)
     assert silent["retained"]["audio"] == 0 and silent["retained"]["visual"] > 0
-    assert heard["retained"]["visual"] == 0 and heard["retained"]["audio"] == 4
+    assert audio_only["retained"]["visual"] == 0 and audio_only["retained"]["audio"] == 4
 
 
 def test_a_truncated_clip_when_allowed(run, capsys):
@@ -128,7 +128,7 @@ def test_a_truncated_clip_when_allowed(run, capsys):
 
 
 def test_a_run_answers_with_the_settings_it_was_trained_with(tmp_path):
-    """Everything that shapes the positions: rate, chunks, resolution, sound."""
+    """All settings that shape the tokens: frame rate, chunks, resolution, audio."""
     settings = {"fps": 2.0, "chunk_seconds": 4.0, "short_side": 120, "audio": False, "max_pixels": 5 * 28 * 28}
     overrides = [f"data.{key}={str(value).lower()}" for key, value in settings.items()]
     run = trained_run(tmp_path, "train.max_steps=2", *overrides, "selection.lambda=0.5")
@@ -195,7 +195,7 @@ WRONG = {
     "absent device": ("tiny", GOOD, ["--device", "cuda:7"], "cuda:7"),
     "chunks off the grid": ("tiny", GOOD, ["--chunk-seconds", "3"], "multiple of 2"),
     "half frames": ("tiny", GOOD, ["--fps", "0.3", "--chunk-seconds", "10"], "multiple of"),
-    "sound alone without sound": ("tiny", str(MEDIA / SPEECH), ["--no-audio"], SPEECH),
+    "audio only with --no-audio": ("tiny", str(MEDIA / SPEECH), ["--no-audio"], SPEECH),
     "fps 0": ("tiny", GOOD, ["--fps", "0"], "above 0"),
     "a time that is not a number": ("tiny", GOOD, ["--at", "soon"], "soon"),
 }
@@ -230,7 +230,7 @@ def test_a_profile_of_another_model_of_as_many_layers(run, tmp_path, capsys):
     assert "qwen3_vl_text" in line and "qwen2_5_omni_text" in line
 
 
-def test_wrong_input_in_a_process_of_its_own():
+def test_wrong_input_in_a_new_process():
     done = start("-m", "omnimem", "answer", "tiny", MEDIA / NO_INDEX, "What?")
     assert done.returncode == 2 and done.stdout == ""
     (line,) = lines(done.stderr)

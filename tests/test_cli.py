@@ -1,4 +1,4 @@
-"""The entry points: what they cost to start, what they call, and how they fail."""
+"""The entry points: imports at start, called functions, and failures."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def start(*command, **environment):
 
 @pytest.fixture
 def worker(monkeypatch):
-    """Put a stand-in where a command imports its worker from."""
+    """Replace the module that a command imports its function from."""
 
     def install(module, name, function):
         stand_in = types.ModuleType(module)
@@ -54,7 +54,7 @@ main({[*command, "--help"]!r})
     assert done.stdout.endswith("HEAVY []\n"), done.stdout
 
 
-def test_import_omnimem_costs_nothing_and_knows_its_names():
+def test_import_omnimem_imports_nothing_heavy_and_lists_its_names():
     code = f"import sys, omnimem; assert {set(omnimem.__all__)!r} <= set(dir(omnimem))"
     code += f"; sys.exit(bool({HEAVY!r} & set(sys.modules)))"
     assert start("-c", code).returncode == 0
@@ -160,14 +160,14 @@ def test_answer_calls_its_worker(worker):
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, ["data", "validate"], ["data", "prepare"]], ids=" ".join)
-def test_an_argument_that_is_no_text_is_one_line(command, capsys):
+def test_an_argument_that_is_not_utf8_gives_one_line(command, capsys):
     assert main([*command, os.fsdecode(b"caf\xe9.mp4")]) == 2
     line = "omnimem: argument 'caf\\udce9.mp4' is not valid UTF-8 text; rename the file\n"
     assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("command", [["train.py", "recipe=quickstart"], ["-m", "omnimem", "profile", "show"]])
-def test_bytes_that_are_no_text_are_one_line(command):
+def test_bytes_that_are_not_utf8_give_one_line(command):
     done = start(*command, b"data.path=\xff", PYTHONIOENCODING="ascii")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert r"argument 'data.path=\udcff' is not valid UTF-8 text" in done.stderr
@@ -189,7 +189,7 @@ def test_a_path_that_is_too_long_is_one_line(name, capsys):
 
 
 @pytest.mark.parametrize("value", ["9" * 400, "9" * 5000, "inf", "1e400", "2147483648"])
-def test_numbers_beyond_every_library_are_one_line(value, capsys):
+def test_too_large_numbers_give_one_line(value, capsys):
     for option in ("--mean-budget", "--ratio", "--fps"):
         with pytest.raises(SystemExit) as caught:
             main(["answer", "m", "c", "q", option, value])
@@ -224,7 +224,7 @@ def test_a_failure_is_one_line_and_a_traceback_only_on_request(worker, capsys, e
         assert shown.startswith("Traceback") and shown.splitlines()[-1].startswith("omnimem: ")
 
 
-def test_a_reader_that_leaves_is_no_error():
+def test_a_closed_stdout_is_not_an_error():
     show = "import sys; sys.argv[0] = 'omnimem'; from omnimem.guard import run_guarded as run"
     code = f"{show}\nsys.exit(run('omnimem', lambda: [print('x' * 99) for _ in range(99_999)]))"
     command = f'"{sys.executable}" -c "$CODE" | head -n 1; exit ${{PIPESTATUS[0]}}'
@@ -259,7 +259,7 @@ def test_profile_show_and_convert(tmp_path, capsys):
     assert shown[1:] == [
         ["0", "50", "10", "60"],
         ["1", "100", "20", "120"],
-        ["mean", "budget:", "90", "positions", "a", "layer"],
+        ["mean", "budget:", "90", "tokens", "per", "layer"],
     ]
 
 
@@ -269,7 +269,7 @@ def test_profile_needs_no_torch(tmp_path):
     assert start("-c", code, "profile", "show", str(tmp_path / "lists.json")).returncode == 0
 
 
-def test_train_says_one_line_and_exits_2():
+def test_train_prints_one_line_and_exits_2():
     done = start("train.py", "recipe=nosuch")
     assert done.returncode == 2
     assert done.stderr.startswith("train: unknown recipe 'nosuch'; ") and done.stderr.count("\n") == 1
@@ -280,7 +280,7 @@ def test_train_says_one_line_and_exits_2():
 
 
 @pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK"])
-def test_one_rank_speaks_for_all_about_a_recipe(variable):
+def test_only_rank_0_reports_a_bad_recipe(variable):
     first, second = (start("train.py", "recipe=nosuch", **{variable: rank}) for rank in "01")
     assert first.returncode == second.returncode == 2
     assert first.stderr.count("\n") == 1 and second.stderr == ""
@@ -291,14 +291,14 @@ def test_import_train_is_the_package():
 
 
 def run_train(argv, worker, run):
-    """Run `train.py` in this process with a stand-in for the loop."""
+    """Run `train.py` in this process with a replaced training loop."""
     import runpy
 
     worker("train.loop", "run", run)
     return runpy.run_path(str(ROOT / "train.py"))["main"](argv)
 
 
-def test_train_hands_the_recipe_to_the_loop(worker, tmp_path):
+def test_train_passes_the_recipe_to_the_loop(worker, tmp_path):
     recipes = []
     argv = ["recipe=quickstart", "train.max_steps=2", f"output_dir={tmp_path}", "--debug"]
     assert run_train(argv, worker, recipes.append) == 0
@@ -309,7 +309,7 @@ def test_train_hands_the_recipe_to_the_loop(worker, tmp_path):
     )
 
 
-def test_a_mistake_that_one_rank_finds_is_told_by_that_rank(worker, capsys, monkeypatch):
+def test_an_error_of_one_rank_is_reported_by_that_rank(worker, capsys, monkeypatch):
     def run(recipe):
         raise OmniMemError("clip.mp4: cannot be decoded")
 
@@ -318,9 +318,9 @@ def test_a_mistake_that_one_rank_finds_is_told_by_that_rank(worker, capsys, monk
     assert capsys.readouterr().err == "train (rank 3): clip.mp4: cannot be decoded\n"
 
 
-def test_under_the_launcher_our_line_comes_first_and_its_traceback_can_be_left_out():
+def test_under_accelerate_launch_the_error_line_comes_first():
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--quiet", "train.py", "recipe=nosuch"]
     done = start(*launch)
-    assert done.returncode == 1  # the launcher's own: it reports every failure of a script as 1
+    assert done.returncode == 1  # of the launcher, which reports every failure of a script as 1
     assert done.stderr.startswith("train: unknown recipe 'nosuch'; ") and done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""`omnimem train`, `omnimem recipes`, `omnimem methods`: one command line, and the backbone that a checkpoint names."""
+"""`omnimem train`, `omnimem recipes`, `omnimem methods`: the command line, and detection of backbones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_omnimem_train_refuses_what_train_py_refuses(args, capsys):
     assert ("Traceback" in error) == ("--debug" in args)
 
 
-def test_help_of_train_is_that_of_the_program(capsys):
+def test_help_of_omnimem_train_is_that_of_train_py(capsys):
     assert omnimem(["train", "--help"]) == 0
     told = capsys.readouterr().out
     assert "key=value" in told and all(name in told for name in list_recipes())
@@ -54,7 +54,7 @@ def test_methods_lists_every_method_with_its_options(capsys):
 
 
 @pytest.mark.parametrize("name", SELECTION_METHODS)
-def test_options_are_listed_with_the_values_that_hold_without_them(name):
+def test_options_are_listed_with_their_defaults(name):
     options = default_options(name)
     assert set(options) == options_of(name)
     assert build_selection(name, **options).recorded() == build_selection(name).recorded()
@@ -116,7 +116,7 @@ def test_a_published_model_is_known_by_its_hub_id_without_a_network(monkeypatch)
         detect_backbone("Qwen/Qwen3-VL-8B-Instruct", "qwen2_5_vl", use_builtin_config=True)
 
 
-def test_a_run_takes_the_backbone_of_its_checkpoint(tmp_path, folders):
+def test_a_run_detects_the_backbone_of_its_checkpoint(tmp_path, folders):
     options = (
         f"model.name_or_path={folders['qwen3_vl']}",
         "train.max_steps=1",
@@ -126,5 +126,5 @@ def test_a_run_takes_the_backbone_of_its_checkpoint(tmp_path, folders):
     assert main(arguments(tmp_path, *options)) == 0
     assert load_recipe([f"recipe={tmp_path / 'run' / 'recipe.yaml'}"]).model.backbone == "qwen3_vl"
     assert metrics(tmp_path / "run")[0]["retained"]["audio"] == 0, "Qwen3-VL takes no audio"
-    # The recorded name is no change of the recipe.
+    # The recorded backbone does not count as a change of the recipe.
     assert main(arguments(tmp_path, *options, "train.max_steps=2")) == 0

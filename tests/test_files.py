@@ -1,4 +1,4 @@
-"""Output is complete or absent, also when the disk is full or the writer dies."""
+"""Files are complete or absent, also if the disk is full or the writer fails."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_text_and_json_are_written_whole_and_parents_are_made(tmp_path):
+def test_text_and_json_are_written_completely_with_parent_folders(tmp_path):
     atomic_write_text(tmp_path / "a" / "b.txt", "ü\n")
     atomic_write_json(tmp_path / "c.json", {"x": [1, None], "name": "ü"})
     assert (tmp_path / "a" / "b.txt").read_bytes() == "ü\n".encode()
@@ -29,7 +29,7 @@ def test_text_and_json_are_written_whole_and_parents_are_made(tmp_path):
     assert names(tmp_path) == ["a", "c.json"]
 
 
-def test_json_that_no_reader_would_take_is_not_written(tmp_path):
+def test_invalid_json_is_not_written(tmp_path):
     with pytest.raises(ValueError):
         atomic_write_json(tmp_path / "c.json", {"loss": float("nan")})
     assert names(tmp_path) == []
@@ -69,7 +69,7 @@ def test_a_target_that_cannot_be_written_is_one_line(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
-def test_another_files_error_is_not_taken_for_ours(tmp_path):
+def test_an_error_about_another_file_is_raised_unchanged(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "out"):
         (tmp_path / "missing input").read_text()
     assert names(tmp_path) == []
@@ -87,7 +87,7 @@ def test_directory_appears_when_complete(tmp_path, exists):
     assert (target / "sub" / "a").read_text() == "1" and names(target.parent) == ["out"]
 
 
-def test_directory_is_not_replaced_unasked(tmp_path):
+def test_directory_is_not_replaced_without_overwrite(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("1")
@@ -102,7 +102,7 @@ def test_directory_is_not_replaced_unasked(tmp_path):
     assert names(target) == ["new"] and names(tmp_path) == ["out"]
 
 
-def test_what_appears_during_the_work_is_not_deleted(tmp_path):
+def test_files_that_appear_during_the_block_are_not_deleted(tmp_path):
     target = tmp_path / "out"
     with pytest.raises(OmniMemError, match="not empty"), atomic_directory(target):
         target.mkdir()
@@ -139,7 +139,7 @@ def test_the_working_and_home_folders_are_never_replaced(tmp_path, monkeypatch, 
         monkeypatch.chdir(inner)
     monkeypatch.setenv("HOME", str(inner if place == "home" else "/"))
     with (
-        pytest.raises(OmniMemError, match=f"it holds your {place} folder"),
+        pytest.raises(OmniMemError, match=f"it contains your {place} folder"),
         atomic_directory(tmp_path / "me", overwrite=True),
     ):
         pytest.fail("the work must not start")
@@ -147,7 +147,7 @@ def test_the_working_and_home_folders_are_never_replaced(tmp_path, monkeypatch, 
 
 
 class RustError(Exception):
-    """As safetensors words it: an exception class of its own, no errno."""
+    """As raised by safetensors: its own exception class, without errno."""
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,8 @@ def test_full_disk_found_by_fsync(tmp_path, monkeypatch, kind):
 
 
 @pytest.mark.parametrize("kind", [atomic_file, atomic_directory])
-def test_a_rename_is_flushed_to_disk_behind_what_it_names(tmp_path, monkeypatch, kind):
-    """The new name is data of the parent folder: flushed earlier, or not at all, a crash takes it back."""
+def test_data_are_flushed_to_disk_before_the_rename(tmp_path, monkeypatch, kind):
+    """The new name is data of the parent folder, which must be flushed after the rename."""
     events, fsync = [], os.fsync
 
     def flush(descriptor):
@@ -236,7 +236,7 @@ for kind in ("text", "file", "directory"):
 """
 
 
-def test_a_disk_that_really_is_full(tmp_path):
+def test_a_real_full_disk(tmp_path):
     unshare = shutil.which("unshare")
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
     inside = [str(unshare), "--user", "--map-root-user", "--mount"]

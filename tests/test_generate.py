@@ -1,4 +1,4 @@
-"""Answers come from `generate()` on the compressed memory, at the right positions, and leave the memory as it was."""
+"""Answers are generated from the compressed cache, with the right position ids, and leave the cache unchanged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clips import RABBIT, WEBB
-from omnimem import stream as stream_module
+from omnimem import generation
 from omnimem.backbones import ChunkInputs, load_backbone
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
@@ -16,7 +16,8 @@ from omnimem.forward import Stream
 from omnimem.measure.meter import Meter
 from omnimem.memory import CompressedCache
 from omnimem.selection import build_selection
-from omnimem.stream import StreamingSession, StreamSettings
+from omnimem.stream import StreamingSession
+from omnimem.stream_settings import StreamSettings
 
 QUESTION = "What is seen and what is heard?"
 OTHER = "Who speaks?"
@@ -49,7 +50,7 @@ def assert_untouched(session: StreamingSession, before: list[torch.Tensor], seen
 
 
 class PositionRecorder:
-    """Rotary ids of every forward of the language model, as it receives them."""
+    """Position ids passed to every forward of the language model."""
 
     def __init__(self, backbone):
         self.ids: list[torch.Tensor] = []
@@ -67,7 +68,7 @@ class PositionRecorder:
 
 @torch.no_grad()
 def greedy_by_hand(session: StreamingSession, question: str, count: int) -> tuple[list[int], list[int]]:
-    """Token by token with explicit positions; returns the tokens and every position used after the media."""
+    """Token by token with explicit position ids; returns the tokens and the position ids used after the media."""
     backbone, memory = session.backbone, session.memory
     stream, end = Stream(backbone, memory), set(backbone.end_token_ids)
     tokens, used = [], []
@@ -87,7 +88,7 @@ def greedy_by_hand(session: StreamingSession, question: str, count: int) -> tupl
 
 @pytest.mark.parametrize("method", ["omnimem", "random"])
 @pytest.mark.parametrize("clip", [WEBB, RABBIT], ids=["webb", "rabbit"])
-def test_generate_equals_a_greedy_loop_by_hand_at_the_same_positions(tiny64, clip, method):
+def test_generate_equals_a_manual_greedy_loop_with_the_same_position_ids(tiny64, clip, method):
     session = watch(new_session(tiny64, method=method), clip)
     seen = int(session.memory.token_metadata(0).index.max()) + 1
     assert min(session.memory.lengths()) < seen, "this test is about a memory that has evicted"
@@ -109,19 +110,19 @@ def test_generate_equals_a_greedy_loop_by_hand_at_the_same_positions(tiny64, cli
     assert positions == list(range(positions[0], positions[0] + len(positions)))
 
 
-def test_the_answers_positions_follow_the_media_not_the_stored_length(tiny64):
+def test_position_ids_of_the_answer_follow_the_media_not_the_cache_length(tiny64):
     session = watch(new_session(tiny64))
     after_media = int(session.memory.next_position_id[0])
     assert after_media > max(session.memory.lengths())
     with PositionRecorder(tiny64) as recorder:
         session.ask(QUESTION, max_new_tokens=2)
     closing, question = recorder.ids[:2]
-    # Both closing tokens share one position; the question begins one past it.
+    # Both closing tokens share one position id; the question begins one after it.
     assert closing.unique().tolist() == [after_media]
     assert question[0, 0, 0] == after_media + 1
 
 
-def test_a_question_asked_twice_has_one_answer_and_leaves_no_trace(tiny64):
+def test_a_repeated_question_has_the_same_answer_and_leaves_the_cache_unchanged(tiny64):
     session = watch(new_session(tiny64))
     before, seen = state(session), session.memory.get_seq_length()
     first = session.ask(QUESTION, max_new_tokens=TOKENS)
@@ -143,7 +144,7 @@ def test_questions_in_the_middle_of_the_stream_do_not_change_the_rest(tiny64):
     assert asked.ask(OTHER, max_new_tokens=TOKENS) == quiet.ask(OTHER, max_new_tokens=TOKENS)
 
 
-def test_positions_in_the_middle_are_those_of_a_clip_cut_there(tiny64):
+def test_position_ids_in_the_middle_equal_those_of_a_clip_that_ends_there(tiny64):
     session, cut = new_session(tiny64), new_session(tiny64)
     for event in session.watch(WEBB):
         if event.seconds == 8:
@@ -155,7 +156,7 @@ def test_positions_in_the_middle_are_those_of_a_clip_cut_there(tiny64):
 
 
 def test_two_videos_in_a_row_equal_a_fresh_model(tiny64, tiny_path):
-    """Stock generate() would continue the first video's positions (transformers.md row 9)."""
+    """Without a reset, `generate()` of transformers would continue the position ids of the first video."""
     session = watch(new_session(tiny64), WEBB)
     session.ask(QUESTION, max_new_tokens=TOKENS)
     stale = tiny64.model.model.rope_deltas.clone()
@@ -188,7 +189,7 @@ def test_streamed_text_is_the_answer(tiny64):
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor of each dtype that operations give or take."""
+    """Size of the largest tensor of each dtype among inputs and outputs of operations."""
 
     def __init__(self):
         super().__init__()
@@ -203,7 +204,7 @@ class Largest(TorchDispatchMode):
 
 
 class Inline:
-    """A thread that runs where it is started: dispatch modes see one thread only."""
+    """A thread that runs in the caller: dispatch modes see one thread only."""
 
     def __init__(self, target, daemon):
         self.start = target
@@ -212,8 +213,8 @@ class Inline:
         pass
 
 
-def test_what_a_question_needs_does_not_grow_with_the_stream(tiny64, monkeypatch):
-    monkeypatch.setattr(stream_module, "Thread", Inline)
+def test_tensors_of_a_question_do_not_grow_with_the_stream(tiny64, monkeypatch):
+    monkeypatch.setattr(generation, "Thread", Inline)
     profile = BudgetProfile.uniform(tiny64.config, mean=24, ratio=2.0)
     settings = StreamSettings(chunk_seconds=2.0, short_side=56)
     session = StreamingSession(tiny64, profile, "omnimem", settings)
@@ -231,7 +232,7 @@ def test_what_a_question_needs_does_not_grow_with_the_stream(tiny64, monkeypatch
     assert seen > 1000 and largest[60] == largest[3]
 
 
-def test_leaving_a_streamed_answer_early_stops_it_and_restores_the_memory(tiny64):
+def test_closing_a_streamed_answer_early_stops_it_and_restores_the_cache(tiny64):
     session = watch(new_session(tiny64))
     expected = session.ask(QUESTION, max_new_tokens=TOKENS)
     before, seen = state(session), session.memory.get_seq_length()
@@ -244,7 +245,7 @@ def test_leaving_a_streamed_answer_early_stops_it_and_restores_the_memory(tiny64
     assert session.ask(QUESTION, max_new_tokens=TOKENS) == expected
 
 
-def test_a_failing_generation_is_raised_and_restores_the_memory(tiny64):
+def test_an_error_in_generation_is_raised_and_the_cache_restored(tiny64):
     session = watch(new_session(tiny64))
     before, seen = state(session), session.memory.get_seq_length()
     with pytest.raises((ValueError, TypeError)):
@@ -267,7 +268,7 @@ def test_watching_does_not_switch_off_the_callers_gradients(tiny64):
         assert torch.is_grad_enabled()
 
 
-def test_asking_before_watching_or_nothing_at_all_is_refused(tiny64):
+def test_asking_before_watching_and_empty_questions_are_refused(tiny64):
     session = new_session(tiny64)
     with pytest.raises(OmniMemError, match="watch"):
         session.ask(QUESTION)
@@ -277,7 +278,7 @@ def test_asking_before_watching_or_nothing_at_all_is_refused(tiny64):
 
 
 def test_teacher_forced_logits_equal_the_greedy_loop(tiny64):
-    """Training's answer path and generation see the same memory: its argmax is the next generated token."""
+    """Teacher forcing and generation use the same cache: its argmax is the next generated token."""
     session = watch(new_session(tiny64))
     tokens, _ = greedy_by_hand(session, QUESTION, TOKENS)
     before, seen = state(session), session.memory.get_seq_length()
@@ -291,8 +292,8 @@ def test_teacher_forced_logits_equal_the_greedy_loop(tiny64):
     assert_untouched(session, before, seen)
 
 
-def test_generate_runs_on_a_cache_given_by_hand(tiny64):
-    """The public pieces suffice: cache, rope_deltas and a mask over what is stored and the new tokens."""
+def test_generate_accepts_the_cache_directly(tiny64):
+    """Cache, rope_deltas and a mask over cached and new tokens are enough."""
     cache = CompressedCache(BudgetProfile.uniform(tiny64.config, mean=6, ratio=1.0), build_selection("omnimem"))
     ids = tiny64.question_ids(QUESTION)
     with torch.no_grad():
@@ -304,8 +305,8 @@ def test_generate_runs_on_a_cache_given_by_hand(tiny64):
             input_ids=more, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=TOKENS,
             eos_token_id=None, pad_token_id=tiny64.tokenizer.pad_token_id,
         )  # fmt: skip
-        stock = tiny64.model.generate(
+        reference = tiny64.model.generate(
             input_ids=torch.cat((ids, more), 1), do_sample=False, max_new_tokens=TOKENS, eos_token_id=None,
             attention_mask=mask, pad_token_id=tiny64.tokenizer.pad_token_id,
         )  # fmt: skip
-    assert output[0, more.shape[1] :].tolist() == stock[0, mask.shape[1] :].tolist()
+    assert output[0, more.shape[1] :].tolist() == reference[0, mask.shape[1] :].tolist()

@@ -1,4 +1,4 @@
-"""The built wheel works away from the checkout: it holds recipes and clips, and runs the quickstart."""
+"""The built wheel works outside the checkout: it contains recipes and clips, and runs the quickstart."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from small_runs import environment
 
 
 def without_checkout() -> dict[str, str]:
-    """Environment variables by which the checkout is not found."""
+    """Environment variables with which the checkout is not found."""
     return {key: value for key, value in environment().items() if key != "PYTHONPATH"}
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    # Built from a copy, because setuptools writes build/ and *.egg-info beside the sources.
+    # Built from a copy, because setuptools writes build/ and *.egg-info next to the sources.
     subprocess.run(["git", "clone", "-q", ROOT, folder / "clone"], check=True)
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, folder / "clone"], check=True
@@ -32,7 +32,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """An environment that has the wheel, and sees only the dependencies of this one."""
+    """A virtual environment with the wheel and the dependencies of this environment."""
     folder = tmp_path_factory.mktemp("environment") / "env"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
@@ -69,5 +69,5 @@ def test_the_quickstart_runs_from_an_installed_wheel_in_an_empty_folder(installe
     assert "quickstart" in run("omnimem", "recipes")
     assert run("omnimem", "train", "recipe=quickstart", "train.max_steps=2").count("→") == 1
     assert (tmp_path / "runs" / "quickstart" / "merged" / "model.safetensors").is_file()
-    # As on several GPUs, where there is no train.py to launch.
+    # As on several GPUs without the file train.py.
     run("python", "-m", "accelerate.commands.launch", "-m", "omnimem", "train", "recipe=quickstart", "dry_run=true")

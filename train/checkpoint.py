@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
-from omnimem.files import atomic_directory, atomic_write_json, remove_directory, sweep
+from omnimem.files import atomic_directory, atomic_write_json, remove_directory, remove_leftovers
 from train.parallel import ParallelStrategy
 
 FOLDER = "checkpoints"
@@ -76,7 +76,7 @@ def save_checkpoint(
 def sweep_run(output_dir: Path) -> None:
     """Delete unfinished files of a killed run."""
     for folder in (output_dir, output_dir / FOLDER):
-        sweep(folder)
+        remove_leftovers(folder)
     for name in (ADAPTER, EVICTED):
         if (output_dir / name).is_dir():
             shutil.rmtree(output_dir / name)

@@ -6,15 +6,16 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from data_prep.clip_info import OpenedRow, open_rows
+from data_prep.decoded_clips.folder import PreparedRow, is_prepared, read_prepared, read_settings
+from data_prep.decoded_clips.format import frame_stride
+from data_prep.decoded_clips.shard_reader import ShardReader
 from data_prep.manifest import Manifest, Row, read_manifest
-from data_prep.opened import OpenedRow, open_rows
-from data_prep.prepared import PreparedRow, frame_step, is_prepared, read_prepared, read_settings
-from data_prep.prepared_reader import PreparedReader
 from omnimem.backbones import Backbone, StreamEncoder
 from omnimem.errors import OmniMemError
 from omnimem.media import Chunk, MediaInfo
 from omnimem.recipe import DataConfig
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 
 log = logging.getLogger("omnimem.train")
 
@@ -22,7 +23,7 @@ log = logging.getLogger("omnimem.train")
 def load_rows(config: DataConfig, supports_audio: bool = True) -> Manifest:
     """Read the manifest and open every clip once, so that unusable clips are found before training starts.
 
-    Clips are opened in parallel, and only those that changed since an earlier start (`data_prep.opened`). Clips of a
+    Clips are opened in parallel, and only those that changed since an earlier start (`data_prep.clip_info`). Clips of a
     prepared folder are not opened: `omnimem data prepare` has decoded them. For a model without audio support a clip
     needs a video track.
 
@@ -58,7 +59,7 @@ def _read_rows(config: DataConfig, supports_audio: bool) -> tuple[Manifest, Sequ
         return manifest, open_rows(manifest.rows, config.path)
     settings, _ = read_settings(config.path)
     wanted = {key: getattr(config, key) for key in ("fps", "short_side", "max_seconds")}
-    frame_step(settings, f"data.path={config.path}", audio=config.audio and supports_audio, **wanted)
+    frame_stride(settings, f"data.path={config.path}", audio=config.audio and supports_audio, **wanted)
     manifest = read_prepared(config.path, config.on_bad_row)
     return manifest, manifest.rows
 
@@ -92,13 +93,13 @@ def open_row(row: Row, settings: StreamSettings, backbone: Backbone) -> tuple[It
     Raises
     ------
     OmniMemError
-        As `StreamSettings.open` and `PreparedReader`.
+        As `StreamSettings.open` and `ShardReader`.
     """
     settings = replace(settings, audio=settings.audio and row.audio)
     if not isinstance(row, PreparedRow):
-        return settings.open(row.media, backbone, row.sound)
+        return settings.open(row.media, backbone, row.audio_path)
     settings.check(backbone)
-    reader = PreparedReader(
+    reader = ShardReader(
         row.media,
         name=row.name,
         fps=settings.fps,
@@ -107,4 +108,4 @@ def open_row(row: Row, settings: StreamSettings, backbone: Backbone) -> tuple[It
         short_side=settings.short_side,
         max_seconds=settings.max_seconds,
     )
-    return reader, settings.begin(reader.info, backbone)
+    return reader, settings.stream_encoder(reader.info, backbone)

@@ -24,7 +24,7 @@ from omnimem.modality import EVICTABLE
 from omnimem.recipe import DistillConfig
 from omnimem.selection import SelectionMethod
 from omnimem.selection.full import Full
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 from train.batch_encoder import BatchEncoder
 from train.batch_reader import BatchReader
 from train.data import open_row

@@ -25,7 +25,7 @@ from omnimem.memory import CompressedCache, SelectionGradient
 from omnimem.memory.offload_store import DiskStore, HostStore, Store
 from omnimem.recipe import Recipe
 from omnimem.selection import SelectionMethod, build_selection, options_of
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 from train.checkpoint import EVICTED
 from train.objective import StreamObjective
 from train.parallel import ParallelStrategy

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from data_prep.manifest import Row
 from omnimem.backbones import Backbone
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 from train.data import clip_info
 
 

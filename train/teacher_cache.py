@@ -86,7 +86,7 @@ class TeacherCache:
         key = {
             **self.settings,
             "media": self._digest(row.media),
-            "sound": None if row.sound is None else self._digest(row.sound),
+            "audio_path": None if row.audio_path is None else self._digest(row.audio_path),
             "audio": row.audio,
             "question": question.question.tolist(),
             "answer": question.answer.tolist(),

@@ -1,7 +1,7 @@
 """Conversations, which three formats share: turns by role, placeholders in their text, questions with answers.
 
-Why: formats differ in how they name roles and media, not in what a turn is. Every pair of turns becomes a
-question of its own, asked about the whole stream: the memory holds the stream, not the talk about it.
+The formats differ in how they name roles and media, not in what a turn is. Each pair of turns becomes a separate
+question about the whole stream: earlier turns are not part of the prompt.
 
     python -m pytest tests/data_prep/test_convert.py -k conversation
 """
@@ -23,7 +23,7 @@ ROLES = {
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
-    # video-SALMONN 2, beside gpt: the pair, the ground truth, an answer that is read but not learned
+    # video-SALMONN 2, in addition to gpt: preference pair, ground truth, an answer excluded from the loss
     "chosen": "chosen",
     "reject": "rejected",
     "reject_gpt": "rejected",
@@ -32,12 +32,12 @@ ROLES = {
 }
 
 PLACEHOLDER = re.compile(r"<(video|audio|image)>")
-WITH_SPACE = re.compile(r"(?:\s*<(?:video|audio|image)>)+\s*")
+PLACEHOLDERS_AND_SPACE = re.compile(r"(?:\s*<(?:video|audio|image)>)+\s*")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says; `role` is one of the values of ROLES."""
+    """One turn of a conversation; `role` is one of the values of ROLES."""
 
     role: str
     text: str
@@ -45,7 +45,7 @@ class Turn:
 
 @dataclass
 class Media:
-    """Entries for `media_path` by kind: of the row, then of content lists."""
+    """Entries for `media_path` by kind: those of the row, then those in content lists."""
 
     video: list[Any] = field(default_factory=list)
     audio: list[Any] = field(default_factory=list)
@@ -53,15 +53,15 @@ class Media:
 
 
 def read_turns(value: Any, media: Media) -> list[Turn]:
-    """Read a list of turns: `from` and `value`, or `role` and `content`; media in the content go to `media`.
+    """Read a list of turns: `from` and `value`, or `role` and `content`; media in the content are appended to `media`.
 
     Raises
     ------
     BadRow
-        Not turns, or a role that has no place in a question and answer.
+        Not a list of turns, or an unknown role.
     """
     if isinstance(value, Mapping) and all(isinstance(cells, list) for cells in value.values()):
-        # A column of a data set: a list by key instead of an object by turn.
+        # A column of a data set: a dict of lists instead of a list of dicts.
         value = [dict(zip(value, cells, strict=False)) for cells in zip(*value.values(), strict=False)]
     if not isinstance(value, list) or not value:
         raise BadRow(f"a conversation is a list of turns, got {short(value)}")
@@ -75,7 +75,7 @@ def read_turn(entry: Any, media: Media) -> Turn:
     name = entry.get("from", entry.get("role"))
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise BadRow(f"role {short(name)} has no place in a question and answer; known are {', '.join(ROLES)}")
+        raise BadRow(f"unknown role {short(name)}; known roles: {', '.join(ROLES)}")
     text = entry.get("value", entry.get("content"))
     if isinstance(text, list):
         text = "".join(_part(part, media) for part in text)
@@ -87,7 +87,7 @@ def read_turn(entry: Any, media: Media) -> Turn:
 
 
 def _part(part: Any, media: Media) -> str:
-    """One part of a content list as text; a medium leaves a placeholder."""
+    """One part of a content list as text; a media part becomes a placeholder."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
@@ -101,26 +101,26 @@ def _part(part: Any, media: Media) -> str:
 
 
 def check_placeholders(turns: list[Turn], video: int, audio: int, implied: bool = False) -> None:
-    """Compare placeholders with media, kind by kind.
+    """Check that the text has one placeholder for each media file.
 
     Parameters
     ----------
     turns : list of Turn
     video, audio : int
-        How many there are.
+        Number of video and audio files.
     implied : bool
-        A format in which a medium without any placeholder stands in front of the text.
+        Whether media without any placeholder count as placed in front of the text.
 
     Raises
     ------
     BadRow
         A placeholder without media, more media than placeholders, or one for an image.
     """
-    asked = [kind for turn in turns if turn.role in ("user", "system") for kind in PLACEHOLDER.findall(turn.text)]
-    if "image" in asked:
-        raise BadRow("placeholder <image>; only video and sound are read")
+    kinds = [kind for turn in turns if turn.role in ("user", "system") for kind in PLACEHOLDER.findall(turn.text)]
+    if "image" in kinds:
+        raise BadRow("placeholder <image>; only video and audio are read")
     for kind, given in (("video", video), ("audio", audio)):
-        count = asked.count(kind)
+        count = kinds.count(kind)
         if count > given:
             raise BadRow(f"placeholder without media: {count} <{kind}> in the text, {given} {kind} files")
         if count < given and not (implied and count == 0):
@@ -130,12 +130,12 @@ def check_placeholders(turns: list[Turn], video: int, audio: int, implied: bool 
 def read_pairs(turns: list[Turn]) -> tuple[tuple[ConvertedQuestion, ...], tuple[str, ...]]:
     """Return the questions of a conversation, without placeholders, and notes for the summary.
 
-    The answer is `chosen` where there is one: then `assistant` is the ground truth of the same question.
+    The answer is the `chosen` turn if there is one; the `assistant` turn is then the ground truth.
 
     Raises
     ------
     BadRow
-        A question without answer, an answer without question, or nothing to learn.
+        A question without answer, an answer without question, or no question with an answer.
     """
     notes = []
     pairs: list[dict[str, str]] = []
@@ -143,7 +143,7 @@ def read_pairs(turns: list[Turn]) -> tuple[tuple[ConvertedQuestion, ...], tuple[
         if turn.role == "system":
             notes.append(SYSTEM)
         elif turn.role == "user":
-            pairs.append({"user": _bare(turn.text)})
+            pairs.append({"user": _without_placeholders(turn.text)})
         elif not pairs:
             raise BadRow("an answer before the first question")
         elif turn.role in pairs[-1]:
@@ -157,7 +157,7 @@ def read_pairs(turns: list[Turn]) -> tuple[tuple[ConvertedQuestion, ...], tuple[
             continue
         if {"chosen", "assistant"} <= set(pair) or "truth" in pair:
             notes.append(TRUTH)
-        questions.append(asked(pair["user"], pair.get("chosen", pair.get("assistant")), pair.get("rejected")))
+        questions.append(make_question(pair["user"], pair.get("chosen", pair.get("assistant")), pair.get("rejected")))
     if not questions:
         raise BadRow("no question with an answer in the conversation")
     if len(questions) > 1:
@@ -165,13 +165,13 @@ def read_pairs(turns: list[Turn]) -> tuple[tuple[ConvertedQuestion, ...], tuple[
     return tuple(questions), tuple(notes)
 
 
-def asked(question: Any, answer: Any, rejected: Any = None, time: float | None = None) -> ConvertedQuestion:
-    """Check the texts of a question.
+def make_question(question: Any, answer: Any, rejected: Any = None, time: float | None = None) -> ConvertedQuestion:
+    """Check the texts of a question and make a `ConvertedQuestion`.
 
     Raises
     ------
     BadRow
-        One of them is missing or empty, an answer holds a placeholder, or there is nothing to prefer.
+        A text is missing or empty, an answer contains a placeholder, or both answers are the same.
     """
     if not isinstance(question, str) or not question.strip():
         raise BadRow("empty question")
@@ -188,38 +188,38 @@ def asked(question: Any, answer: Any, rejected: Any = None, time: float | None =
             raise BadRow(f"the rejected answer to {short(question)} is the same as the answer")
         rejected = rejected.strip()
     for text in (answer, rejected):
-        if text is not None and (found := PLACEHOLDER.search(text)):  # the model would learn to write it
+        if text is not None and (found := PLACEHOLDER.search(text)):  # the model would learn to generate it
             raise BadRow(f"placeholder {found.group()} in an answer")
     return ConvertedQuestion(question.strip(), answer.strip(), rejected, time)
 
 
-def reject(questions: tuple[ConvertedQuestion, ...], rejected: Any) -> tuple[ConvertedQuestion, ...]:
-    """Set the worse answer of the last question, where a format names it beside the conversation."""
+def with_rejected(questions: tuple[ConvertedQuestion, ...], rejected: Any) -> tuple[ConvertedQuestion, ...]:
+    """Set the rejected answer of the last question, for formats that give it outside the conversation."""
     if rejected is None:
         return questions
     last = questions[-1]
-    return (*questions[:-1], asked(last.question, last.answer, rejected, last.time))
+    return (*questions[:-1], make_question(last.question, last.answer, rejected, last.time))
 
 
-def choose(turns: list[Turn], chosen: Any, media: Media) -> list[Turn]:
-    """Append the better answer, where a format names it beside the conversation: a turn, or its text."""
+def with_chosen(turns: list[Turn], chosen: Any, media: Media) -> list[Turn]:
+    """Append the chosen answer (a turn, or its text), for formats that give it outside the conversation."""
     if chosen is None:
         return turns
     return [*turns, replace(answer_turn(chosen, media), role="chosen")]
 
 
 def answer_turn(value: Any, media: Media) -> Turn:
-    """Read an answer that is a turn, or the list of one, or its text."""
+    """Read an answer given as a turn, as a list that ends with a turn, or as text."""
     if isinstance(value, list) and value:
         value = value[-1]
     if isinstance(value, str):
         return Turn("assistant", value)
     turn = read_turn(value, media)
     if turn.role != "assistant":
-        raise BadRow(f"an answer by {turn.role}")
+        raise BadRow(f"an answer must be an assistant turn, got a turn of {turn.role}")
     return turn
 
 
-def _bare(text: str) -> str:
-    """Without placeholders and the line breaks that set them off."""
-    return WITH_SPACE.sub(lambda found: "\n" if "\n" in found.group() else " ", text).strip()
+def _without_placeholders(text: str) -> str:
+    """The text without placeholders and the line breaks around them."""
+    return PLACEHOLDERS_AND_SPACE.sub(lambda found: "\n" if "\n" in found.group() else " ", text).strip()

@@ -1,6 +1,6 @@
-"""Rows of `datasets`: saved to disk, Parquet or Arrow files, or on the hub; their columns are one of the formats.
+"""Rows of `datasets`: saved to disk, Parquet or Arrow files, or on the hub; their columns follow one of the formats.
 
-Media columns are not decoded: their path is what counts. Parquet and the hub are read as streams.
+Media columns are not decoded, only their paths are read. Parquet files and hub data sets are streamed.
 
     omnimem data convert owner/name --split train --root clips --to train.jsonl
 """
@@ -16,11 +16,11 @@ from data_prep.manifest import filled
 from omnimem.errors import OmniMemError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SAVED = ("dataset_info.json", "dataset_dict.json")
+SAVED_FILES = ("dataset_info.json", "dataset_dict.json")
 
 
 def is_dataset(source: str) -> bool:
-    """Whether `source` is what this module reads, judged by its name and the files in it."""
+    """Whether this module reads `source`, judged by its name and by the files in it."""
     path = Path(source)
     if path.is_dir() or path.suffix in (".parquet", ".arrow"):
         return True
@@ -28,19 +28,19 @@ def is_dataset(source: str) -> bool:
 
 
 def is_hub(source: str) -> bool:
-    """Whether `source` has the form of a hub id and is no local path, nor one that is mistyped."""
+    """Whether `source` looks like a hub id and is neither a local path nor a misspelled one."""
     path = Path(source)
     file = path.suffix.startswith((".js", ".csv", ".tsv", ".parquet", ".arrow"))
     return HUB_ID.fullmatch(source) is not None and not file and not path.exists()
 
 
 def rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield a place, `source[index]`, and a row without its empty cells, one after the other.
+    """Yield the place, `source[index]`, and the cells that are not empty, row by row.
 
     Raises
     ------
     OmniMemError
-        No such data set or split, or one that cannot be read.
+        The data set or split does not exist or cannot be read.
     """
     try:
         for index, row in enumerate(_open(source, split)):
@@ -54,7 +54,7 @@ def _open(source: str, split: str) -> Any:
     import datasets
 
     path = Path(source)
-    if any((path / name).exists() for name in SAVED):
+    if any((path / name).exists() for name in SAVED_FILES):
         data = datasets.load_from_disk(source)
         if isinstance(data, datasets.DatasetDict):
             if split not in data:
@@ -65,9 +65,11 @@ def _open(source: str, split: str) -> Any:
         kind = "arrow" if path.suffix == ".arrow" else "parquet"
         shards = sorted(str(shard) for shard in path.rglob("*.parquet")) if path.is_dir() else [source]
         if not shards:
-            raise OmniMemError(f"{source}: a folder without *.parquet, and not one written by save_to_disk")
+            raise OmniMemError(
+                f"{source}: a folder without *.parquet, and not written by save_to_disk; name a data set or a file"
+            )
         data = datasets.load_dataset(kind, data_files=shards, split="train", streaming=True)
     else:
         data = datasets.load_dataset(source, split=split, streaming=True)
-    # A column of videos is turned into their paths only where the set says what its columns are.
+    # decode(False), which turns media columns into paths, needs the types of the columns.
     return data.decode(False) if data.features is not None else data

@@ -1,4 +1,4 @@
-"""Multiple choice: options in the ways tables write them, the question with its options, the letter of the answer.
+"""Multiple choice: read options in the ways tables write them, append them to the question, find the answer's letter.
 
 python -m pytest tests/data_prep/test_convert.py -k options
 """
@@ -18,19 +18,19 @@ INSTRUCTION = "Answer with the letter of the right option."
 
 LETTERED = re.compile(r"\(?([A-Za-z])[.:)]+\s*(.*)", re.DOTALL)
 
-Reading = str  # "auto", "letter", "index", "index1" or "text": how the answer names its option
+AnswerForm = str  # "auto", "letter", "index", "index1" or "text": how an answer names its option
 
 
 def read_options(value: Any) -> list[str]:
-    """Return the texts of the options, without letters; none for an empty cell.
+    """Return the texts of the options without their letters; an empty list for an empty cell.
 
-    A list, an object by letter, or text: JSON, a list as Python prints it, or options between `|` or line
+    `value` is a list, an object by letter, or text: JSON, a printed Python list, or options separated by `|` or line
     breaks.
 
     Raises
     ------
     BadRow
-        Fewer than two options, more than the alphabet has letters, or an empty one.
+        Fewer than 2 or more than 26 options, or an empty one.
     """
     if isinstance(value, str):
         value = _parsed(value.strip())
@@ -61,12 +61,12 @@ def _parsed(text: str) -> Any:
 
 
 def with_options(question: str, options: list[str]) -> str:
-    """The question as it is asked: its options by letter, and what to answer with."""
+    """The question followed by its lettered options and the instruction to answer with a letter."""
     lines = [f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, options, strict=False)]
     return "\n".join([question.strip(), *lines, INSTRUCTION])
 
 
-def answer_letter(answer: Any, options: list[str], reading: Reading = "auto") -> tuple[str, bool]:
+def answer_letter(answer: Any, options: list[str], form: AnswerForm = "auto") -> tuple[str, bool]:
     """Return the letter of the right option, and whether it was given as a number counted from 0.
 
     Parameters
@@ -74,13 +74,13 @@ def answer_letter(answer: Any, options: list[str], reading: Reading = "auto") ->
     answer : text or int
         A letter (`B`, `(b)`, `B. text`), a number, or the text of an option.
     options : list of str
-    reading : {"auto", "letter", "index", "index1", "text"}
-        What `answer` is; index counts from 0, index1 from 1. "auto" takes what fits.
+    form : {"auto", "letter", "index", "index1", "text"}
+        What `answer` is; index counts from 0, index1 from 1. "auto" takes the only form that fits.
 
     Raises
     ------
     BadRow
-        No option fits, or "auto" can be read in two ways that disagree.
+        No option fits, or under "auto" two forms name different options.
     """
     text = str(answer).strip()
     readings = {
@@ -89,16 +89,16 @@ def answer_letter(answer: Any, options: list[str], reading: Reading = "auto") ->
         "index": _by_number(text, options, 0),
         "index1": _by_number(text, options, 1),
     }
-    if reading != "auto":
-        place = readings[reading]
+    if form != "auto":
+        place = readings[form]
         if place is None:
-            raise BadRow(f"answer {short(text)} is not the {reading} of one of {len(options)} options")
+            raise BadRow(f"answer {short(text)} is not the {form} of one of {len(options)} options")
         return string.ascii_uppercase[place], False
     fits = {name: readings[name] for name in ("letter", "text", "index") if readings[name] is not None}
     places = {place for place in fits.values() if place is not None}
     if len(places) != 1:
         why = "can be read as " + " or ".join(fits) if fits else f"is none of the {len(options)} options"
-        raise BadRow(f"answer {short(text)} {why}; say how answers are given with --answers")
+        raise BadRow(f"answer {short(text)} {why}; choose one with --answers")
     return string.ascii_uppercase[places.pop()], list(fits) == ["index"]
 
 

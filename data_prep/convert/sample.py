@@ -1,4 +1,4 @@
-"""What every format is read into: one stream as its source names it, and the questions about it.
+"""The common form of a source row: one stream, as the source names it, and its questions.
 
 python -m pytest tests/data_prep/test_convert.py
 """
@@ -14,19 +14,19 @@ from data_prep.manifest import BadRow, short
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
-# What the summary counts, because the row was read but not taken word by word.
-TURNS = "conversations of several turns, whose questions are each asked on their own about the whole stream"
-SYSTEM = "system turns left out, as the model keeps its own"
-HISTORY = "turns left out because their source marks them as not learned"
-TRUTH = "ground truths left out for the chosen answer"
+# Notes for the summary: how a row was changed when it was read.
+TURNS = "conversations of several turns, each of whose questions is asked separately about the whole stream"
+SYSTEM = "system turns ignored: the model uses its own system prompt"
+HISTORY = "turns skipped because their source excludes them from the loss"
+TRUTH = "ground truth answers skipped: the chosen answer is used"
 FROM_ZERO = "answers given as a number, counted from 0 (--answers index1 counts from 1)"
-REJECTED = "rejected answers, which are kept but not trained on"
-MUTE = "videos whose sound the source does not ask for (--audio on lets it be heard)"
+REJECTED = "rejected answers, copied to the manifest but not trained on"
+MUTED = "videos whose audio the source does not use (--audio on uses it)"
 
 
 @dataclass(frozen=True)
 class ConvertedQuestion:
-    """A question, its answer, the rejected answer of a preference pair, and the second at which it is asked."""
+    """A question, its answer, the rejected answer of a preference pair, and the second at which to ask it."""
 
     question: str
     answer: str
@@ -41,45 +41,45 @@ class Sample:
     Attributes
     ----------
     video : str or None
-        Path as the source has it; None: only sound.
-    sound : str or None
-        A sound file: heard along with the video, or alone.
-    audio : bool
-        Whether the video is heard at all.
-    questions : tuple of Asked
+        Path as in the source; None: audio only.
+    audio_path : str or None
+        An audio file: used instead of the video's own audio, or alone.
+    use_audio : bool
+        Whether audio is used at all.
+    questions : tuple of ConvertedQuestion
     notes : tuple of str
-        What was done to the row, for the summary.
+        How the row was changed, for the summary.
     """
 
     video: str | None
-    sound: str | None
-    audio: bool
+    audio_path: str | None
+    use_audio: bool
     questions: tuple[ConvertedQuestion, ...]
     notes: tuple[str, ...] = ()
 
 
 def listed(value: Any) -> list[Any]:
-    """A list of media as it is, one medium as a list, nothing as none."""
+    """A list unchanged, a single value as a list of one, an empty value as an empty list."""
     if value is None or value == "":
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def media_path(entry: Any, kind: str) -> str:
-    """Return the path of one medium: text, or an object with `path` as data sets store files.
+    """Return the path of one media file, given as text or as an object with `path` (as `datasets` stores files).
 
     Raises
     ------
     BadRow
-        A URL, content without a file, a list of pictures, a part of a file, or no path at all.
+        A URL, embedded content without a file, a list of images, a segment of a file, or no path.
     """
     if isinstance(entry, Mapping):
         refuse_segment(entry, kind)
         if entry.get("bytes") is not None and not entry.get("path"):
-            raise BadRow(f"the {kind} is in the data set itself, not in a file; save it as a file and name its path")
+            raise BadRow(f"the {kind} is embedded in the data set; save it as a file and give its path")
         entry = next((entry[key] for key in ("path", "url", kind) if entry.get(key)), None)
     if isinstance(entry, list):
-        raise BadRow(f"the {kind} is a list of pictures; only files are read")
+        raise BadRow(f"the {kind} is a list of images; encode them as one video file")
     if not isinstance(entry, str) or not entry.strip():
         raise BadRow(f"{kind} must be a path, got {short(entry)}")
     entry = entry.strip().removeprefix("file://")
@@ -89,16 +89,16 @@ def media_path(entry: Any, kind: str) -> str:
 
 
 def one_stream(
-    videos: list[Any], audios: list[Any], own_sound: bool
+    videos: list[Any], audios: list[Any], use_own_audio: bool
 ) -> tuple[str | None, str | None, bool, tuple[str, ...]]:
-    """Say what is watched and heard: `video`, `sound`, `audio` and `notes` of a sample.
+    """Return `video`, `audio_path`, `use_audio` and `notes` of a sample.
 
     Parameters
     ----------
     videos, audios : list
         Entries for `media_path`.
-    own_sound : bool
-        Whether the source wants the sound that is in the video itself.
+    use_own_audio : bool
+        Whether the source uses the audio track of the video itself.
 
     Raises
     ------
@@ -111,31 +111,33 @@ def one_stream(
     if not videos and not audios:
         raise BadRow("no video and no audio; a row needs a stream to ask about")
     video = media_path(videos[0], "video") if videos else None
-    sound = media_path(audios[0], "audio") if audios else None
-    audio = sound is not None or own_sound
-    return video, sound, audio, () if audio else (MUTE,)
+    audio_path = media_path(audios[0], "audio") if audios else None
+    use_audio = audio_path is not None or use_own_audio
+    return video, audio_path, use_audio, () if use_audio else (MUTED,)
 
 
 def refuse_segment(row: Mapping[str, Any], kind: str) -> None:
-    """Raise BadRow when only a part of the file is meant: a stream is a whole file."""
+    """Raise BadRow if the row refers to a segment of the file: a stream is a whole file."""
     for start, end in (("start", "end"), ("video_start", "video_end"), ("start_time", "end_time")):
         if row.get(start) or row.get(end) is not None:
             what = f"{short(row.get(start) or 0)} to {short(row.get(end))}"
-            raise BadRow(f"only {what} of the {kind} is meant; cut it out first (ffmpeg -ss … -to …)")
+            raise BadRow(f"the row uses only {what} of the {kind}; cut the segment first (ffmpeg -ss … -to …)")
     if row.get("timestamps") is not None:
-        raise BadRow(f"only {short(row['timestamps'])} of the {kind} is meant; cut it out first (ffmpeg -ss … -to …)")
+        raise BadRow(
+            f"the row uses only {short(row['timestamps'])} of the {kind}; cut the segment first (ffmpeg -ss … -to …)"
+        )
 
 
 def refuse_others(row: Mapping[str, Any]) -> None:
-    """Raise BadRow for rows that hold, or mean, what a manifest cannot say."""
+    """Raise BadRow for rows with content that a manifest cannot express."""
     refuse_segment(row, "video")
     for key in ("image", "images"):
         if listed(row.get(key)):
-            raise BadRow(f"it has {key}; only video and sound are read")
+            raise BadRow(f"it has {key}; only video and audio are read")
     if row.get("tools"):
         raise BadRow("it has tools; only questions and answers are read")
     for key in ("label", "kto_tag"):
         if row.get(key) is False:
-            raise BadRow(f"{key} is false: the answer is a bad one, and nothing says what a good one is")
+            raise BadRow(f"{key} is false: the answer is marked as bad, and the row has no good one")
         if row.get(key) not in (None, True):
             raise BadRow(f"{key} is {short(row[key])}: rows for classification are not read")

@@ -1,4 +1,4 @@
-"""Where rows come from, one at a time and each with its place, and which format a row is in.
+"""Read the rows of a source one at a time, each with its place, and detect the format of a row.
 
 A place is `file:line` (JSON Lines, tables) or `file[index]` (a JSON array, a data set).
 """
@@ -15,18 +15,18 @@ from data_prep.manifest import BadRow, short
 from omnimem.errors import OmniMemError
 
 from . import huggingface, sharegpt, swift, table, video_salmonn2
-from .options import Reading
+from .options import AnswerForm
 from .sample import Sample
 
 FORMATS = ("auto", "video_salmonn2", "sharegpt", "swift", "csv", "huggingface")
 
 LONGEST_CELL = 2**24  # characters of a table cell; the default of csv is 128 KiB
 
-Found = tuple[str, Any]  # a place, and a row or why there is none
+Found = tuple[str, Any]  # a place, and the row there or a BadRow
 
 
 def read_rows(source: str, name: str, split: str) -> Iterator[Found]:
-    """Yield the place and the row of everything in `source`; a BadRow instead of a row that cannot be parsed.
+    """Yield every row of `source` with its place; a BadRow in place of a row that cannot be parsed.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def read_rows(source: str, name: str, split: str) -> Iterator[Found]:
     name : str
         One of FORMATS.
     split : str
-        Of a data set that has splits.
+        Split of a data set that has splits.
 
     Raises
     ------
@@ -52,13 +52,13 @@ def read_rows(source: str, name: str, split: str) -> Iterator[Found]:
     return _json_rows(path)
 
 
-def read_sample(row: Any, source: str, name: str, answers: Reading) -> Sample:
-    """Read a row in the format `name`, or in the one its keys show.
+def read_sample(row: Any, source: str, name: str, answers: AnswerForm) -> Sample:
+    """Read a row in the format `name`, or in the format detected from its keys.
 
     Raises
     ------
     BadRow
-        Why it is refused.
+        Why the row is refused.
     """
     if not isinstance(row, Mapping):
         raise BadRow(f"a row is an object, got {short(row)}")
@@ -71,16 +71,16 @@ def read_sample(row: Any, source: str, name: str, answers: Reading) -> Sample:
 def detect(row: Mapping[str, Any], source: str) -> str:
     """Name the format of a row.
 
-    `messages` are read as ms-swift's in JSON Lines, and where a row has keys of it; else as LLaMA-Factory's.
+    A row with `messages` is read as ms-swift in JSON Lines or if it has keys of ms-swift, else as LLaMA-Factory.
 
     Raises
     ------
     BadRow
-        None of them.
+        No format fits.
     """
     keys = set(row)
     if "media" in keys and keys & {"question", "questions"}:
-        raise BadRow("it is a row of a manifest already; omnimem data validate checks those")
+        raise BadRow("it is already a row of a manifest; use omnimem data validate to check it")
     if keys & {"rejected_response", "rejected_messages", "query"} and not table.has_columns(row):
         return "swift"
     if "conversations" in keys:
@@ -89,13 +89,13 @@ def detect(row: Mapping[str, Any], source: str) -> str:
         return "swift" if source.endswith(".jsonl") else "sharegpt"
     if keys & {"videos", "audios"} and keys & {"conversation", "instruction"}:
         return "sharegpt"
-    if table.has_columns(row, least=2):  # an empty cell of a data set is no key
+    if table.has_columns(row, least=2):  # a data set row has no key for an empty cell
         return "csv"
     raise BadRow(f"format not recognised; its keys are {short(', '.join(map(str, row)))}; name it with --from")
 
 
 def _json_rows(path: Path) -> Iterator[Found]:
-    """Rows of a JSON array, read at once, or of JSON Lines, read line by line."""
+    """Rows of a JSON array, read at once, or of a JSON Lines file, read line by line."""
     try:
         with path.open("rb") as file:
             if file.read(3) != b"\xef\xbb\xbf":
@@ -104,7 +104,7 @@ def _json_rows(path: Path) -> Iterator[Found]:
             head = file.read(4096).lstrip()
             file.seek(start)
             if head[:1] == b"[":
-                rows = json.load(file, object_pairs_hook=_once)
+                rows = json.load(file, object_pairs_hook=_unique_keys)
                 yield from ((f"{path}[{index}]", row) for index, row in enumerate(rows))
                 return
             for number, line in enumerate(file, start=1):
@@ -120,13 +120,13 @@ def _json_rows(path: Path) -> Iterator[Found]:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line, object_pairs_hook=_once)
+        return json.loads(line, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         return BadRow(f"not valid JSON: {error} (a JSON array, or one object a line)")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> Any:
-    """An object; a BadRow instead where it, or one in it, has a key twice: an answer would vanish without a word."""
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Any:
+    """The object; a BadRow if it or an object in it has a key twice, because JSON would silently drop one value."""
     row = dict(pairs)
     if len(row) < len(pairs):
         return BadRow("the same key is given twice")
@@ -137,7 +137,7 @@ def _once(pairs: list[tuple[str, Any]]) -> Any:
 def _table_rows(path: Path) -> Iterator[Found]:
     csv.field_size_limit(LONGEST_CELL)
     try:
-        # Bytes that are not UTF-8 cost their row, as does a quote in a wrong place, and not the whole table.
+        # Bytes that are not UTF-8, or a misplaced quote, make one row bad, not the whole table.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             header = file.readline()
             file.seek(0)
@@ -156,11 +156,11 @@ def _table_rows(path: Path) -> Iterator[Found]:
                     return
                 except csv.Error as error:
                     why = f"not a row of a table ({error}); a quote may be missing"
-                    row, number = BadRow(why), before + 1  # where it begins: without its quote it takes in the others
+                    row, number = BadRow(why), before + 1  # its first line: an unclosed quote swallows the next ones
                 else:
-                    # Text after the last column lies under None: an unquoted comma shifted the cells.
+                    # Cells beyond the last column are stored under None: an unquoted separator shifted the cells.
                     if None in row:
-                        row = BadRow("more cells than columns; put text with the separator in it into quotes")
+                        row = BadRow("more cells than columns; quote texts that contain the separator")
                 yield f"{path}:{number}", row
     except (OSError, csv.Error) as error:
         why = error.strerror if isinstance(error, OSError) else f"not a table ({error})"

@@ -2,9 +2,9 @@
 
     {"messages": [{"role": "user", "content": "<video>What?"}, …], "videos": ["a.mp4"], "rejected_response": "…"}
 
-As rows of LLaMA-Factory, with two differences: media without any placeholder stand in front of the text, and a
-preference pair is the last answer with `rejected_response` (or `rejected_messages`). Whether a video is heard is
-a setting of ms-swift's run, not of the row: `--audio on` for sets made with it on.
+Like rows of LLaMA-Factory, with two differences: media without any placeholder count as placed in front of the text,
+and a preference pair is the last answer with `rejected_response` (or `rejected_messages`). ms-swift decides for a
+whole run whether the audio of videos is used: pass `--audio on` for data sets that were used with audio.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from data_prep.manifest import BadRow
 
 from . import sharegpt
-from .conversation import Media, answer_turn, reject
+from .conversation import Media, answer_turn, with_rejected
 from .sample import Sample, listed
 
 
@@ -26,7 +26,7 @@ def read(row: Mapping[str, Any]) -> Sample:
     Raises
     ------
     BadRow
-        Why it is refused.
+        Why the row is refused.
     """
     if row.get("objects"):
         raise BadRow("it has objects (grounding); only questions and answers are read")
@@ -38,4 +38,4 @@ def read(row: Mapping[str, Any]) -> Sample:
     rejected = row.get("rejected_response", row.get("rejected_messages"))
     if rejected is not None:
         rejected = answer_turn(rejected, Media()).text
-    return replace(sample, questions=reject(sample.questions, rejected))
+    return replace(sample, questions=with_rejected(sample.questions, rejected))

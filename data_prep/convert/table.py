@@ -1,10 +1,10 @@
-"""Rows of a table, a CSV file or the columns of a data set: video, question, options, answer, time.
+"""Rows of a table (a CSV file, or the columns of a data set): video, question, options, answer, time.
 
     video,question,options,answer,time
     a.mp4,What is seen?,A. a cat|B. a dog,B,00:01:30
 
-Column names are looked for without case, by the names in COLUMNS. With options the question ends in their list
-and the answer is a letter. A video is heard, unless a column `use_audio` says no: most tables do not say.
+Column names are those in COLUMNS, in any case. With options, their list is appended to the question and the answer is a
+letter. The audio of a video is used unless a column `use_audio` says no: most tables have no such column.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from data_prep.manifest import BadRow, short
 
-from .conversation import PLACEHOLDER, asked
-from .options import Reading, answer_letter, read_options, with_options
+from .conversation import PLACEHOLDER, make_question
+from .options import AnswerForm, answer_letter, read_options, with_options
 from .sample import FROM_ZERO, Sample, listed, one_stream, refuse_others
 
 COLUMNS = {
@@ -31,27 +31,27 @@ COLUMNS = {
     "use_audio": ("use_audio",),
 }
 
-# Options that have a column each.
-BY_COLUMN = (tuple(f"option_{letter}" for letter in "abcdefgh"), tuple(f"option{n}" for n in range(1, 9)),
+# Names of option columns, for tables with one column per option.
+OPTION_COLUMNS = (tuple(f"option_{letter}" for letter in "abcdefgh"), tuple(f"option{n}" for n in range(1, 9)),
              tuple(f"a{n}" for n in range(8)), tuple("abcdefgh"))  # fmt: skip
 
 CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)")
 
 
 def has_columns(names: Iterable[str], least: int = 3) -> bool:
-    """Whether there are columns for a stream, a question and an answer, or for so many of the three."""
+    """Whether at least `least` of these three have a column: the stream, the question, the answer."""
     columns = {name.strip().lower() for name in names}
     found = {meaning for meaning, aliases in COLUMNS.items() if columns & set(aliases)}
     return bool(found & {"video", "audio"}) + ("question" in found) + ("answer" in found) >= least
 
 
-def read(row: Mapping[str, Any], answers: Reading = "auto") -> Sample:
-    """Read one row; `answers` says how answers name their option (see `answer_letter`).
+def read(row: Mapping[str, Any], answers: AnswerForm = "auto") -> Sample:
+    """Read one row; `answers` is how answers name their option (see `answer_letter`).
 
     Raises
     ------
     BadRow
-        Why it is refused.
+        Why the row is refused.
     """
     cells = {str(key).strip().lower(): value for key, value in row.items() if not _empty(value)}
     refuse_others({key: value for key, value in cells.items() if key not in ("label", "tools")})
@@ -61,7 +61,7 @@ def read(row: Mapping[str, Any], answers: Reading = "auto") -> Sample:
     if isinstance(question, str):
         question = PLACEHOLDER.sub("", question)
     notes: tuple[str, ...] = ()
-    options = read_options(found["options"] if found["options"] is not None else _by_column(cells))
+    options = read_options(found["options"] if found["options"] is not None else _options_by_column(cells))
     if options and isinstance(question, str) and question.strip() and answer is not None:
         answer, from_zero = answer_letter(answer, options, answers)
         question = with_options(question, options)
@@ -69,15 +69,15 @@ def read(row: Mapping[str, Any], answers: Reading = "auto") -> Sample:
         if found["rejected"] is not None:
             found["rejected"], _ = answer_letter(found["rejected"], options, answers)
     elif isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = str(answer).removesuffix(".0")  # a column with gaps has floats for whole numbers
-    entry = asked(question, answer, found["rejected"], seconds(found["time"]))
-    own_sound = found["use_audio"] is None or _truth(found["use_audio"])
-    video, sound, audio, more = one_stream(listed(found["video"]), listed(found["audio"]), own_sound)
-    return Sample(video, sound, audio, (entry,), notes + more)
+        answer = str(answer).removesuffix(".0")  # a numeric column with empty cells stores whole numbers as floats
+    entry = make_question(question, answer, found["rejected"], seconds(found["time"]))
+    use_own_audio = found["use_audio"] is None or _truth(found["use_audio"])
+    video, audio_path, use_audio, more = one_stream(listed(found["video"]), listed(found["audio"]), use_own_audio)
+    return Sample(video, audio_path, use_audio, (entry,), notes + more)
 
 
 def seconds(value: Any) -> float | None:
-    """Read a time: seconds, or `mm:ss` and `hh:mm:ss` with or without a fraction; empty: None.
+    """Read a time: seconds, `mm:ss` or `hh:mm:ss`, with or without a fraction; None for an empty cell.
 
     Raises
     ------
@@ -100,8 +100,8 @@ def seconds(value: Any) -> float | None:
     return number
 
 
-def _by_column(cells: Mapping[str, Any]) -> list[Any]:
-    for names in BY_COLUMN:
+def _options_by_column(cells: Mapping[str, Any]) -> list[Any]:
+    for names in OPTION_COLUMNS:
         options = [cells[name] for name in names if name in cells]
         if len(options) > 1 and names[0] in cells:
             return options

@@ -1,10 +1,10 @@
-r"""Rows of video-SALMONN 2 and 2+: `video` or `audio` beside `conversations`.
+r"""Rows of video-SALMONN 2 and 2+: `video` or `audio`, and `conversations`.
 
     {"video": "a.mp4", "use_audio": true, "conversations": [{"from": "human", "value": "<video>\nWhat?"}, …]}
 
-The video is heard when `use_audio` is true (absent: not) or when `audio` names a file, which is heard instead.
-Preference rows add turns `chosen` and `reject`, and `gpt` is then the ground truth; the older release has `gpt`
-for the chosen answer, `reject_gpt` and `gt`, and writes `<image>` for whatever the row holds.
+The audio of the video is used if `use_audio` is true (default: false). If `audio` names a file, that file is used
+instead. Preference rows add the turns `chosen` and `reject`, and `gpt` is then the ground truth; the older release has
+`gpt` for the chosen answer, `reject_gpt` and `gt`, and writes `<image>` for a video or audio file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def read(row: Mapping[str, Any]) -> Sample:
     Raises
     ------
     BadRow
-        Why it is refused.
+        Why the row is refused.
     """
     refuse_others(row)
     use_audio = row.get("use_audio", False)
@@ -35,10 +35,10 @@ def read(row: Mapping[str, Any]) -> Sample:
     turns = read_turns(row.get("conversations"), Media())
     kind = "<video>" if videos else "<audio>"
     turns = [replace(turn, text=turn.text.replace("<image>", kind)) for turn in turns]
-    sounds = len(audios)
-    if videos:  # <video> stands for its sound as well, whichever file that is in; <audio> may stand beside it
-        sounds = min(sum(turn.text.count("<audio>") for turn in turns), max(sounds, int(use_audio)))
-    check_placeholders(turns, len(videos), sounds)
+    num_audio = len(audios)
+    if videos:  # <video> includes the audio, wherever it is stored; an additional <audio> is allowed
+        num_audio = min(sum(turn.text.count("<audio>") for turn in turns), max(num_audio, int(use_audio)))
+    check_placeholders(turns, len(videos), num_audio)
     questions, notes = read_pairs(turns)
-    video, sound, audio, more = one_stream(videos, audios, use_audio)
-    return Sample(video, sound, audio, questions, notes + more)
+    video, audio_path, audio, more = one_stream(videos, audios, use_audio)
+    return Sample(video, audio_path, audio, questions, notes + more)

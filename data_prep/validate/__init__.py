@@ -1,11 +1,11 @@
-"""`omnimem data validate`: every media file of a data set opened and decoded before a training run meets it.
+"""`omnimem data validate`: decode every media file and check every row of a data set before training on it.
 
     omnimem data validate train.jsonl
     omnimem data validate clips/ --report clips.json --workers 8
 
-Files are looked at one by one in processes of their own (`file.py`, `tracks.py`), rows of a manifest against what
-was found in their files (`rows.py`); what is finished is kept (`record.py`), so that a run over thousands of files
-can be interrupted. `run.py` puts them together.
+Each file is checked in a worker process (`file.py`, `tracks.py`), the rows of a manifest against the results of their
+files (`rows.py`). Results are saved one by one (`journal.py`), so that a run over thousands of files can be
+interrupted. `targets.py` finds the files, `report.py` builds the report, `print_report.py` prints it.
 """
 
 from .findings import Finding

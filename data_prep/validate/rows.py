@@ -1,6 +1,6 @@
-"""Rows of a manifest against what was found in their files: text left over, times, sound, duplicates.
+"""Check the rows of a manifest against the results of their files: placeholders, times, audio, duplicates.
 
-Pure functions of rows and results; nothing is opened here.
+Pure functions; no file is opened here.
 """
 
 from __future__ import annotations
@@ -9,40 +9,39 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from data_prep.manifest import Row
 from data_prep.validate.findings import Finding
-from data_prep.validate.record import printable
+from data_prep.validate.journal import printable
 
 PLACEHOLDER = re.compile(
     r"<\|?(?P<what>audio|sound|speech|video|image|img|vision)"
     r"(?:[_-]?(?:pad|bos|eos|start|end|token|placeholder|here|\d+))?\|?>",
     re.IGNORECASE,
 )
-"""What other projects put where media belong; here media come first, and these would be read as words."""
+"""Media placeholders of other projects. Here media precede the text, so placeholders would be read as words."""
 
-HEARD = ("audio", "sound", "speech")
+AUDIO_WORDS = ("audio", "sound", "speech")
 LATE = 0.1  # seconds a question may be past the end: headers and durations are rounded
-LINES = 10  # line numbers named in a sentence
+MAX_LINES = 10  # line numbers listed in a message
 
 
 @dataclass(frozen=True)
 class _Stream:
-    """A row and what is known about the file(s) it reads."""
+    """A row and the results of its files."""
 
     row: Row
-    entries: tuple[dict[str, Any], ...]  # of the media, and of the sound where that is a file of its own
+    entries: tuple[dict[str, Any], ...]  # of the media, then of a separate audio file
 
     @property
-    def has_picture(self) -> bool:
-        return self.entries[0]["picture"]
+    def has_video(self) -> bool:
+        return self.entries[0]["has_video"]
 
     @property
-    def sound(self) -> str:
-        """Of the file that is heard when audio is on: yes, silent or none."""
-        return self.entries[-1]["sound"]
+    def audio(self) -> str:
+        """Audio of the file whose audio is used: present, silent or none."""
+        return self.entries[-1]["audio"]
 
     @property
     def seconds(self) -> float:
@@ -50,7 +49,7 @@ class _Stream:
 
     @property
     def content(self) -> tuple[str, ...]:
-        """What the files hold, or where they are if they could not be read."""
+        """Digests of the files, or their paths if they could not be read."""
         return tuple(entry["digest"] or entry["path"] for entry in self.entries)
 
     @property
@@ -65,35 +64,30 @@ def check_rows(rows: list[Row], entries: dict[str, dict[str, Any]]) -> dict[str,
     ----------
     rows : list of Row
     entries : dict
-        Result of `check_file` for each path (as `printable` writes it) the rows name.
+        Result of `check_file` by `printable` path.
 
     Returns
     -------
     dict
-        ``findings``: code, severity, message, ``lines`` and ``media`` of each; ``sound``: rows by what they hear;
-        ``usable``: rows that a run can train on; ``questions``.
+        ``findings``: code, severity, message, ``lines`` and ``media`` of each; ``audio``: number of rows by audio use
+        (`_audio_use`); ``usable``: number of rows a run can train on; ``questions``: their number.
     """
-    streams = [_Stream(row, tuple(entries[printable(path)] for path in _files(row))) for row in rows]
+    streams = [_Stream(row, tuple(entries[printable(path)] for path in row.files)) for row in rows]
     findings = []
     bad: set[int] = set()
     for stream in streams:
-        for finding in _of_row(stream):
+        for finding in _check_row(stream):
             findings.append(_record(finding, [stream.row]))
             if finding.severity == "error":
                 bad.add(stream.row.line)
     findings += [_record(finding, group) for finding, group in _duplicates(streams)]
-    kinds = [_heard(stream) for stream in streams]
+    kinds = [_audio_use(stream) for stream in streams]
     return {
         "findings": findings,
-        "sound": {kind: kinds.count(kind) for kind in ("heard", "silent", "missing", "off", "none")},
+        "audio": {kind: kinds.count(kind) for kind in ("used", "silent", "missing", "ignored", "none")},
         "usable": len(rows) - len(bad),
         "questions": sum(len(row.questions) for row in rows),
     }
-
-
-def _files(row: Row) -> list[Path]:
-    """The media of a row, and its sound where that is a file of its own."""
-    return [row.media] if row.sound is None else [row.media, row.sound]
 
 
 def _record(finding: Finding, rows: list[Row]) -> dict[str, Any]:
@@ -101,36 +95,37 @@ def _record(finding: Finding, rows: list[Row]) -> dict[str, Any]:
     return {**finding.record(), "lines": lines, "media": rows[0].name}
 
 
-def _heard(stream: _Stream) -> str:
+def _audio_use(stream: _Stream) -> str:
+    """Audio on: used, silent (track of zeros) or missing. Audio off: ignored, or none if there is no audio track."""
     if stream.row.audio:
-        return {"yes": "heard", "silent": "silent", "none": "missing"}[stream.sound]
-    return "none" if stream.sound == "none" else "off"
+        return {"present": "used", "silent": "silent", "none": "missing"}[stream.audio]
+    return "none" if stream.audio == "none" else "ignored"
 
 
-def _of_row(stream: _Stream) -> Iterator[Finding]:
+def _check_row(stream: _Stream) -> Iterator[Finding]:
     if not stream.usable:
         broken = [f["message"] for entry in stream.entries for f in entry["findings"] if f["severity"] == "error"]
         yield Finding("unusable_media", broken[0])
-    elif not stream.has_picture and not (stream.row.audio and stream.sound != "none"):
-        yield Finding("nothing_to_read", "neither picture nor wanted sound")
-    elif _heard(stream) == "missing":
-        yield Finding("audio_without_sound", "audio is on, but the file has no sound")
+    elif not stream.has_video and not (stream.row.audio and stream.audio != "none"):
+        yield Finding("nothing_to_use", "neither video nor usable audio")
+    elif _audio_use(stream) == "missing":
+        yield Finding("audio_missing", "audio is on, but the file has no audio track")
     yield from _placeholders(stream)
     if stream.usable:
         yield from _late(stream)
 
 
 def _placeholders(stream: _Stream) -> Iterator[Finding]:
-    """Each placeholder once a row, wherever it stands."""
+    """Every placeholder in the texts of a row, each reported once."""
     texts = [text for q in stream.row.questions for text in (q.question, q.answer, q.rejected) if text]
     found = {match[0]: match["what"].lower() for text in texts for match in PLACEHOLDER.finditer(text)}
-    sounds = stream.row.audio and stream.sound != "none"
+    has_audio = stream.row.audio and stream.audio != "none"
     for token, what in sorted(found.items()):
-        if stream.usable and not (sounds if what in HEARD else stream.has_picture):
-            lacks = "sound" if what in HEARD else "picture"
+        if stream.usable and not (has_audio if what in AUDIO_WORDS else stream.has_video):
+            lacks = "audio" if what in AUDIO_WORDS else "video"
             yield Finding("placeholder_without_media", f"{token} in the text, but the row has no {lacks}")
         else:
-            yield Finding("placeholder", f"{token} is left in the text; media come first here, take it out")
+            yield Finding("placeholder", f"{token} is left in the text; remove it, media precede the text")
 
 
 def _late(stream: _Stream) -> Iterator[Finding]:
@@ -147,12 +142,12 @@ def _duplicates(streams: list[_Stream]) -> Iterator[tuple[Finding, list[Row]]]:
         row = stream.row
         by_content[stream.content].append(row)
         for question in row.questions:
-            # Without its sound the same clip may well have another answer.
+            # The same clip without audio may have another answer.
             key = (stream.content, row.audio, question.time, _plain(question.question))
             by_question[key].append((row, question.answer))
     for rows in by_content.values():
         if len(rows) > 1:
-            yield Finding("same_media", f"the same media in {len(rows)} rows{_lines(rows)}"), rows
+            yield Finding("duplicate_media", f"the same media in {len(rows)} rows{_lines(rows)}"), rows
     for (_, _, time, text), asked in by_question.items():
         if len(asked) == 1:
             continue
@@ -164,7 +159,7 @@ def _duplicates(streams: list[_Stream]) -> Iterator[tuple[Finding, list[Row]]]:
             differing = " and ".join(f"“{answer[:60]}”" for answer in answers[:2])
             yield Finding("conflicting_answers", f"{what}, with {len(answers)} answers: {differing}"), rows
         else:
-            yield Finding("same_question", f"{what}, with the same answer"), rows
+            yield Finding("duplicate_question", f"{what}, with the same answer"), rows
 
 
 def _plain(text: str) -> str:
@@ -175,5 +170,5 @@ def _lines(rows: list[Row]) -> str:
     lines = sorted({row.line for row in rows})
     if len(lines) == 1:
         return f" in line {lines[0]}"
-    more = ", …" if len(lines) > LINES else ""
-    return f" (lines {', '.join(str(line) for line in lines[:LINES])}{more})"
+    more = ", …" if len(lines) > MAX_LINES else ""
+    return f" (lines {', '.join(str(line) for line in lines[:MAX_LINES])}{more})"

@@ -1,7 +1,7 @@
-"""Every track of a file read to its end: pictures, samples, times, and where decoding fails.
+"""Read every track of a file to its end: frames, samples, timestamps, and where decoding fails.
 
-Unlike `omnimem.media`, which decodes what a model will see, this decodes everything, one thread a file, because
-damage can be anywhere. Many decoders repair what they can and only log it: those lines are counted, too.
+`omnimem.media` decodes only the frames a model uses; this module decodes everything, one thread per file: damage can
+be anywhere. Many decoders conceal damage and only log it, so their log lines are counted as damage.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from omnimem.media.container import is_cut_short, open_container, reason
 from omnimem.media.selective_decoder import is_shown
 from omnimem.media.tracks import STILLS
 
-QUIET = 2.0**-15  # of full scale: one step of 16-bit sound
+SILENCE = 2.0**-15  # of full scale: one quantisation step of 16-bit audio
 
 
 @dataclass
 class Track:
-    """One picture or sound track; times are seconds on the file's own clock."""
+    """One video or audio track; times are seconds on the file's own clock."""
 
     index: int
     kind: str  # video or audio
     codec: str
     still: bool  # cover art
     frames: int = 0
-    samples: int | None = None  # of sound, per channel; None where nothing was decoded
+    samples: int | None = None  # of audio, per channel; None if nothing was decoded
     first: Fraction | None = None
     end: Fraction | None = None
-    error: tuple[Fraction, str] | None = None  # where and why the picture cannot be decoded further
-    damaged: int = 0  # packets that could not be decoded, or only with repairs
-    damaged_at: Fraction | None = None  # the first of them
-    hidden: int = 0  # pictures an edit list leaves out
-    before_key: int = 0  # pictures before the first key frame
-    silent: bool | None = None  # None where nothing was decoded
-    times: array[int] = field(default_factory=lambda: array("q"))  # of pictures, in ticks, as they came
+    error: tuple[Fraction, str] | None = None  # where and why decoding of the video stopped
+    damaged: int = 0  # packets that could not be decoded, or only with concealment
+    damaged_at: Fraction | None = None  # time of the first of them
+    hidden: int = 0  # frames hidden by an edit list
+    before_key: int = 0  # frames before the first key frame
+    silent: bool | None = None  # None if nothing was decoded
+    times: array[int] = field(default_factory=lambda: array("q"))  # of frames, in ticks, in decoding order
     tick: Fraction = Fraction(1)
-    cut_short: bool = False
-    untimed: bool = False  # pictures without a time of their own
+    truncated: bool = False
+    untimed: bool = False  # some frames have no timestamp
 
     def record(self, zero: Fraction, used: bool) -> dict[str, Any]:
-        """As it stands in the report; seconds count from the clip's time zero."""
+        """The track as an entry of the report; seconds count from the clip's time zero."""
         entry: dict[str, Any] = {"index": self.index, "kind": self.kind, "codec": self.codec, "used": used}
         entry["frames"] = self.frames
         if self.samples is not None:
@@ -70,22 +70,22 @@ class Track:
 
 
 def read_tracks(path: Path, fast: bool) -> tuple[list[Track], str | None]:
-    """Read all picture and sound tracks of a file to the end.
+    """Read all video and audio tracks of a file to the end.
 
     Parameters
     ----------
     path : Path
     fast : bool
-        Read the packets' times only, decode nothing.
+        Read the timestamps of packets only, decode nothing.
 
     Returns
     -------
     tuple
-        The tracks, and why reading (not decoding) ended early, if it did.
+        The tracks, and the error that stopped reading (not decoding) early, if any.
     """
     level = av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)
-    av.logging.set_skip_repeated(False)  # a repeated line would be reported with the next file
+    av.logging.set_skip_repeated(False)  # else a suppressed repetition would be logged with the next file
     try:
         with av.logging.Capture(local=False) as logs, open_container(path) as container:
             return _read(container, fast, logs)
@@ -98,7 +98,7 @@ def _read(container: InputContainer, fast: bool, logs: list[Any]) -> tuple[list[
     streams = {s.index: s for s in (*container.streams.video, *container.streams.audio) if s.codec_context}
     readers: dict[int, _Reader] = {}
     for index, stream in streams.items():
-        # One thread: many files are read at once, and what is logged belongs to the packet just sent.
+        # One thread: files are checked in parallel, and log lines must belong to the packet just sent.
         stream.codec_context.thread_count = 1
         still = stream.type == "video" and bool(stream.disposition & STILLS)
         track = Track(index, stream.type, stream.codec_context.name, still, tick=stream.time_base or Fraction(1))
@@ -107,28 +107,28 @@ def _read(container: InputContainer, fast: bool, logs: list[Any]) -> tuple[list[
     try:
         for packet in container.demux(list(streams.values())):
             if packet.size:
-                readers[packet.stream_index].take(packet, fast)
+                readers[packet.stream_index].read(packet, fast)
     except FFmpegError as error:
         failure = reason(error)
     for index, reader in readers.items():
         if not fast:
             reader.finish()
-        reader.track.cut_short = not reader.track.still and is_cut_short(container, streams[index])
+        reader.track.truncated = not reader.track.still and is_cut_short(container, streams[index])
     return [readers[index].track for index in sorted(readers)], failure
 
 
 class _Reader:
-    """Takes the packets of one track."""
+    """Reads the packets of one track."""
 
     def __init__(self, track: Track, stream: Any, logs: list[Any]) -> None:
         self.track = track
         self._codec = stream.codec_context
         self._logs = logs
-        self._started = stream.type != "video"  # pictures can be decoded from a key frame on
+        self._started = stream.type != "video"  # video can be decoded from the first key frame on
         rate = stream.type == "video" and (stream.guessed_rate or stream.average_rate)
         self._period = 1 / Fraction(rate) if rate else Fraction(0)
 
-    def take(self, packet: Packet, fast: bool) -> None:
+    def read(self, packet: Packet, fast: bool) -> None:
         track = self.track
         self._started = self._started or packet.is_keyframe
         if not self._started:
@@ -140,12 +140,12 @@ class _Reader:
             self._decode(packet)
         elif not packet.is_discard and (track.kind != "video" or is_shown(packet, track.codec)):
             track.frames += 1
-            self._place(packet.pts, None if packet.duration is None else packet.duration * track.tick)
+            self._add_time(packet.pts, None if packet.duration is None else packet.duration * track.tick)
             if packet.is_corrupt:
                 self._damage(packet.pts)
 
     def finish(self) -> None:
-        """Take what the decoder still holds."""
+        """Drain the decoder."""
         if self.track.error is None and self._started and self._codec.is_open:
             self._decode(None)
 
@@ -174,15 +174,15 @@ class _Reader:
         track.frames += 1
         if isinstance(frame, AudioFrame):
             track.samples = (track.samples or 0) + frame.samples
-            if track.silent is not False:  # the first sound settles it
-                track.silent = is_quiet(frame.to_ndarray())
+            if track.silent is not False:  # the first audible sample settles it
+                track.silent = is_silent(frame.to_ndarray())
             length = Fraction(frame.samples, frame.sample_rate)
         else:
             length = None if not frame.duration else frame.duration * track.tick
-        self._place(frame.pts, length)
+        self._add_time(frame.pts, length)
 
-    def _place(self, pts: int | None, length: Fraction | None) -> None:
-        """Note when a frame is shown or heard; without a time of its own it follows the one before."""
+    def _add_time(self, pts: int | None, length: Fraction | None) -> None:
+        """Record when a frame starts and ends; without a timestamp it follows the previous frame."""
         track = self.track
         if pts is None:
             track.untimed = True
@@ -202,37 +202,39 @@ class _Reader:
             track.damaged_at = (track.end or Fraction(0)) if pts is None else pts * track.tick
 
 
-def is_quiet(samples: np.ndarray) -> bool:
-    """Whether decoded samples (any sample format) are all nothing, to 16 bits."""
+def is_silent(samples: np.ndarray) -> bool:
+    """Whether decoded samples (any sample format) are all zero at 16-bit precision."""
     if samples.dtype.kind == "f":
-        return not bool((np.abs(samples) >= QUIET).any())
+        return not bool((np.abs(samples) >= SILENCE).any())
     middle = 128 if samples.dtype.kind == "u" else 0
     scale = float(np.iinfo(samples.dtype).max) + 1 - middle
-    return not bool((np.abs(samples.astype(np.float64) - middle) >= QUIET * scale).any())
+    return not bool((np.abs(samples.astype(np.float64) - middle) >= SILENCE * scale).any())
 
 
 def is_variable(times: array[int], tick: Fraction) -> bool:
-    """Whether pictures are unevenly spaced: more than 1 % of the steps are off the median by 10 % and 2 ms.
+    """Whether the frame rate varies: more than 1 % of the steps differ from the median by 10 % and 2 ms.
 
-    A container that rounds to milliseconds, one dropped picture or one pause do not make a rate variable.
+    Timestamps rounded to milliseconds, one dropped frame or one pause do not count as a variable frame rate.
     """
     steps = _steps(times)
     total = sum(steps.values())
     if total < 2:
         return False
     median = _median(steps, total)
-    odd = sum(n for step, n in steps.items() if abs(step - median) * tick > max(Fraction(2, 1000), median * tick / 10))
-    return odd > max(1, total / 100)
+    irregular = sum(
+        n for step, n in steps.items() if abs(step - median) * tick > max(Fraction(2, 1000), median * tick / 10)
+    )
+    return irregular > max(1, total / 100)
 
 
 def step_range(times: array[int], tick: Fraction) -> tuple[float, float]:
-    """Shortest and longest step between pictures, in seconds."""
+    """Shortest and longest step between frames, in seconds."""
     steps = _steps(times)
     return float(min(steps) * tick), float(max(steps) * tick)
 
 
 def backward_steps(times: array[int]) -> int:
-    """Pictures that come at or before the time of the one before them, in the order of decoding."""
+    """Number of frames whose timestamp does not exceed that of the previous frame, in decoding order."""
     return sum(1 for before, after in _pairs(times) if after <= before)
 
 

@@ -1,4 +1,4 @@
-"""How many positions each layer keeps: budget profiles."""
+"""Budget profiles: how many visual and audio tokens each layer retains."""
 
 from omnimem.budget.profile import PROFILE_FILE, BudgetProfile, LayerBudget, ModelFingerprint
 

@@ -1,11 +1,13 @@
-"""AVBA: how many visual and audio positions each layer keeps, from what a calibration set showed (method.md §3).
+"""AVBA (arXiv 2606.07577): allocate visual and audio budgets to layers from calibration statistics.
 
     C_m  = H[ā_m] / log K_m · (1 − s̄_m)                 compressibility of a modality: high is hard to compress
     w_v  = r·C_v / (r·C_v + C_a),  w_a = 1 − w_v          split inside a layer
     B(l) = softmax_l(C(l) / T) · L · mean budget          share of a layer, C(l) over both modalities together
 
-Arithmetic on a few numbers per layer, measured by `omnimem.calibrate`. From the weights on it is exact (`Fraction`):
-budgets sum to what they must, and a share that equals the floor is not taken to be below it by a rounding error.
+H[ā_m] is the entropy of the mean attention scores of modality m, K_m its number of tokens, s̄_m its mean redundancy, r
+the ratio, T the temperature and L the number of layers. The statistics come from `omnimem.calibrate`. After the
+exponential, arithmetic is exact (`Fraction`): budgets sum to the total, and no rounding error puts a share that equals
+the floor below it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from omnimem.budget.statistics import METHOD, Calibration, LayerStatistics
 from omnimem.errors import OmniMemError
 
 DEFAULT_FLOOR = 16
-"""Fewest positions a modality keeps in any layer."""
+"""Smallest budget of a modality in any layer, in tokens."""
 
 
 def allocate(
@@ -30,20 +32,20 @@ def allocate(
     temperature: float = 0.2,
     floor: int = DEFAULT_FLOOR,
 ) -> tuple[LayerBudget, ...]:
-    """Distribute ``L · mean_budget`` positions over layers and modalities.
+    """Distribute ``L · mean_budget`` tokens over layers and modalities.
 
     Parameters
     ----------
     layers : sequence of LayerStatistics
-        One a layer.
+        One for each layer.
     mean_budget : int
-        Positions a layer keeps on average, both modalities together.
+        Mean number of tokens per layer, both modalities together.
     ratio : float
         Weight r of the visual modality.
     temperature : float
-        T of the softmax over layers; high makes layers equal.
+        T of the softmax over layers; higher is more uniform.
     floor : int
-        Fewest positions of a modality in a layer.
+        Smallest budget of a modality in a layer.
 
     Returns
     -------
@@ -64,7 +66,7 @@ def allocate(
     for layer in layers:
         share = Fraction(math.exp((layer.both.value - hardest) / temperature))
         visual, audio = Fraction(ratio) * Fraction(layer.visual.value), Fraction(layer.audio.value)
-        # A layer whose positions all repeat each other has no compressibility to compare: the ratio alone splits it.
+        # If all tokens of a layer repeat each other, both C are 0 and the ratio alone decides the split.
         split = visual / (visual + audio) if visual + audio > 0 else Fraction(ratio) / (1 + Fraction(ratio))
         wanted += [share * split, share * (1 - split)]
     return _whole_budgets(wanted, mean_budget, floor)
@@ -73,13 +75,15 @@ def allocate(
 def _whole_budgets(wanted: Sequence[Fraction | int], mean_budget: int, floor: int) -> tuple[LayerBudget, ...]:
     """Budgets in proportion to `wanted` (visual and audio of each layer in turn) at a mean budget."""
     if mean_budget < 2 * floor:
-        raise OmniMemError(f"a mean budget of {mean_budget} cannot hold {floor} visual and {floor} audio positions")
+        raise OmniMemError(
+            f"a mean budget of {mean_budget} is below two floors of {floor} tokens; raise the budget or lower the floor"
+        )
     whole = round_to_sum(wanted, len(wanted) // 2 * mean_budget, floor)
     return tuple(LayerBudget(visual, audio) for visual, audio in zip(whole[::2], whole[1::2], strict=True))
 
 
 def round_to_sum(weights: Sequence[Fraction | int], total: int, floor: int) -> list[int]:
-    """Round in proportion to `weights`, by largest remainder, to whole numbers of a given sum and floor.
+    """Whole numbers in proportion to `weights` with a given sum and minimum (largest-remainder method).
 
     Parameters
     ----------
@@ -92,7 +96,7 @@ def round_to_sum(weights: Sequence[Fraction | int], total: int, floor: int) -> l
     """
     at_floor: set[int] = set()
     while True:
-        # The shares of the free entries average to at least the floor, and are exact: one of them always stays free.
+        # The mean share of the free entries is at least the floor, so at least one of them stays free.
         free = [i for i in range(len(weights)) if i not in at_floor]
         scale = Fraction(total - floor * len(at_floor)) / sum(weights[i] for i in free)
         below = {i for i in free if weights[i] * scale < floor}
@@ -108,14 +112,14 @@ def round_to_sum(weights: Sequence[Fraction | int], total: int, floor: int) -> l
 
 
 def rescale(layers: Sequence[LayerBudget], mean_budget: int, floor: int = DEFAULT_FLOOR) -> tuple[LayerBudget, ...]:
-    """The same distribution at another mean budget; sums and floors as in `allocate`."""
+    """Budgets in the same proportions at another mean budget; sum and floor as in `allocate`."""
     return _whole_budgets([n for layer in layers for n in (layer.visual, layer.audio)], mean_budget, floor)
 
 
 def with_mean(profile: BudgetProfile, mean_budget: int) -> BudgetProfile:
-    """A profile at another mean budget: allocated anew from its statistics, or its budgets in proportion.
+    """A profile at another mean budget: allocated again from its statistics if it has them, else scaled.
 
-    Budgets in proportion have the default floor, unless some of the profile's own are already below it.
+    Scaled budgets have the default floor, unless a budget of the profile is already below it.
     """
     if profile.statistics.get("method") != METHOD:
         smallest = min(min(layer.visual, layer.audio) for layer in profile.layers)

@@ -1,6 +1,6 @@
-"""A budget profile: how many visual and audio positions every layer keeps, as a versioned JSON file.
+"""A budget profile: how many visual and audio tokens every layer retains, as a versioned JSON file.
 
-It loads without the model and without torch, so that a profile can be inspected anywhere::
+Loading a profile needs neither the model nor torch::
 
     omnimem profile show profile.json
 """
@@ -20,7 +20,7 @@ from omnimem.files import atomic_write_json
 SCHEMA = "omnimem.budget_profile"
 SCHEMA_VERSION = 1
 PROFILE_FILE = "budget_profile.json"
-"""Name of the profile beside an adapter or a merged checkpoint."""
+"""File name of the profile in the folder of an adapter or a merged checkpoint."""
 
 FIELDS = {
     "layers": (list, "a list"),
@@ -31,31 +31,31 @@ FIELDS = {
     "calibration_set": (str, "a string"),
     "source": (str, "a string"),
 }
-"""JSON type of each field of a profile, ``model`` (an object or null) aside."""
+"""JSON type of each field of a profile, except ``model`` (an object or null)."""
 
 LARGEST_BUDGET = 2**40
-"""Far more positions than any stream has."""
+"""Upper limit of a budget, far above the tokens of any stream."""
 
 NESTING = 8
-"""Levels of objects and lists a profile may have; its own fields have five."""
+"""Deepest nesting of objects and lists in a profile; its own fields use five levels."""
 
 
 @dataclass(frozen=True)
 class LayerBudget:
-    """Positions one layer keeps after every chunk, per modality; text is kept beside them."""
+    """Tokens one layer retains after every chunk, per modality; text tokens are retained in addition."""
 
     visual: int
     audio: int
 
     @property
     def total(self) -> int:
-        """Visual and audio positions together."""
+        """Visual and audio tokens together."""
         return self.visual + self.audio
 
 
 @dataclass(frozen=True)
 class ModelFingerprint:
-    """What a profile must agree on with a language model before the two are used together."""
+    """The properties in which a profile and a language model must agree."""
 
     architecture: str
     layers: int
@@ -64,7 +64,7 @@ class ModelFingerprint:
 
     @classmethod
     def of(cls, config: Any) -> ModelFingerprint:
-        """Fingerprint of a transformers configuration (a text configuration or one that holds it)."""
+        """Fingerprint of a transformers configuration (a text configuration or one that contains it)."""
         text = config.get_text_config()
         heads = text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -73,31 +73,31 @@ class ModelFingerprint:
 
 @dataclass(frozen=True)
 class BudgetProfile:
-    """Per-layer visual and audio budgets with where they come from.
+    """Per-layer visual and audio budgets and their origin.
 
     Parameters
     ----------
     layers : tuple of LayerBudget
         Budget of each layer, first layer first.
     model : ModelFingerprint, optional
-        The model the budgets were made for; None for the published list format, which does not say.
+        The model the budgets were made for; None for the published list format, which does not record it.
     model_id : str
         Hub id or name of that model.
     selection : dict
-        Selection method (``method``) and its hyper-parameters the budgets were used or calibrated with.
+        Selection method (``method``) and its hyper-parameters, as used in training or calibration.
     stream : dict
-        How media were read then: frame rate, chunk length, resolution (`omnimem.stream.StreamSettings`).
+        How media were read: frame rate, chunk length, resolution (`omnimem.stream_settings.StreamSettings`).
     statistics : dict
-        Calibration statistics (entropy, redundancy, counts), empty for given or uniform budgets.
+        Calibration statistics (entropy, redundancy, counts); empty for given or uniform budgets.
     calibration_set : str
-        Hash of the calibration data, empty when there was none.
+        Hash of the calibration clips; empty without calibration.
     source : str
         ``uniform``, ``published``, ``calibrated`` or ``given``.
 
     Raises
     ------
     OmniMemError
-        A budget below one position or above `LARGEST_BUDGET`, or no layer at all.
+        A budget below 1 or above `LARGEST_BUDGET`, or no layer.
     """
 
     layers: tuple[LayerBudget, ...]
@@ -117,35 +117,35 @@ class BudgetProfile:
                 value = getattr(layer, name)
                 if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_BUDGET:
                     raise OmniMemError(
-                        f"budget profile: layer {index} keeps {short(value)} {name} positions; "
+                        f"budget profile: layer {index} has {short(value)} {name} tokens; "
                         "every budget must be a whole number of at least 1 and at most 2^40"
                     )
 
     @property
     def mean_budget(self) -> float:
-        """Mean number of visual and audio positions a layer keeps."""
+        """Mean number of retained visual and audio tokens per layer."""
         return sum(layer.total for layer in self.layers) / len(self.layers)
 
     @classmethod
     def uniform(cls, model_config: Any, mean: int = 8192, ratio: float = 5.0, model_id: str = "") -> BudgetProfile:
-        """Give every layer the same budget, split between picture and sound.
+        """Give every layer the same budget, split between video and audio.
 
         Parameters
         ----------
         model_config : PreTrainedConfig
-            Configuration of the model (or of its text part).
+            Configuration of the model, or of its language model.
         mean : int
-            Positions a layer keeps, visual and audio together; at least 2.
+            Tokens per layer, visual and audio together; at least 2.
         ratio : float
-            Visual positions for each audio position (method.md §3: 5); infinite for models that do not hear.
+            Visual tokens per audio token; infinite for models without audio support.
 
         Raises
         ------
         OmniMemError
-            `mean` leaves nothing for one modality or `ratio` is not positive.
+            `mean` is below 2, or `ratio` is not positive.
         """
         if mean < 2:
-            raise OmniMemError(f"mean budget must be at least 2 positions (one a modality), got {mean}")
+            raise OmniMemError(f"mean budget must be at least 2 tokens (one per modality), got {mean}")
         if not ratio > 0:
             raise OmniMemError(f"visual to audio ratio must be above 0, got {ratio}")
         visual = min(max(round(mean / (1 + 1 / ratio)), 1), mean - 1)
@@ -155,7 +155,7 @@ class BudgetProfile:
 
     @classmethod
     def from_lists(cls, lists: list[list[int]]) -> BudgetProfile:
-        """Read the published format: ``[[audio, visual], ...]``, one pair a layer."""
+        """Read the published format: ``[[audio, visual], ...]``, one pair per layer."""
         pairs = []
         for index, pair in enumerate(lists):
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
@@ -164,12 +164,12 @@ class BudgetProfile:
         return cls(tuple(pairs), source="published")
 
     def to_lists(self) -> list[list[int]]:
-        """Write the published format: ``[[audio, visual], ...]``, one pair a layer."""
+        """Write the published format: ``[[audio, visual], ...]``, one pair per layer."""
         return [[layer.audio, layer.visual] for layer in self.layers]
 
     @classmethod
     def load(cls, path: str | Path) -> BudgetProfile:
-        """Read a profile file, ours or the published list format.
+        """Read a profile file, in JSON or in the published list format.
 
         Raises
         ------
@@ -179,10 +179,10 @@ class BudgetProfile:
         path = Path(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            # What could not be written back (NaN, half a surrogate pair) is refused here.
+            # Refuse values that `save` could not write: NaN, lone surrogates.
             json.dumps(content, allow_nan=False, ensure_ascii=False).encode()
         except FileNotFoundError:
-            raise OmniMemError(f"{path}: no such budget profile") from None
+            raise OmniMemError(f"{path}: no such budget profile; check the path") from None
         except (OSError, ValueError, RecursionError) as error:
             raise OmniMemError(f"{path}: not a readable JSON budget profile: {error}") from None
         try:
@@ -201,9 +201,9 @@ class BudgetProfile:
         if _deeper(content, NESTING):
             raise OmniMemError(f"budget profile nests objects and lists more than {NESTING} deep")
         known = {field.name for field in fields(cls)}
-        # What `to_dict` adds for the reader of the file and `__init__` derives.
+        # `to_dict` writes these in addition, for human readers.
         if unknown := sorted(content.keys() - known - {"schema", "version", "omnimem_version", "mean_budget"}):
-            raise OmniMemError(f"budget profile has an unknown field {unknown[0]!r}")
+            raise OmniMemError(f"budget profile has an unknown field {unknown[0]!r}; remove it")
         for name, (kind, noun) in FIELDS.items():
             if not isinstance(content.get(name), kind):
                 raise OmniMemError(f"budget profile: {name} must be {noun}, got {short(content.get(name))}")
@@ -224,7 +224,7 @@ class BudgetProfile:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object `save` writes."""
-        from omnimem import __version__
+        from omnimem.version import __version__
 
         return {
             "schema": SCHEMA,
@@ -242,7 +242,7 @@ class BudgetProfile:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the profile as JSON, to a temporary name first."""
+        """Write the profile as JSON, atomically."""
         atomic_write_json(path, self.to_dict())
 
     def save_lists(self, path: str | Path) -> None:
@@ -255,7 +255,7 @@ class BudgetProfile:
         Raises
         ------
         OmniMemError
-            Another number of layers, architecture or key-value layout.
+            The number of layers, the architecture or the key-value shape differs.
         """
         fingerprint = ModelFingerprint.of(model_config)
         if len(self.layers) != fingerprint.layers:
@@ -271,6 +271,6 @@ class BudgetProfile:
 
 
 def _deeper(content: Any, levels: int) -> bool:
-    """Whether objects and lists are nested more than so many levels deep."""
+    """Whether objects and lists are nested deeper than `levels`."""
     inside = content.values() if isinstance(content, dict) else content if isinstance(content, list) else None
     return inside is not None and (levels == 0 or any(_deeper(one, levels - 1) for one in inside))

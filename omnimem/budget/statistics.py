@@ -1,6 +1,6 @@
-"""What a calibration measured of every layer, as a budget profile records it.
+"""Calibration statistics of every layer, as recorded in a budget profile.
 
-`omnimem.calibrate` measures it, `omnimem.budget.allocation` turns it into budgets.
+`omnimem.calibrate` measures them, `omnimem.budget.allocation` turns them into budgets.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any
 from omnimem.errors import OmniMemError
 
 METHOD = "avba"
-"""Name of the allocation that uses these statistics."""
+"""Name of the allocation method that uses these statistics."""
 
 
 @dataclass(frozen=True)
 class Compressibility:
-    """What calibration measured of one group of positions of a layer (visual, audio, or both together).
+    """Statistics of one group of tokens in a layer (visual, audio, or both together).
 
     Attributes
     ----------
     entropy : float
-        Entropy of the attention mass over the group, divided by log K: 0 (one position has it all) to 1 (even).
+        Entropy of the attention scores of the group, divided by log K: 0 (one token has all) to 1 (uniform).
     redundancy : float
-        Mean s̄ of the group: 1 where positions repeat their neighbours.
+        Mean redundancy s̄ of the group: 1 if all tokens repeat their neighbours.
     count : float
-        Mean number K of positions.
+        Mean number K of tokens.
     """
 
     entropy: float
@@ -36,13 +36,13 @@ class Compressibility:
 
     @property
     def value(self) -> float:
-        """C = normalised entropy · (1 − redundancy); 0 for a group that never occurred."""
+        """C = normalised entropy · (1 − redundancy); 0 for a group that did not occur."""
         return self.entropy * max(0.0, 1 - self.redundancy)
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Compressibility of a layer's visual positions, audio positions, and all of them."""
+    """Compressibility of a layer's visual tokens, its audio tokens, and both together."""
 
     visual: Compressibility
     audio: Compressibility
@@ -51,7 +51,7 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Statistics of all layers, and the parameters of `omnimem.budget.allocation.allocate` they were used with."""
+    """Statistics of all layers, and the parameters with which `omnimem.budget.allocation.allocate` used them."""
 
     layers: tuple[LayerStatistics, ...]
     ratio: float
@@ -67,12 +67,12 @@ class Calibration:
         statistics : mapping
             JSON object with ``ratio``, ``temperature``, ``floor`` and, under ``layers``, a `LayerStatistics` each.
         layers : int
-            Layers of the profile.
+            Number of layers of the profile.
 
         Raises
         ------
         OmniMemError
-            A field is missing or not a number, or the number of layers is another one.
+            A field is missing or not a number, or the number of layers differs.
         """
         measured = statistics.get("layers")
         if not isinstance(measured, list) or len(measured) != layers:
@@ -101,7 +101,7 @@ def _layer(content: Any, place: str) -> LayerStatistics:
 
 def _number(content: Mapping[str, Any], name: str, place: str) -> float:
     value = content.get(name)
-    # The comparison, unlike `math.isfinite`, takes whole numbers of any size.
+    # Unlike `math.isfinite`, the comparison accepts integers of any size.
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
         raise OmniMemError(f"{place}: {name} must be a number, got {short(value)}")
     return value

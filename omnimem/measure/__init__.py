@@ -1,1 +1,1 @@
-"""What a memory knows and what it costs: the commands `omnimem compare` and `omnimem bench`."""
+"""Measure accuracy, memory and latency of selection methods: `omnimem compare` and `omnimem bench`."""

@@ -1,12 +1,12 @@
-"""The command ``omnimem bench``: memory and first-token time against the length of the stream (the paper's figure 4).
+"""The command ``omnimem bench``: memory and first-token latency against stream length (arXiv 2606.07577, figure 4).
 
     omnimem bench --model tiny --out bench --device cpu
 
-A clip is repeated to the wanted length and streamed through each method; a question is asked at its end. On CUDA the
-peak of a cell is what PyTorch allocated at most beyond the weights. On the CPU a cell is a process of its own, and the
-table says how far the peak of its resident set rose above that of a stream of one chunk, which has loaded all there is
-to load. A small model drowns in the noise of that, so the picture then shows the exact peak of what the memory holds.
-Cells that are finished are not computed again (`omnimem.measure.cells`) unless the model's weights have changed.
+A clip is repeated to each length and streamed with each method; a question is asked at the end. On CUDA, the peak
+memory of a cell is the most that PyTorch allocated beyond the weights. On the CPU, each cell runs in its own process,
+and the table reports the increase of the peak resident set over a stream of one chunk (which loads everything that is
+loaded once). For a small model this is mostly noise, so the figure shows the exact peak size of the cache instead.
+Finished cells are reused (`omnimem.measure.cells`) unless the model's weights have changed.
 """
 
 from __future__ import annotations
@@ -24,18 +24,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from omnimem import __version__
 from omnimem.backbones import Backbone, parse_device
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, file_digest
 from omnimem.measure.cells import Cell, Column, choose_methods, device_name, run_cells, table, weights_digest, write_csv
-from omnimem.measure.figures import Line, Panel, draw, require_matplotlib
+from omnimem.measure.figures import Line, Panel, draw_panels, require_matplotlib
 from omnimem.measure.meter import Meter
-from omnimem.stream import StreamingSession, StreamSettings
-
-SHIPPED = Path(__file__).resolve().parents[2] / "data_prep" / "quickstart" / "speech_apollo15_hammer_feather_47s.webm"
-"""Clip used when none is named."""
+from omnimem.stream import StreamingSession
+from omnimem.stream_settings import StreamSettings
+from omnimem.version import __version__
 
 QUESTION = "What is seen and what is heard?"
 
@@ -44,12 +42,12 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def bench_command(args: argparse.Namespace) -> None:
-    """Check, fill the table cell by cell, print it; `args` are those of `omnimem.cli`."""
+    """Check the options, measure cell by cell, print the table; `args` are those of `omnimem.cli`."""
     require_matplotlib()
     methods = choose_methods(args.methods, args.option)
-    media = args.media or SHIPPED
+    media: Path = args.media
     if not media.is_file():
-        raise OmniMemError(f"{media}: no such file")
+        raise OmniMemError(f"{media}: no such file; choose another clip with --media")
     device = parse_device(args.device)
     budget = args.mean_budget or (256 if args.model == "tiny" else 8192)
     stream = {"fps": args.fps, "chunk_seconds": args.chunk_seconds}
@@ -73,8 +71,8 @@ def bench_command(args: argparse.Namespace) -> None:
     if device.type == "cuda":
         measure = partial(measure_cell, backbone=backbone)
     else:
-        del backbone  # each cell is a process that loads its own
-        measure = _in_a_process_of_its_own
+        del backbone  # each cell loads the model in its own process
+        measure = _measure_in_new_process
     cells = []
     for seconds, (name, (method, options)) in product(args.lengths, methods.items()):
         key = {**common, "method": name, "options": method.recorded(), "seconds": seconds}
@@ -88,10 +86,10 @@ def bench_command(args: argparse.Namespace) -> None:
         write_csv(args.out / "results.csv", found)
 
     found = run_cells(cells, args.out, args.overwrite, save)
-    draw_picture(found, args.out / "bench.png")
+    draw_figure(found, args.out / "bench.png")
     print(bench_table(found))
     print(
-        f"{budget} positions a layer on {common['device']}; written to {args.out}: results.json, results.csv, bench.png"
+        f"{budget} tokens per layer on {common['device']}; written to {args.out}: results.json, results.csv, bench.png"
     )
 
 
@@ -99,23 +97,23 @@ def bench_command(args: argparse.Namespace) -> None:
 
 
 def measure_cell(task: dict[str, Any], backbone: Backbone | None = None) -> dict[str, Any]:
-    """Stream a clip to a length and ask at its end.
+    """Stream a clip to a length and ask a question at the end.
 
     Parameters
     ----------
     task : dict
-        What `bench_command` makes of the command line.
+        Options of one cell (see `bench_command`).
     backbone : Backbone, optional
-        A model loaded before.
+        The model; loaded here if not given.
 
     Returns
     -------
     dict
         ``seconds`` streamed; ``peak_bytes``, ``memory_peak_bytes``, ``device_peak_bytes`` (see `Meter`);
-        ``resident_bytes`` (rise of the peak resident set over a stream of one chunk; meaningful in a process of its
-        own); ``answer_bytes`` (keys and values when the question is asked); ``first_token_ms`` (median of the rounds);
-        ``compute_ratio`` (seconds of encoding, forward pass and selection a second of media: median over chunks, the
-        first left out).
+        ``resident_bytes`` (increase of the peak resident set over a stream of one chunk; meaningful only in a new
+        process); ``answer_bytes`` (keys and values when the question is asked); ``first_token_ms`` (median of the
+        rounds); ``compute_ratio`` (seconds of encoding, forward and selection per second of media: median over chunks
+        without the first).
     """
     if backbone is None:
         backbone = load_model(task)
@@ -131,19 +129,19 @@ def measure_cell(task: dict[str, Any], backbone: Backbone | None = None) -> dict
 
 
 def load_model(task: dict[str, Any]) -> Backbone:
-    """The model of a task, with its adapter if it is a run."""
+    """The model of a cell, with its adapter if it is a run."""
     return StreamingSession.from_pretrained(task["model"], device=task["device"], dtype=task["dtype"]).backbone
 
 
 def new_session(task: dict[str, Any], backbone: Backbone) -> StreamingSession:
-    """An empty memory of uniform budgets."""
+    """A session with an empty cache and uniform budgets."""
     profile = BudgetProfile.uniform(backbone.config, task["mean_budget"], task["ratio"])
-    settings = StreamSettings.fitting(backbone, **task["stream"])
+    settings = StreamSettings.for_backbone(backbone, **task["stream"])
     return StreamingSession(backbone, profile, task["method"], settings, **task["options"])
 
 
 def _stream(session: StreamingSession, media: str, seconds: float, rounds: int) -> dict[str, Any]:
-    """Stream `media` for `seconds`, ask at the end; the first question warms up and is not counted."""
+    """Stream `media` for `seconds` and ask at the end; the first question is a warm-up and is not measured."""
     with Meter(session) as meter:
         *_, end = meter.watch(media, loop_seconds=seconds)
         first_token = [meter.ask(QUESTION, 1)[1] for _ in range(rounds + 1)][1:]
@@ -159,8 +157,8 @@ def _stream(session: StreamingSession, media: str, seconds: float, rounds: int) 
     }
 
 
-def _in_a_process_of_its_own(task: dict[str, Any]) -> dict[str, Any]:
-    """Measure a cell in a fresh interpreter, which an interruption of this one ends."""
+def _measure_in_new_process(task: dict[str, Any]) -> dict[str, Any]:
+    """Measure a cell in a new Python process."""
     command = [sys.executable, "-m", "omnimem.measure.bench"]
     done = subprocess.run(
         command, input=json.dumps(task), stdout=subprocess.PIPE, text=True, check=False, start_new_session=True
@@ -168,15 +166,15 @@ def _in_a_process_of_its_own(task: dict[str, Any]) -> dict[str, Any]:
     if done.returncode == -signal.SIGKILL:
         raise MemoryError("killed by the system")
     if done.returncode != 0:
-        raise RuntimeError(f"the process of a cell ended with status {done.returncode}")
+        raise RuntimeError(f"the process of a cell exited with status {done.returncode}")
     answer = json.loads(done.stdout.splitlines()[-1])
     if "error" in answer:
         raise OmniMemError(answer["error"])
     return answer
 
 
-def _child() -> None:
-    """What the process of a cell does: a task from stdin, numbers or an error to stdout, as JSON."""
+def _measure_from_stdin() -> None:
+    """Main function of the new process: read the options from stdin, print results or an error, as JSON."""
     try:
         answer = measure_cell(json.load(sys.stdin))
     except OmniMemError as error:
@@ -184,31 +182,31 @@ def _child() -> None:
     print(json.dumps(answer))
 
 
-# ---- what is shown ---------------------------------------------------------------------------------------------------
+# ---- table and figure ------------------------------------------------------------------------------------------------
 
 
 def bench_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows by length, then by peak memory."""
+    """The table, sorted by stream length, then by peak memory."""
     on_device = rows[0]["device_peak_bytes"] is not None
     columns = [
         Column("method", lambda row: row["method"]),
         Column("stream s", lambda row: row["seconds"], "g"),
         Column(
-            "device peak MiB" if on_device else "resident rise MiB",
+            "device peak MiB" if on_device else "resident increase MiB",
             lambda row: row["device_peak_bytes" if on_device else "resident_bytes"] / 2**20,
             ".1f",
         ),
         Column("peak KV MiB", lambda row: row["peak_bytes"] / 2**20, ".3f"),
-        Column("peak memory MiB", lambda row: row["memory_peak_bytes"] / 2**20, ".3f"),
+        Column("peak cache MiB", lambda row: row["memory_peak_bytes"] / 2**20, ".3f"),
         Column("answer KV MiB", lambda row: row["answer_bytes"] / 2**20, ".3f"),
         Column("first token ms", lambda row: row["first_token_ms"], ".1f"),
-        Column("compute s a media s", lambda row: row["compute_ratio"], ".4f"),
+        Column("compute s per media s", lambda row: row["compute_ratio"], ".4f"),
     ]
     return table(columns, sorted(rows, key=lambda row: (row["seconds"], row["peak_bytes"])))
 
 
-def draw_picture(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """Peak memory and first-token latency against stream length, a line a method."""
+def draw_figure(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """Peak memory and first-token latency against stream length, one line per method."""
     on_device = rows[0]["device_peak_bytes"] is not None
     peak = "device_peak_bytes" if on_device else "memory_peak_bytes"
     memory: list[Line] = []
@@ -219,13 +217,13 @@ def draw_picture(rows: Sequence[dict[str, Any]], out: Path) -> None:
         memory.append(Line(name, x, [row[peak] / 2**20 for row in members]))
         memory.append(Line(name, x, [row["peak_bytes"] / 2**20 for row in members], dotted=True))
         latency.append(Line(name, x, [row["first_token_ms"] for row in members]))
-    measured = "allocated beyond the weights" if on_device else "held by the memory"
+    measured = "allocated beyond the weights" if on_device else "of the cache"
     panels = [
         Panel("stream (s)", f"peak memory (MiB): {measured}\ndotted: keys and values", memory, log=True),
         Panel("stream (s)", "first token (ms)", latency, log=True),
     ]
-    draw(out, panels)
+    draw_panels(out, panels)
 
 
 if __name__ == "__main__":
-    _child()
+    _measure_from_stdin()

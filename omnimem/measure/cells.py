@@ -1,10 +1,10 @@
-"""A table measured cell by cell: each finished cell is a file, so a grid that is stopped goes on where it was.
+"""A table measured cell by cell: each finished cell is saved in a file, so an interrupted run resumes.
 
-    DIR/cells/compare-omnimem-1f0c….json     one cell: what determines it, and what came out
+    DIR/cells/compare-omnimem-1f0c….json     one cell: its key and its results
     DIR/results.json, DIR/results.csv        the table of all cells of the last command
 
-`omnimem compare` and `omnimem bench` fill their tables through `run_cells`. A cell's file is named by a hash of
-everything that determines its numbers; other settings are other files.
+`omnimem compare` and `omnimem bench` use `run_cells`. The file of a cell is named by a hash of everything its results
+depend on, so cells of other settings have other files.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from rich.progress import Progress
 
 from omnimem.backbones import Backbone
 from omnimem.errors import OmniMemError
-from omnimem.files import atomic_file, atomic_write_json, sweep
+from omnimem.files import atomic_file, atomic_write_json, remove_leftovers
 from omnimem.selection import SELECTION_METHODS, SelectionMethod, build_selection
 
 log = logging.getLogger("omnimem.measure.cells")
 
 CELLS = "cells"
-"""Folder of the cells inside the folder of a table."""
+"""Subfolder of the output folder for the cells."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Cell:
     Attributes
     ----------
     name : str
-        What the progress bar and an error call it.
+        Name in the progress bar and in errors.
     labels : dict
-        Its place in the table: columns that are known before it is computed.
+        Its columns that are known before it is computed.
     key : dict
-        Everything that determines its numbers, as JSON.
+        Everything its results depend on, as JSON.
     compute : callable
-        Returns its numbers, as JSON.
+        Returns its results, as JSON.
     """
 
     name: str
@@ -65,28 +65,27 @@ class Cell:
 def run_cells(
     cells: Sequence[Cell], folder: Path, overwrite: bool, report: Callable[[list[dict[str, Any]]], None]
 ) -> list[dict[str, Any]]:
-    """Compute the cells that are not there yet.
+    """Compute the cells that are not finished yet.
 
     Parameters
     ----------
     cells : sequence of Cell
-        The grid.
     folder : Path
-        Where the table goes; cells into ``cells`` inside it.
+        Output folder; cells are saved in its subfolder ``cells``.
     overwrite : bool
-        Compute all of them again.
+        Compute finished cells again.
     report : callable
-        Called with the rows so far after every cell.
+        Called after every cell with the rows so far.
 
     Returns
     -------
     list of dict
-        Of each cell its labels, its numbers and its ``file``; a cell that ran out of device memory is logged and
-        left out, because that is what `full` does on a long stream.
+        Labels, results and ``file`` of each cell. A cell that runs out of memory is logged and skipped, as happens to
+        the method `full` on a long stream.
     """
     rows = []
     if (folder / CELLS).is_dir():
-        sweep(folder / CELLS)
+        remove_leftovers(folder / CELLS)
     with Progress(*Progress.get_default_columns(), console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(cells))
         for cell in cells:
@@ -97,7 +96,7 @@ def run_cells(
                 try:
                     result = cell.compute()
                 except (torch.OutOfMemoryError, MemoryError):
-                    log.warning("left out: %s: out of memory", cell.name)
+                    log.warning("cell skipped: %s: out of memory", cell.name)
                     progress.advance(task)
                     continue
                 atomic_write_json(file, {"key": cell.key, "result": result})
@@ -105,12 +104,12 @@ def run_cells(
             report(rows)
             progress.advance(task)
     if not rows:
-        raise OmniMemError("no cell could be computed: every one ran out of memory")
+        raise OmniMemError("every cell ran out of memory; lower the budgets or lengths, or use another device")
     return rows
 
 
 def _read(file: Path, cell: Cell) -> dict[str, Any] | None:
-    """The numbers of a finished cell, None when it has yet to be computed."""
+    """The results of a finished cell; None if it is not finished."""
     if not file.is_file():
         return None
     try:
@@ -124,7 +123,7 @@ def _read(file: Path, cell: Cell) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Column:
-    """A printed column: its title, the number in a row and how it is written."""
+    """A printed column: its title, its value in a row, and the format of the value."""
 
     title: str
     value: Callable[[dict[str, Any]], Any]
@@ -132,7 +131,7 @@ class Column:
 
 
 def table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as aligned text: the first column to the left, numbers to the right, a dash where there is none."""
+    """Rows as aligned text: the first column left, the others right, a dash for a missing value."""
     cells = [[column.title for column in columns]]
     for row in rows:
         values = [column.value(row) for column in columns]
@@ -147,7 +146,7 @@ def table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Rows whose values are single numbers or texts; lists and objects are left to the JSON file."""
+    """Write the columns with single numbers or texts; lists and objects are only in the JSON file."""
     nested = {name for row in rows for name, value in row.items() if isinstance(value, list | dict)}
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in nested]
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
@@ -157,24 +156,24 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def choose_methods(names: str, given: Sequence[str]) -> dict[str, tuple[SelectionMethod, dict[str, Any]]]:
-    """Methods and their options from the command line, checked before anything is loaded.
+    """Methods and their options from the command line, checked before a model is loaded.
 
     Parameters
     ----------
     names : str
         Comma-separated, or ``all``.
     given : sequence of str
-        ``method.key=value``, the value as JSON or a plain word.
+        ``method.key=value``, the value as JSON or plain text.
 
     Returns
     -------
     dict
-        Name → the method once built, and its options.
+        Name → a built method, and its options.
 
     Raises
     ------
     OmniMemError
-        Unknown method, option or value, or an option of a method that was not chosen.
+        Unknown method, option or value, or an option for a method that is not in the list.
     """
     chosen = list(SELECTION_METHODS) if names == "all" else [name.strip() for name in names.split(",")]
     options: dict[str, dict[str, Any]] = {name: {} for name in chosen}
@@ -196,7 +195,7 @@ def choose_methods(names: str, given: Sequence[str]) -> dict[str, tuple[Selectio
 
 
 def weights_digest(backbone: Backbone, samples: int = 1024) -> str:
-    """SHA-256 of names, shapes and evenly spaced values of all weights: cheap, and training changes every tensor."""
+    """SHA-256 of names, shapes and evenly spaced values of all weights: fast, and training changes every tensor."""
     digest = hashlib.sha256()
     for name, weight in backbone.model.named_parameters():
         step = max(1, weight.numel() // samples)
@@ -206,7 +205,7 @@ def weights_digest(backbone: Backbone, samples: int = 1024) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What times and bytes depend on: the accelerator's name, or the processor's architecture and threads."""
+    """What times depend on: the accelerator's name, or the CPU architecture and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"

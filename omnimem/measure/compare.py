@@ -1,12 +1,11 @@
-"""The command ``omnimem compare``: selection methods against each other at equal budgets, on a set of questions.
+"""The command ``omnimem compare``: accuracy of selection methods at equal budgets, on a set of questions.
 
     omnimem compare runs/quickstart questions.jsonl --out compare --mean-budgets 24,48,96
 
-Every method is given every mean budget (with ``--lambda`` and ``--temperature`` also every λ, and every T of the budget
-allocation); a cell streams all clips with a fresh memory and asks every question when its time has come. Out come a
-table, a JSON and a CSV file, and pictures of accuracy against budget (the paper's figure 6), λ and T (figure 5). Cells
-that are finished are not computed again (`omnimem.measure.cells`); what the numbers are says
-`omnimem.measure.questions`.
+Every method is run at every mean budget (with ``--lambda`` and ``--temperature`` also at every λ, and every T of the
+budget allocation). A cell streams each clip into an empty cache and asks every question at its time. The results are a
+table, a JSON and a CSV file, and figures of accuracy against budget (arXiv 2606.07577, figure 6), λ and T (figure 5).
+Finished cells are reused (`omnimem.measure.cells`); `omnimem.measure.questions` defines the numbers.
 """
 
 from __future__ import annotations
@@ -19,39 +18,39 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from omnimem import __version__
 from omnimem.budget import BudgetProfile
 from omnimem.budget.allocation import with_mean
 from omnimem.budget.statistics import METHOD
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json
 from omnimem.measure.cells import Cell, Column, choose_methods, device_name, run_cells, table, weights_digest, write_csv
-from omnimem.measure.figures import Line, Panel, draw, require_matplotlib
+from omnimem.measure.figures import Line, Panel, draw_panels, require_matplotlib
 from omnimem.measure.questions import Row, answer_questions
 from omnimem.selection import SelectionMethod, build_selection, options_of
 from omnimem.stream import StreamingSession
+from omnimem.version import __version__
 
 SWEEPS = {"lambda": "λ", "temperature": "T"}
-"""What may be swept beside the budget, and its letter in the paper."""
+"""Parameters that can be swept in addition to the budget, and their symbols in the paper."""
 
-Place = tuple[int, float | None]
-Budgets = dict[Place, BudgetProfile]
-"""Profiles by mean budget and temperature of the allocation."""
+BudgetKey = tuple[int, float | None]
+Budgets = dict[BudgetKey, BudgetProfile]
+"""Profiles by mean budget and allocation temperature."""
 
 
 def compare_command(args: argparse.Namespace, rows: Sequence[Row], digest: str, problems: Sequence[str]) -> None:
-    """Check, load once, fill the table, print it; `args` are those of `omnimem.cli`.
+    """Check the options, load the model once, measure cell by cell, print the table.
 
     Parameters
     ----------
     args : argparse.Namespace
-        The command line.
+        Options of `omnimem.cli`.
     rows : sequence of Row
         Clips and questions.
     digest : str
         Hash of `rows`.
     problems : sequence of str
-        Why other rows of the manifest cannot be used.
+        Why the other rows of the manifest cannot be used.
     """
     require_matplotlib()
     methods = choose_methods(args.methods, args.option)
@@ -85,12 +84,12 @@ def compare_command(args: argparse.Namespace, rows: Sequence[Row], digest: str, 
     cells = []
     for name, (method, options) in methods.items():
         options = {**_recorded(session.profile, name, options), **options}
-        places = list(budgets)[:1] if method.keeps_everything else budgets
-        for place, lam in product(places, lambdas[name]):
-            chosen = options if lam is None else {**options, "lambda": lam}
-            mean, temperature = (None, None) if method.keeps_everything else place
-            labels = {"method": name, "mean_budget": mean, "temperature": temperature, "lambda": lam}
-            cells.append(_cell(labels, budgets[place], chosen, session, rows, common, warned))
+        keys = list(budgets)[:1] if method.keeps_everything else budgets
+        for key, lambda_ in product(keys, lambdas[name]):
+            chosen = options if lambda_ is None else {**options, "lambda": lambda_}
+            mean, temperature = (None, None) if method.keeps_everything else key
+            labels = {"method": name, "mean_budget": mean, "temperature": temperature, "lambda": lambda_}
+            cells.append(_cell(labels, budgets[key], chosen, session, rows, common, warned))
     about = {"model": str(args.model), **common, "clips": len(rows), "unusable_rows": list(problems)}
 
     def save(found: list[dict[str, Any]]) -> None:
@@ -98,12 +97,12 @@ def compare_command(args: argparse.Namespace, rows: Sequence[Row], digest: str, 
         write_csv(args.out / "results.csv", found)
 
     found = run_cells(cells, args.out, args.overwrite, save)
-    pictures = draw_pictures(found, args.out)
+    figures = draw_figures(found, args.out)
     print(comparison_table(found))
-    unread = len(found[0]["left_out"])
-    gone = f", {len(problems) + unread} clips left out" if problems or unread else ""
-    print(f"{found[0]['questions']} questions about {len(rows) - unread} clips{gone}")
-    print(f"{args.out}: results.json, results.csv, {', '.join(pictures)}")
+    unreadable = len(found[0]["skipped_clips"])
+    skipped = f", {len(problems) + unreadable} clips skipped" if problems or unreadable else ""
+    print(f"{found[0]['questions']} questions about {len(rows) - unreadable} clips{skipped}")
+    print(f"{args.out}: results.json, results.csv, {', '.join(figures)}")
 
 
 def _cell(
@@ -130,7 +129,7 @@ def _cell(
 
 
 def _recorded(profile: BudgetProfile, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Switches a checkpoint was trained with, for the method it was trained with."""
+    """Options recorded in the profile, if they belong to this method and variant."""
     recorded = dict(profile.selection)
     same = recorded.pop("method", None) == name and options.get("variant") in (None, recorded.get("variant"))
     return recorded if same else {}
@@ -139,7 +138,7 @@ def _recorded(profile: BudgetProfile, name: str, options: dict[str, Any]) -> dic
 def _lambdas(
     methods: dict[str, tuple[SelectionMethod, dict[str, Any]]], given: Sequence[float] | None
 ) -> dict[str, list[float | None]]:
-    """Of each method the λ it is run with; None: its own."""
+    """The values of λ for each method; None: the method's own."""
     found: dict[str, list[float | None]] = {
         name: [*given] if given and "lambda" in options_of(name) else [None] for name in methods
     }
@@ -151,19 +150,21 @@ def _lambdas(
 
 
 def _budgets(profile: BudgetProfile | None, args: argparse.Namespace) -> Budgets:
-    """Every mean budget and temperature of a given profile; nothing without one.
+    """Profiles for every mean budget and temperature; empty without a given profile.
 
     Raises
     ------
     OmniMemError
-        A mean budget that cannot hold the floors; T without what calibration measured; a ratio beside a profile.
+        A mean budget below the floors; a temperature without a calibrated profile; a ratio together with a profile.
     """
     if args.temperature and (profile is None or profile.statistics.get("method") != METHOD):
-        raise OmniMemError("--temperature re-allocates a calibrated profile: give one (omnimem calibrate) as --profile")
+        raise OmniMemError(
+            "--temperature allocates a calibrated profile again: give one (omnimem calibrate) as --profile"
+        )
     if profile is None:
         return {}
     if args.ratio is not None:
-        raise OmniMemError("--ratio is for uniform budgets, and the profile has its own: leave one of the two out")
+        raise OmniMemError("--ratio is for uniform budgets, and --profile has its own: leave one of the two out")
     budgets: Budgets = {}
     for mean, temperature in product(args.mean_budgets, args.temperature or [None]):
         own = {} if temperature is None else {"temperature": temperature}
@@ -171,11 +172,11 @@ def _budgets(profile: BudgetProfile | None, args: argparse.Namespace) -> Budgets
     return budgets
 
 
-# ---- what is shown ---------------------------------------------------------------------------------------------------
+# ---- table and figures -----------------------------------------------------------------------------------------------
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows by budget, the best answers first; what ignores budgets comes last."""
+    """The table, sorted by budget, then by accuracy; methods without a budget come last."""
     ordered = sorted(rows, key=lambda row: (row["mean_budget"] or math.inf, -row["accuracy"], row["nll"]))
     sweeps = [Column(letter, lambda row, key=key: row[key], "g") for key, letter in SWEEPS.items() if _swept(rows, key)]
     device = [Column("device peak MiB", lambda row: row["device_peak_bytes"] / 2**20, ".0f")]
@@ -183,45 +184,45 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
         Column("method", lambda row: row["method"]),
         *sweeps,
         Column("mean budget", lambda row: row["mean_budget"]),
-        Column("kept a layer", lambda row: row["retained"], ".1f"),
+        Column("retained per layer", lambda row: row["retained"], ".1f"),
         Column("accuracy %", lambda row: 100 * row["accuracy"], ".1f"),
         Column("95 % interval", lambda row: f"{100 * row['accuracy_low']:.0f}–{100 * row['accuracy_high']:.0f}"),
-        Column("nats a token", lambda row: row["nll"], ".3f"),
+        Column("nats per token", lambda row: row["nll"], ".3f"),
         Column("answer KV MiB", lambda row: row["answer_bytes"] / 2**20, ".3f"),
         Column("peak KV MiB", lambda row: row["peak_bytes"] / 2**20, ".3f"),
-        Column("peak memory MiB", lambda row: row["memory_peak_bytes"] / 2**20, ".3f"),
+        Column("peak cache MiB", lambda row: row["memory_peak_bytes"] / 2**20, ".3f"),
         *(device if all(row["device_peak_bytes"] is not None for row in rows) else []),
-        Column("ms a chunk", lambda row: row["chunk_ms"], ".1f"),
+        Column("ms per chunk", lambda row: row["chunk_ms"], ".1f"),
         Column("first token ms", lambda row: row["first_token_ms"], ".1f"),
     ]
     return table(columns, ordered)
 
 
-def draw_pictures(rows: Sequence[dict[str, Any]], out: Path) -> list[str]:
-    """Accuracy and likelihood against budget, and against what was swept; returns the names of the files."""
-    pictures = {"accuracy_vs_budget.png": ("mean_budget", "mean budget (positions a layer)")}
+def draw_figures(rows: Sequence[dict[str, Any]], out: Path) -> list[str]:
+    """Plot accuracy and likelihood against the budget and the swept parameters; return the file names."""
+    figures = {"accuracy_vs_budget.png": ("mean_budget", "mean budget (tokens per layer)")}
     for key, letter in SWEEPS.items():
         if _swept(rows, key):
-            pictures[f"accuracy_vs_{'lambda' if key == 'lam' else key}.png"] = (key, letter)
-    for name, (axis, title) in pictures.items():
+            figures[f"accuracy_vs_{key}.png"] = (key, letter)
+    for name, (axis, title) in figures.items():
         panels = [
             Panel(title, "accuracy (%), 95 % interval", _lines(rows, axis, "accuracy"), log=axis == "mean_budget"),
-            Panel(title, "nats a token of the reference", _lines(rows, axis, "nll"), log=axis == "mean_budget"),
+            Panel(title, "nats per token of the reference", _lines(rows, axis, "nll"), log=axis == "mean_budget"),
         ]
-        draw(out / name, panels)
-    return list(pictures)
+        draw_panels(out / name, panels)
+    return list(figures)
 
 
 def _lines(rows: Sequence[dict[str, Any]], axis: str, value: str) -> list[Line]:
-    """A line for what the settings other than `axis` have in common; level for a method that ignores budgets."""
+    """One line for each combination of the settings other than `axis`; horizontal for a method without a budget."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        level = row["mean_budget"] is None and row["lambda"] is None
-        if row[axis] is None and not level:
-            continue  # a method without λ, in the picture of λ
+        horizontal = row["mean_budget"] is None and row["lambda"] is None
+        if row[axis] is None and not horizontal:
+            continue  # a method without λ, in the figure of λ
         others = {"mean_budget": "budget", "lambda": "λ", "temperature": "T"}
-        said = [f"{others[key]} {row[key]:g}" for key in others if key != axis and row[key] is not None]
-        lines.setdefault(" ".join([row["method"], *said]), []).append(row)
+        settings = [f"{others[key]} {row[key]:g}" for key in others if key != axis and row[key] is not None]
+        lines.setdefault(" ".join([row["method"], *settings]), []).append(row)
     drawn = []
     for label, members in lines.items():
         points = sorted(members, key=lambda row: row[axis] or 0)
@@ -235,7 +236,7 @@ def _lines(rows: Sequence[dict[str, Any]], axis: str, value: str) -> list[Line]:
 
 
 def _spread(row: dict[str, Any]) -> tuple[float, float]:
-    """Percentage points from the accuracy down and up to the ends of its interval."""
+    """Distance from the accuracy to the lower and upper end of its interval, in percentage points."""
     return tuple(100 * abs(row["accuracy"] - row[end]) for end in ("accuracy_low", "accuracy_high"))
 
 

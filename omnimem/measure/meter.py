@@ -1,12 +1,11 @@
-"""What a stream costs: time of a chunk and of the first token, and the most the memory ever held.
+"""Measure a stream: time per chunk, time to the first token, and peak memory.
 
     with Meter(session) as meter:
         for event in meter.watch("clip.mp4"):
             answer, first_token_seconds = meter.ask("What is heard?")
     print(meter.kv_peak, meter.step_seconds)
 
-`omnimem compare` and `omnimem bench` measure with it, so their numbers mean the same. On CUDA every reading of the
-clock waits for the device.
+`omnimem compare` and `omnimem bench` both use it. On CUDA, every clock reading synchronises with the device.
 """
 
 from __future__ import annotations
@@ -26,34 +25,35 @@ from transformers import StoppingCriteria
 from omnimem.backbones import Backbone, ChunkInputs, StreamEncoder
 from omnimem.errors import OmniMemError
 from omnimem.media import Chunk, MediaInfo, MediaReader
-from omnimem.stream import StreamEvent, StreamingSession, StreamSettings
+from omnimem.stream import StreamEvent, StreamingSession
+from omnimem.stream_settings import StreamSettings
 
 SAMPLE_RATE = 16_000
 
-LOOPED_SECONDS = 60.0
-"""Most of a clip that is held to be repeated."""
+REPEATED_SECONDS = 60.0
+"""At most this much of a clip is held in memory to be repeated."""
 
 
 class Meter:
-    """Watches and asks through a session and notes what it costs.
+    """Streams and asks through a session and measures the cost.
 
     Parameters
     ----------
     session : StreamingSession
-        A session for this meter alone.
+        A session that nothing else uses.
 
     Attributes
     ----------
     kv_peak : int
-        Most bytes of keys and values after any forward pass: retained and new positions before compression, or
-        retained positions, question and answer.
+        Largest size of keys and values after any forward: retained and new tokens before compression, or retained
+        tokens, question and answer.
     memory_peak : int
-        The same for all bytes of the memory: buffers, and what the selection method keeps beside keys and values.
+        The same for the full_chunks cache, with buffers and the state of the selection method.
     device_peak : int or None
-        CUDA: most bytes allocated by PyTorch beyond those at the start (weights); None on other devices.
+        CUDA: peak bytes allocated by PyTorch beyond those at the start (weights); None on other devices.
     step_seconds : list of float
-        For every chunk but the first of a stream (which pays for what is prepared once): encoding, forward pass and
-        selection. Time spent waiting for the thread that decodes the file is not in it.
+        Encoding, forward and selection of every chunk but the first of a stream, which includes one-time work. Time
+        spent waiting for the decoding thread is not included.
     """
 
     def __init__(self, session: StreamingSession) -> None:
@@ -62,8 +62,8 @@ class Meter:
         self.device_peak: int | None = None
         self.step_seconds: list[float] = []
         self._step_started = 0.0
-        own = {field.name: getattr(session.settings, field.name) for field in fields(StreamSettings)}
-        session.settings = _MeteredSettings(**own, step_starts=self._start_step)
+        given = {field.name: getattr(session.settings, field.name) for field in fields(StreamSettings)}
+        session.settings = _MeteredSettings(**given, on_step=self._start_step)
 
     def __enter__(self) -> Meter:
         device = self.session.backbone.device
@@ -81,14 +81,14 @@ class Meter:
             self.device_peak = torch.cuda.max_memory_allocated(device) - self._device_bytes
 
     def watch(self, media: str | Path, loop_seconds: float | None = None, **settings: Any) -> Iterator[StreamEvent]:
-        """`StreamingSession.watch`; with `loop_seconds` the clip is repeated until the stream is that long."""
+        """`StreamingSession.watch`; `loop_seconds` repeats the clip until the stream has this length."""
         for event in self.session.watch(media, loop_seconds=loop_seconds, **settings):
             if event.chunk > 0:
                 self.step_seconds.append(self._now() - self._step_started)
             yield event
 
     def ask(self, question: str, max_new_tokens: int) -> tuple[str, float]:
-        """Greedy answer, and seconds from the question until its first token has reached the host."""
+        """The greedy answer, and the seconds from the question until the first token is on the host."""
         first = _FirstToken()
         started = self._now()
         answer = self.session.ask(question, max_new_tokens=max_new_tokens, stopping_criteria=[first])
@@ -109,53 +109,53 @@ class Meter:
 
 
 class _FirstToken(StoppingCriteria):
-    """Notes when generation first looks at a token it has chosen; never stops it."""
+    """Records when the first token is generated; never stops the generation."""
 
     arrived = math.nan
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         if math.isnan(self.arrived):
-            # The streamer has copied the token to the host just before.
+            # The streamer has just copied the token to the host.
             self.arrived = time.perf_counter()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 @dataclass(frozen=True)
 class _MeteredSettings(StreamSettings):
-    """Settings whose encoder says when a step begins, and whose reader can repeat the clip."""
+    """Settings whose encoder reports the start of every step, and whose reader can repeat the clip."""
 
-    step_starts: Callable[[], None] = lambda: None
+    on_step: Callable[[], None] = lambda: None
     loop_seconds: float | None = None
 
     def open(
-        self, path: str | Path, backbone: Backbone, sound: str | Path | None = None
+        self, path: str | Path, backbone: Backbone, audio_path: str | Path | None = None
     ) -> tuple[MediaReader, StreamEncoder]:
         """As `StreamSettings.open`."""
         if self.loop_seconds is None:
-            return super().open(path, backbone, sound)
-        once = replace(self, loop_seconds=None, max_seconds=min(LOOPED_SECONDS, self.max_seconds or math.inf))
-        reader, _ = StreamSettings.open(once, path, backbone, sound)
-        whole = replace(self, max_seconds=self.loop_seconds)
-        encoder = whole.begin(replace(reader.info, duration=self.loop_seconds), backbone)
+            return super().open(path, backbone, audio_path)
+        once = replace(self, loop_seconds=None, max_seconds=min(REPEATED_SECONDS, self.max_seconds or math.inf))
+        reader, _ = StreamSettings.open(once, path, backbone, audio_path)
+        full_length = replace(self, max_seconds=self.loop_seconds)
+        encoder = full_length.stream_encoder(replace(reader.info, duration=self.loop_seconds), backbone)
         chunks = repeat(reader, self.fps, self.chunk_seconds, self.loop_seconds)
         return cast(MediaReader, _Repeated(reader.info, chunks)), encoder
 
-    def begin(self, info: MediaInfo, backbone: Backbone) -> StreamEncoder:
-        """As `StreamSettings.begin`."""
-        encoder = super().begin(info, backbone)
+    def stream_encoder(self, info: MediaInfo, backbone: Backbone) -> StreamEncoder:
+        """As `StreamSettings.stream_encoder`."""
+        encoder = super().stream_encoder(info, backbone)
         encode = encoder.encode
 
         def timed(chunk: Chunk) -> ChunkInputs:
-            self.step_starts()
+            self.on_step()
             return encode(chunk)
 
-        encoder.encode = timed  # not the reader: another thread runs that
+        encoder.encode = timed  # not the reader, which runs in another thread
         return encoder
 
 
 @dataclass(frozen=True)
 class _Repeated:
-    """What `watch` needs of a reader: facts about the file, and chunks."""
+    """A repeated clip, with the parts of `MediaReader` that `watch` uses."""
 
     info: MediaInfo
     chunks: Iterator[Chunk]
@@ -165,28 +165,28 @@ class _Repeated:
 
 
 def repeat(reader: MediaReader, fps: float, chunk_seconds: float, seconds: float) -> Iterator[Chunk]:
-    """Whole chunks of a clip over and over, decoded once, their times going on, until `seconds` are reached.
+    """Repeat the full chunks of a clip, decoded once, with increasing times, until `seconds` are reached.
 
     Raises
     ------
     OmniMemError
-        The clip is shorter than a chunk.
+        The clip is shorter than one chunk.
     """
     frames = round(fps * chunk_seconds) if reader.info.has_video else 0
     samples = round(SAMPLE_RATE * chunk_seconds)
-    whole: list[Chunk] = []
+    full_chunks: list[Chunk] = []
     for chunk in reader:
         if len(chunk.frames) < frames or (chunk.audio is not None and len(chunk.audio) < samples):
             break
-        whole.append(chunk)
-    if not whole:
+        full_chunks.append(chunk)
+    if not full_chunks:
         name = Path(reader.info.path).name
         raise OmniMemError(
             f"{name}: shorter than a chunk of {chunk_seconds:g} s; choose a longer clip or shorter chunks"
         )
     count = math.ceil(seconds / chunk_seconds - 1e-6)
     for index in range(count):
-        chunk = whole[index % len(whole)]
+        chunk = full_chunks[index % len(full_chunks)]
         start = index * chunk_seconds
         yield replace(
             chunk,

@@ -1,10 +1,10 @@
-"""What a memory still knows: stream clips, ask each question when its time has come, score the answers.
+"""Stream clips, ask each question at its time, and score the answers.
 
     result = answer_questions(session, rows, max_new_tokens=16)
     print(result["accuracy"], result["accuracy_low"], result["accuracy_high"], result["nll"])
 
-An answer counts when it equals the reference up to case, white space and final punctuation. Beside it stands the mean
-negative log-likelihood of the reference, which also tells memories apart that never say it word for word.
+An answer is correct if it equals the reference up to case, white space and final punctuation. The mean negative
+log-likelihood of the reference also distinguishes methods that never generate it verbatim.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ log = logging.getLogger("omnimem.measure.questions")
 
 
 class Question(Protocol):
-    """A question with its reference; `time` is the second at which it is asked, None for the end."""
+    """A question with its reference answer."""
 
     @property
     def question(self) -> str:
-        """What is asked."""
+        """The question."""
         ...
 
     @property
     def answer(self) -> str:
-        """The reference."""
+        """The reference answer."""
         ...
 
     @property
     def time(self) -> float | None:
-        """Seconds into the clip."""
+        """Second of the clip at which to ask; None: at the end."""
         ...
 
 
@@ -53,12 +53,12 @@ class Row(Protocol):
 
     @property
     def name(self) -> str:
-        """What the results call it."""
+        """Name of the clip in the results."""
         ...
 
     @property
     def audio(self) -> bool:
-        """Whether its sound is heard."""
+        """False ignores the audio track."""
         ...
 
     @property
@@ -70,48 +70,47 @@ class Row(Protocol):
 def answer_questions(
     session: StreamingSession, rows: Sequence[Row], max_new_tokens: int, warned: set[str] | None = None
 ) -> dict[str, Any]:
-    """Stream every clip into a fresh memory and ask its questions.
+    """Stream every clip into an empty cache and ask its questions.
 
     Parameters
     ----------
     session : StreamingSession
-        A session for this call alone.
+        A session that nothing else uses.
     rows : sequence of Row
-        Clips; one that cannot be read to its end (of the part to be read) is logged and left out.
+        Clips; one that cannot be decoded is logged and skipped.
     max_new_tokens : int
-        Limit of an answer.
+        Longest answer in tokens.
     warned : set of str, optional
-        Clips that have been logged; grows.
+        Names of skipped clips that have been logged already; new ones are added.
 
     Returns
     -------
     dict
-        ``questions``, ``accuracy``, ``accuracy_low``, ``accuracy_high`` (`cluster_interval`), ``nll`` (nats a token,
-        mean over questions);
-        ``retained`` (most visual and audio positions a layer held on average when a question was asked),
-        ``answer_bytes`` (most bytes of keys and values then), ``peak_bytes``, ``memory_peak_bytes``,
-        ``device_peak_bytes`` (see `Meter`); ``chunk_ms`` (median, first chunks of clips left out), ``first_token_ms``
-        (median); ``answers`` (one object a question) and ``left_out`` (one object a clip).
+        ``questions``, ``accuracy``, ``accuracy_low``, ``accuracy_high`` (`cluster_interval`), ``nll`` (nats per
+        token, mean over questions); ``retained`` (visual and audio tokens per layer when a question was asked, maximum
+        over questions), ``answer_bytes`` (bytes of keys and values then, maximum), ``peak_bytes``,
+        ``memory_peak_bytes``, ``device_peak_bytes`` (see `Meter`); ``chunk_ms`` (median, without first chunks),
+        ``first_token_ms`` (median); ``answers`` (one object per question) and ``skipped_clips`` (one object per clip).
 
     Raises
     ------
     OmniMemError
-        Not one clip could be read.
+        No clip could be read.
     """
     answers: list[dict[str, Any]] = []
-    left_out: list[dict[str, str]] = []
+    skipped_clips: list[dict[str, str]] = []
     warned = set() if warned is None else warned
     with Meter(session) as meter:
         for row in rows:
             try:
                 answers += _ask_about(meter, row, max_new_tokens)
             except MediaError as error:
-                left_out.append({"clip": row.name, "reason": str(error)})
+                skipped_clips.append({"clip": row.name, "reason": str(error)})
                 if row.name not in warned:
-                    log.warning("clip left out: %s", error)
+                    log.warning("clip skipped: %s", error)
                 warned.add(row.name)
     if not answers:
-        raise OmniMemError(f"no question could be asked: no clip can be read; the first: {left_out[0]['reason']}")
+        raise OmniMemError(f"no question could be asked: no clip can be read; the first: {skipped_clips[0]['reason']}")
     clips: dict[str, list[bool]] = {}
     for answer in answers:
         clips.setdefault(answer["clip"], []).append(answer["correct"])
@@ -130,18 +129,18 @@ def answer_questions(
         "chunk_ms": 1000 * statistics.median(meter.step_seconds) if meter.step_seconds else None,
         "first_token_ms": statistics.median(answer["first_token_ms"] for answer in answers),
         "answers": answers,
-        "left_out": left_out,
+        "skipped_clips": skipped_clips,
     }
 
 
 def _ask_about(meter: Meter, row: Row, max_new_tokens: int) -> list[dict[str, Any]]:
-    """Answers to the questions of one clip: each after the chunk with its second, those without at the end."""
-    waiting = sorted(row.questions, key=lambda question: math.inf if question.time is None else question.time)
+    """Answers to the questions of one clip: each after the chunk that contains its time, the others at the end."""
+    pending = sorted(row.questions, key=lambda question: math.inf if question.time is None else question.time)
     answers = []
     settings = {} if row.audio else {"audio": False}
     for event in meter.watch(row.media, **settings):
-        while waiting and (event.last or (waiting[0].time is not None and waiting[0].time <= event.seconds)):
-            answers.append({"clip": row.name, **_ask(meter, waiting.pop(0), event, max_new_tokens)})
+        while pending and (event.last or (pending[0].time is not None and pending[0].time <= event.seconds)):
+            answers.append({"clip": row.name, **_ask(meter, pending.pop(0), event, max_new_tokens)})
     return answers
 
 
@@ -161,21 +160,21 @@ def _ask(meter: Meter, question: Question, event: StreamEvent, max_new_tokens: i
 
 
 def normalised(answer: str) -> str:
-    """An answer without case, extra white space and final punctuation."""
+    """The answer in lower case, without extra white space and final punctuation."""
     return " ".join(answer.casefold().split()).rstrip(" .!?…。")
 
 
 def cluster_interval(clips: Sequence[Sequence[bool]]) -> tuple[float, float]:
-    """95 % interval of the share of right answers when questions of a clip stand or fall together.
+    """95 % confidence interval of the accuracy when the answers about one clip are correlated.
 
     Wilson's interval with the effective number of questions n_e = p·(1 − p) / v, where v is the cluster-robust variance
-    of p (sums over clips of what their questions deviate from p, squared). n_e is at most the number of questions.
-    Where all answers are right or all are wrong, v says nothing, and n_e is the number of clips; so it is for one clip.
+    of p (from the squared sums of deviations from p over the questions of a clip), and at most the number of questions.
+    If all answers are correct, all are wrong, or there is one clip, v is undefined and n_e is the number of clips.
 
     Parameters
     ----------
     clips : sequence of sequence of bool
-        Of each clip, which questions were answered rightly.
+        For each clip, whether each question was answered correctly.
 
     Returns
     -------

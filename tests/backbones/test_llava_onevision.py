@@ -22,7 +22,7 @@ from omnimem.budget import ModelFingerprint
 from omnimem.errors import OmniMemError
 from omnimem.memory.rotary import Rotary
 from omnimem.modality import TEXT, VISUAL
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 from reference_models import QUESTION, TOLERANCE, streamed, whole_clip
 from rope_1d import LONG, check_answer_by_hand, check_strict_loading, check_trained_run, following, session_of
 

@@ -15,7 +15,7 @@ from omnimem.backbones.mel import MelStream
 from omnimem.errors import OmniMemError
 from omnimem.media import Chunk
 from omnimem.modality import AUDIO, TEXT, VISUAL
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 
 RATE = 16_000
 QUESTION = "What is heard?"
@@ -390,6 +390,6 @@ def test_silence_is_encoded_without_special_cases(tiny):
 
 
 def test_without_a_chunk_length_the_shortest_of_ten_seconds_that_fits_is_taken(tiny):
-    assert StreamSettings.fitting(tiny).chunk_seconds == 10
-    assert StreamSettings.fitting(tiny, fps=1.5).chunk_seconds == 12
-    assert StreamSettings.fitting(tiny, chunk_seconds=3).chunk_seconds == 3
+    assert StreamSettings.for_backbone(tiny).chunk_seconds == 10
+    assert StreamSettings.for_backbone(tiny, fps=1.5).chunk_seconds == 12
+    assert StreamSettings.for_backbone(tiny, chunk_seconds=3).chunk_seconds == 3

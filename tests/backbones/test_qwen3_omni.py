@@ -37,7 +37,7 @@ from omnimem.media import Chunk
 from omnimem.memory import CompressedCache
 from omnimem.modality import AUDIO, TEXT, VISUAL
 from omnimem.selection import build_selection
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 from reference_models import QUESTION, TOLERANCE, Whole, streamed, whole_clip
 from small_runs import arguments, main, trained_run
 

@@ -46,7 +46,7 @@ from omnimem.modality import AUDIO, TEXT, VISUAL
 from omnimem.recipe import load_recipe
 from omnimem.selection import build_selection
 from omnimem.selection.full import Full
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 from reference_models import QUESTION, TOLERANCE, Whole, whole_clip
 from small_runs import adapter, arguments, main, trained_run
 from train.data import load_rows

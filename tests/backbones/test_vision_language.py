@@ -36,7 +36,7 @@ from omnimem.budget import BudgetProfile
 from omnimem.cli import main as omnimem
 from omnimem.errors import OmniMemError
 from omnimem.modality import TEXT, VISUAL
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 from reference_models import QUESTION, TOLERANCE, Whole, streamed, whole_clip
 from small_runs import adapter, trained_run
 

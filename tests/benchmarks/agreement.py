@@ -1,24 +1,24 @@
-"""How far cheaper measurements of OmniMem agree with the exact one: redundancy sources, and sampled attention mass.
+"""How well cheaper scores of OmniMem agree with the exact ones: other redundancy sources, and sampled queries.
 
     python train.py recipe=quickstart
     python tests/benchmarks/agreement.py runs/quickstart [--out results.json] [--mean-budget 96]
 
-A trained model streams clips with exact selection (hidden states, every query). At every compression of every layer
-the same candidates are scored again with each cheaper measurement: the rank agreement of ψ over visual and audio
-positions (Spearman), and the part of the kept set that both keep. Beside it, the kept sets at the end of the stream
-when the cheaper one decides all along. Bytes are those of one position in one layer beside its keys and values.
+A trained model streams clips with exact scores (hidden states, every query). At every compression of every layer, the
+same candidates are also scored in each cheaper way. Reported are the rank correlation (Spearman) of the score ψ
+(`omnimem/selection/README.md`) over visual and audio tokens, the share of the retained tokens that both retain, and the
+share at the end of the stream when the cheaper scores make every decision. Bytes are per token and layer, in addition
+to keys and values.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from report import new_parser, write_report
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -47,7 +47,7 @@ EXACT = {"query_stride": 1}
 
 
 class Recorder(OmniMem):
-    """Exact selection that scores everything once more in each cheaper way."""
+    """Exact selection that also computes every cheaper score."""
 
     def __init__(self, variant: str) -> None:
         super().__init__(variant, query_stride=1)
@@ -55,10 +55,10 @@ class Recorder(OmniMem):
         self.others = {name: OmniMem(variant, **{**EXACT, **options}) for name, options in VARIANTS.items()}
         self.sampled: dict[tuple[int, int], Tensor] = {}
         self.ranks: dict[str, list[float]] = {name: [] for name in VARIANTS}
-        self.kept: dict[str, list[float]] = {name: [] for name in VARIANTS}
+        self.retained: dict[str, list[float]] = {name: [] for name in VARIANTS}
 
     def observe(self, module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The attention function, which also sums the columns of some queries only."""
+        """The attention function, which also computes attention scores from every n-th query."""
         memory = kwargs.get("memory")
         if memory is not None and memory.observed_scores is not None:
             for method in self.others.values():
@@ -70,8 +70,8 @@ class Recorder(OmniMem):
                     self.sampled[memory.index, stride] = new if old is None else self.accumulate(old, new)
         return compressed_attention(module, query, key, *args, **kwargs)
 
-    def select(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, None]:
-        """Keep what is exact; note what the others would have kept of the same."""
+    def choose(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, None]:
+        """Retain by the exact scores; record what the cheaper scores would have retained."""
         keep = keep_mask(score, candidates.metadata, candidates.budget)
         media = candidates.metadata.modality[0] > 0
         for name, method in self.others.items():
@@ -84,21 +84,21 @@ class Recorder(OmniMem):
             other = method.score(changed)
             both = keep & keep_mask(other, candidates.metadata, candidates.budget)
             self.ranks[name].append(spearman(score[0][media], other[0][media]))
-            self.kept[name].append((both[0] & media).sum().item() / max((keep[0] & media).sum().item(), 1))
-        for (layer, stride), mass in list(self.sampled.items()):
+            self.retained[name].append((both[0] & media).sum().item() / max((keep[0] & media).sum().item(), 1))
+        for (layer, stride), scores in list(self.sampled.items()):
             if layer == candidates.layer:
-                self.sampled[layer, stride] = mass[:, keep[0]]
+                self.sampled[layer, stride] = scores[:, keep[0]]
         return keep, None
 
 
 def spearman(first: Tensor, second: Tensor) -> float:
-    """Correlation of ranks."""
+    """Rank correlation."""
     ranks = torch.stack([values.argsort().argsort().double() for values in (first, second)])
     return torch.corrcoef(ranks)[0, 1].item()
 
 
 def stream(session: StreamingSession, clip: Path, seconds: float) -> list[set[int]]:
-    """Watch a clip; the media positions every layer holds at the end."""
+    """Stream a clip; the visual and audio tokens every layer retains at the end."""
     for _ in session.watch(clip, max_seconds=seconds):
         pass
     tables = [session.memory.token_metadata(layer) for layer in range(len(session.memory.layers))]
@@ -107,12 +107,11 @@ def stream(session: StreamingSession, clip: Path, seconds: float) -> list[set[in
 
 def main() -> int:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("run", help="a trained run, an export, or a checkpoint")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--variant", default="paper", choices=("paper", "release"))
     parser.add_argument("--mean-budget", type=int, default=96)
-    parser.add_argument("--seconds", type=float, default=40.0, help="of each clip (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=40.0, help="seconds of each clip (default: %(default)s)")
     folders = [Path(__file__).parents[2] / "data_prep" / "quickstart", Path(__file__).parents[1] / "data" / "media"]
     parser.add_argument("--media", type=Path, nargs="+", default=folders, help="folders of clips")
     args = parser.parse_args()
@@ -143,7 +142,14 @@ def main() -> int:
     states = 2 * text.num_key_value_heads * head_dim * 4
     extra = {"hidden": 4 * text.hidden_size, **{f"sketch of {size}": size for size in (64, 128, 256, 512)}}
     rows = [
-        {"measurement": "exact", "bytes": extra["hidden"], "rank": 1.0, "kept": 1.0, "kept_lowest": 1.0, "end": 1.0}
+        {
+            "measurement": "exact",
+            "bytes": extra["hidden"],
+            "rank": 1.0,
+            "retained": 1.0,
+            "retained_lowest": 1.0,
+            "end": 1.0,
+        }
     ]
     for name, options in VARIANTS.items():
         alone = build_selection("omnimem", variant=args.variant, **{**EXACT, **options})
@@ -158,29 +164,28 @@ def main() -> int:
                 "measurement": name,
                 "bytes": size,
                 "rank": statistics.fmean(recorder.ranks[name]),
-                "kept": statistics.fmean(recorder.kept[name]),
-                "kept_lowest": min(recorder.kept[name]),
+                "retained": statistics.fmean(recorder.retained[name]),
+                "retained_lowest": min(recorder.retained[name]),
                 "end": statistics.fmean(same),
             }
         )
-    decisions = len(recorder.kept["value"])
-    print(f"{len(clips)} clips, {decisions} compressions of a layer; keys and values: {states} bytes a position")
-    print(f"{'measurement':<18}{'bytes':>7}{'rank':>8}{'kept':>8}{'lowest':>8}{'at the end':>12}")
+    decisions = len(recorder.retained["value"])
+    print(f"{len(clips)} clips, {decisions} compressions of a layer; keys and values: {states} bytes per token")
+    print(f"{'measurement':<18}{'bytes':>7}{'rank':>8}{'retained':>10}{'lowest':>8}{'at the end':>12}")
     for row in rows:
         print(
-            f"{row['measurement']:<18}{row['bytes']:>7}{row['rank']:>8.3f}{row['kept']:>8.3f}"
-            f"{row['kept_lowest']:>8.3f}{row['end']:>12.3f}"
+            f"{row['measurement']:<18}{row['bytes']:>7}{row['rank']:>8.3f}{row['retained']:>8.3f}"
+            f"{row['retained_lowest']:>8.3f}{row['end']:>12.3f}"
         )
-    if args.out:
-        report = {
-            "variant": args.variant,
-            "mean_budget": args.mean_budget,
-            "clips": [clip.name for clip in clips],
-            "decisions": decisions,
-            "state_bytes": states,
-            "rows": rows,
-        }
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    report = {
+        "variant": args.variant,
+        "mean_budget": args.mean_budget,
+        "clips": [clip.name for clip in clips],
+        "decisions": decisions,
+        "state_bytes": states,
+        "rows": rows,
+    }
+    write_report(args.out, report)
     return 0
 
 

@@ -1,26 +1,25 @@
-"""What selection costs: the same chunk step with it and without it, and where the difference goes.
+"""Cost of selection: the same chunk step with and without it, and where the difference is spent.
 
     python tests/benchmarks/cost.py [--out results.json] [--device cuda] [--layers 4 --hidden 1024 …]
 
 One process, a random Qwen2.5-Omni decoder (by default 4 layers of hidden 1,024, 8 heads of 128, 2 key-value heads,
-feed-forward 4,096), a memory of 8,192 positions a layer already full, chunks of 512. "No selection" keeps the same
-memory by dropping the oldest positions, so all steps attend to the same number of keys. Rounds of all variants
-alternate, so that what else the machine does hits them alike; reported are medians and ratios of medians, and beside
-them every byte the memory holds between two chunks: keys and values, features (hidden states or their sketches),
-metadata (index, ids, time, modality), attention scores, and the spare room of the buffers.
+feed-forward 4,096), a full cache of 8,192 tokens per layer, chunks of 512. "No selection" evicts the oldest tokens, so
+all steps attend to the same number of keys. The variants alternate, so that other load on the machine affects them
+equally. Reported are medians and their ratios, and all bytes of the cache between two chunks: keys and values, features
+(hidden states or their sketches), metadata (index, position ids, time, modality), attention scores, and unused space in
+the buffers.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from report import new_parser, write_report
 from torch import Tensor
 from transformers import Qwen2_5OmniTextConfig, Qwen2_5OmniThinkerTextModel
 
@@ -31,10 +30,10 @@ from omnimem.selection import Candidates, SelectionMethod, build_selection
 
 
 class Recent(SelectionMethod):
-    """Keep the newest: what a memory of this size costs before anything is selected."""
+    """Retain the newest tokens: the cost of a cache of this size without selection."""
 
     def score(self, candidates: Candidates) -> Tensor:
-        """Place in the stream."""
+        """The index in the stream."""
         return candidates.metadata.index.double()
 
 
@@ -48,7 +47,7 @@ VARIANTS: dict[str, SelectionMethod] = {
 
 
 def build_decoder(args: argparse.Namespace) -> Qwen2_5OmniThinkerTextModel:
-    """Random decoder of the shape asked for."""
+    """A random decoder of the requested shape."""
     torch.manual_seed(0)
     dim = args.hidden // args.heads
     sections = [dim // 8, (dim // 2 - dim // 8) // 2, (dim // 2 - dim // 8) // 2]
@@ -67,7 +66,7 @@ def build_decoder(args: argparse.Namespace) -> Qwen2_5OmniThinkerTextModel:
 
 
 class Run:
-    """One variant: its memory, filled, and a step that can be timed."""
+    """One variant: its full cache, and a step that can be timed."""
 
     def __init__(
         self,
@@ -86,16 +85,16 @@ class Run:
             self.step()
 
     def step(self) -> dict[str, float]:
-        """A chunk in, the memory back to its budget; seconds of forward and of compression."""
+        """Process one chunk; seconds of forward and of compression."""
         args = self.args
         embeds = torch.randn(1, args.chunk, args.hidden, device=args.device, dtype=self.model.dtype)
-        positions = (self.seen + torch.arange(args.chunk, device=args.device)).expand(3, 1, -1)
+        position_ids = (self.seen + torch.arange(args.chunk, device=args.device)).expand(3, 1, -1)
         self.seen += args.chunk
         with torch.no_grad():
             started = clock(args.device)
             self.model(
                 inputs_embeds=embeds,
-                position_ids=positions,
+                position_ids=position_ids,
                 past_key_values=self.cache,
                 use_cache=True,
                 modality=self.modality,
@@ -108,14 +107,14 @@ class Run:
 
 
 def clock(device: str) -> float:
-    """Seconds, after everything queued on the device is done."""
+    """Seconds, after all work queued on the device is done."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def bytes_of(cache: Any) -> dict[str, int]:
-    """Bytes a cache holds by what they are, and all of them."""
+    """Bytes of a cache by part, and their sum."""
 
     def size(name: str) -> int:
         held = [getattr(layer, name) for layer in cache.layers]
@@ -124,14 +123,14 @@ def bytes_of(cache: Any) -> dict[str, int]:
     parts = {
         "keys and values": cache.kv_nbytes,
         "features": size("features"),
-        "metadata": size("table"),
-        "scores": size("mass"),
+        "metadata": size("metadata"),
+        "scores": size("attention_scores"),
     }
     return {**parts, "spare": cache.nbytes - sum(parts.values()), "all": cache.nbytes}
 
 
 def time_attention(args: argparse.Namespace, rounds: int) -> dict[str, float]:
-    """Median seconds of attention and of attention mass alone, at the shape of a full memory."""
+    """Median seconds of attention and of attention scores alone, with a full cache."""
     dim = args.hidden // args.heads
     keys = args.memory + args.chunk
     dtype = getattr(torch, args.dtype)
@@ -139,9 +138,9 @@ def time_attention(args: argparse.Namespace, rounds: int) -> dict[str, float]:
     key, value = (torch.randn(1, args.kv_heads, keys, dim, device=args.device, dtype=dtype) for _ in range(2))
     jobs = {
         "attention": lambda: lower_right_attention(query, key, value),
-        "attention with mass": lambda: attention_with_scores(query, key, value),
-        "mass": lambda: attention_scores(query, key),
-        "mass, every 4th query": lambda: attention_scores(query, key, stride=4),
+        "attention with scores": lambda: attention_with_scores(query, key, value),
+        "scores": lambda: attention_scores(query, key),
+        "scores, every 4th query": lambda: attention_scores(query, key, stride=4),
     }
     times: dict[str, list[float]] = {name: [] for name in jobs}
     with torch.no_grad():
@@ -155,7 +154,7 @@ def time_attention(args: argparse.Namespace, rounds: int) -> dict[str, float]:
 
 
 def add_shape(parser: argparse.ArgumentParser) -> None:
-    """Options of the decoder's shape and of how long it is measured."""
+    """Add the options for the decoder's shape and the number of rounds."""
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -167,8 +166,7 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
 
 def main() -> int:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser = new_parser(__doc__)
     add_shape(parser)
     args = parser.parse_args()
     model = build_decoder(args)
@@ -184,29 +182,28 @@ def main() -> int:
     held = {name: bytes_of(run.cache) for name, run in runs.items()}
     base, smallest = median["no selection"]["step"], held["no selection"]["all"]
     rows = []
-    print(f"{'variant':<28}{'ms a chunk':>11}{'ratio':>8}{'forward':>9}{'compress':>10}{'MiB':>8}{'ratio':>8}")
+    print(f"{'variant':<28}{'ms per chunk':>13}{'ratio':>8}{'forward':>9}{'compress':>10}{'MiB':>8}{'ratio':>8}")
     for name, found in median.items():
         size = held[name]["all"]
         ratios = {"ratio": found["step"] / base, "memory_ratio": size / smallest}
         rows.append({"variant": name, **ratios, **found, "bytes": held[name]})
         print(
-            f"{name:<28}{found['step'] * 1e3:>11.0f}{ratios['ratio']:>8.2f}{found['forward'] * 1e3:>9.0f}"
+            f"{name:<28}{found['step'] * 1e3:>13.0f}{ratios['ratio']:>8.2f}{found['forward'] * 1e3:>9.0f}"
             f"{found['compress'] * 1e3:>10.0f}{size / 2**20:>8.0f}{ratios['memory_ratio']:>8.2f}"
         )
     alone = time_attention(args, args.rounds)
     for name, seconds in alone.items():
-        print(f"{name + ' alone':<28}{seconds * 1e3:>11.0f}{seconds / alone['attention']:>8.2f} of attention")
-    if args.out:
-        shape = {k: v for k, v in vars(args).items() if k != "out"}
-        device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
-        report = {
-            "shape": shape,
-            "device": device,
-            "threads": torch.get_num_threads(),
-            "variants": rows,
-            "alone": alone,
-        }
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        print(f"{name + ' alone':<28}{seconds * 1e3:>13.0f}{seconds / alone['attention']:>8.2f} of attention")
+    shape = {k: v for k, v in vars(args).items() if k != "out"}
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
+    report = {
+        "shape": shape,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "variants": rows,
+        "alone": alone,
+    }
+    write_report(args.out, report)
     return 0
 
 

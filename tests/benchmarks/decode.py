@@ -1,17 +1,15 @@
-"""What sampling costs against decoding everything, on a ten-minute film encoded as films usually are.
+"""Cost of sampling frames against decoding all of them, on a ten-minute video in a usual encoding.
 
-Why: frames are looked at once or twice a second, and decoding is what reading a video costs. The film is a
-clip of data_prep/quickstart scaled to 640x360, encoded by x264 at its defaults (key frame at scene cuts and every 250
-pictures at most, up to 3 B-frames) or with a key frame every 2 seconds as for streaming, and repeated without
-encoding again. Both ways must give the same frames; ratios of CPU time carry over to other machines.
+A model uses one or two frames per second, and reading a video costs mostly decoding. The video is a clip of
+data_prep/quickstart scaled to 640x360, encoded by x264 with its defaults (key frames at scene cuts and at least every
+250 frames, up to 3 B-frames) or with a key frame every 2 seconds as for streaming, and repeated without encoding it
+again. Both ways must give the same frames; ratios of CPU time are comparable between machines.
 
     python tests/benchmarks/decode.py [--out results.json] [--minutes 10]
 """
 
-import argparse
 import hashlib
 import itertools
-import json
 import math
 import sys
 import tempfile
@@ -23,6 +21,8 @@ import av
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+from report import new_parser, write_report  # noqa: E402
 
 from omnimem.media.probe import inspect  # noqa: E402
 from omnimem.media.video import VideoSampler  # noqa: E402
@@ -36,9 +36,9 @@ ENCODINGS = {"x264 defaults": "keyint=250:bframes=3", "key frame every 2 s": "ke
 
 
 def encode_once(path: Path, parameters: str) -> None:
-    """Encode the clip at a fixed rate and without sound."""
+    """Encode the clip at a fixed rate and without audio."""
     with av.open(str(CLIP)) as source, av.open(str(path), "w") as file:
-        # PyAV sets B-frames to 0 where x264 would take 3.
+        # PyAV sets B-frames to 0, the default of x264 is 3.
         stream = file.add_stream("libx264", rate=RATE, options={"x264-params": parameters})
         stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
         for number, frame in enumerate(source.decode(video=1)):
@@ -65,7 +65,7 @@ def repeat(short: Path, long: Path, seconds: float) -> None:
 
 
 def decode_all(path: Path, fps: Fraction) -> tuple[list[bytes], int]:
-    """The usual way: decode every picture, convert those that are shown at the sampling instants."""
+    """The usual way: decode every frame, convert those displayed at the sampling times."""
     found, decoded, held = [], 0, None
     with av.open(str(path)) as file:
         stream = file.streams.video[0]
@@ -81,13 +81,13 @@ def decode_all(path: Path, fps: Fraction) -> tuple[list[bytes], int]:
 
 
 def sample(path: Path, fps: Fraction) -> tuple[list[bytes], VideoSampler]:
-    """Our way."""
+    """With `VideoSampler`, which decodes only what is needed."""
     sampler = VideoSampler(inspect(path), fps, None, on_fault=lambda _, cause: sys.exit(cause))
-    return [digest(picture) for picture in sampler.frames()], sampler
+    return [digest(frame) for frame in sampler.frames()], sampler
 
 
-def digest(picture) -> bytes:
-    return hashlib.blake2b(picture).digest()
+def digest(frame) -> bytes:
+    return hashlib.blake2b(frame).digest()
 
 
 def timed(function, *arguments):
@@ -98,7 +98,7 @@ def timed(function, *arguments):
 
 
 def compare(film: Path, encoding: str, fps: Fraction) -> dict:
-    """Read the film both ways and put the two side by side."""
+    """Read the video both ways and compare."""
     all_seconds, (expected, decoded) = timed(decode_all, film, fps)
     our_seconds, (frames, sampler) = timed(sample, film, fps)
     if frames != expected:
@@ -109,24 +109,23 @@ def compare(film: Path, encoding: str, fps: Fraction) -> dict:
         "frames": len(frames),
         "identical": True,
         "speedup": round(all_seconds / our_seconds, 2),
-        "pictures": decoded,
-        "pictures_decoded": sampler.stats.decoded,
+        "frames_in_file": decoded,
+        "frames_decoded": sampler.stats.decoded,
         "decoded_share": round(sampler.stats.decoded / decoded, 3),
         "packets_held": sampler.stats.held,
     }
     print(
         f"{encoding}, {float(fps):g} FPS: {row['speedup']}x a full decode, {sampler.stats.decoded} of {decoded} "
-        f"pictures decoded, {len(frames)} frames identical",
+        f"frames decoded, {len(frames)} sampled frames identical",
         file=sys.stderr,
     )
     return row
 
 
 def main() -> None:
-    """Build the films, compare, print JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="also write the results here, as JSON")
-    parser.add_argument("--minutes", type=float, default=10.0, help="length of the film (default 10)")
+    """Build the videos, compare, write JSON."""
+    parser = new_parser(__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0, help="length of the video (default 10)")
     options = parser.parse_args()
     rows = []
     for encoding, parameters in ENCODINGS.items():
@@ -135,10 +134,7 @@ def main() -> None:
             encode_once(short, parameters)
             repeat(short, film, options.minutes * 60)
             rows += [compare(film, encoding, fps) for fps in (Fraction(1, 2), Fraction(1), Fraction(2))]
-    report = json.dumps({"minutes": options.minutes, "size": SIZE, "results": rows}, indent=2)
-    print(report)
-    if options.out:
-        options.out.write_text(report + "\n")
+    write_report(options.out, {"minutes": options.minutes, "size": SIZE, "results": rows})
 
 
 if __name__ == "__main__":

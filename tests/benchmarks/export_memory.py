@@ -1,40 +1,39 @@
-"""How much host memory does an export take? Peak of the process over that after imports, for two sizes of checkpoint.
+"""Host memory of an export: peak of the process above its level after imports, for two sizes of checkpoint.
 
     python tests/benchmarks/export_memory.py [--out results.json] [--sizes 200,800] [--backbones NAME,NAME]
 
 For each model and size (MiB) one process builds a checkpoint of random weights in bfloat16 and a LoRA adapter on every
-projection of the decoder's linear layers; another imports the export, notes its resident set, exports, and notes its
-peak (VmHWM, Linux). Reported is the difference as a multiple of the written checkpoint, and the slope: bytes more for
-each byte more of checkpoint, from which what every process pays once has dropped out.
+projection of the decoder's linear layers; another imports the export, reads its resident set, exports, and reads its
+peak (VmHWM, Linux). Reported are the difference as a multiple of the written checkpoint, and the slope: additional
+bytes of memory per additional byte of checkpoint, in which one-time costs of a process cancel.
 
 Mapped files count in the resident set. The weights of a dense model are the mapped file until they are merged; experts
-are joined while they are loaded, so that their file is mapped beside them, in pages that the kernel can drop. What it
-cannot drop, anonymous memory, is sampled every 5 ms and reported as well.
+are joined while they are loaded, so their file is mapped in addition, in pages that the kernel can drop. Anonymous
+memory, which it cannot drop, is sampled every 5 ms and reported as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from report import new_parser, run_child, write_report
+
 LIMITS = {"qwen2_5_omni": 1.25, "qwen3_omni": 2.25}
-"""Most bytes of resident set for each byte of checkpoint: one copy (with experts: and their file), and some room."""
+"""Upper limit of resident bytes per byte of checkpoint: one copy (with experts: plus their file), and a tolerance."""
 
 WIDTH = 1024
 LAYER_MIB = {"qwen2_5_omni": 18, "qwen3_omni": 30}
 """Size of a decoder layer of this width in bfloat16."""
 
 SHARD = "20MB"
-"""As small beside these checkpoints as the export's own 2 GB beside published ones."""
+"""Shard size, in the same proportion to these checkpoints as the default 2 GB to published ones."""
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -46,21 +45,21 @@ def status(name: str) -> int:
 
 
 class Anonymous(threading.Thread):
-    """Most bytes of anonymous memory while this runs."""
+    """Peak of anonymous memory while this thread runs."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.start_bytes = self.peak = status("RssAnon")
 
     def run(self) -> None:
-        """Look every 5 ms until the process ends."""
+        """Sample every 5 ms until the process ends."""
         while True:
             self.peak = max(self.peak, status("RssAnon"))
             time.sleep(0.005)
 
 
 def build(folder: Path, name: str, mib: int) -> None:
-    """Write ``folder/base`` of about so many MiB and ``folder/run`` with an adapter for it."""
+    """Write ``folder/base`` of about `mib` MiB and ``folder/run`` with an adapter for it."""
     import torch
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file, save_file
@@ -85,7 +84,7 @@ def build(folder: Path, name: str, mib: int) -> None:
 
 
 def export(folder: Path) -> dict[str, Any]:
-    """Export ``folder/run``; bytes of the checkpoint, of the process before and of its peak, and seconds."""
+    """Export ``folder/run``; bytes of the checkpoint and of the process before and at its peak, and seconds."""
     import train.export
 
     train.export.SHARD = SHARD
@@ -104,30 +103,16 @@ def export(folder: Path) -> dict[str, Any]:
 
 
 def measure(name: str, mib: int) -> dict[str, Any]:
-    """Build and export, each in a process of its own, whose allocator gives freed memory back."""
-    settings = {
-        **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-        "OMP_NUM_THREADS": "1",
-    }
+    """Build and export, each in a new process."""
     with tempfile.TemporaryDirectory() as folder:
-        for job in ("build", "export"):
-            done = subprocess.run(
-                [sys.executable, __file__, "--child", job, folder, name, str(mib)],
-                stdout=subprocess.PIPE,
-                text=True,
-                env=settings,
-                check=True,
-            )
-    row = json.loads(done.stdout.splitlines()[-1])
+        run_child(__file__, "--child", "build", folder, name, str(mib))
+        row = run_child(__file__, "--child", "export", folder, name, str(mib))
     return {"backbone": name, **row, "resident": row["peak"] - row["imported"]}
 
 
 def main() -> int:
-    """Measure and report; exit 1 when memory grows by more than the limit for each byte of checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    """Measure and report; exit 1 if the slope exceeds the limit."""
+    parser = new_parser(__doc__)
     parser.add_argument("--sizes", default="200,800", help="two sizes in MiB (default: %(default)s)")
     parser.add_argument("--backbones", default=",".join(LIMITS), help="(default: %(default)s)")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -152,13 +137,12 @@ def main() -> int:
         bytes_more = large["checkpoint"] - small["checkpoint"]
         slopes[name] = {key: (large[key] - small[key]) / bytes_more for key in ("resident", "anonymous")}
         print(
-            f"{name:<14} {slopes[name]['resident']:.2f} bytes more for each byte more of checkpoint "
+            f"{name:<14} {slopes[name]['resident']:.2f} additional bytes per additional byte of checkpoint "
             f"(limit {LIMITS[name]}), {slopes[name]['anonymous']:.2f} of them anonymous"
         )
         rows += pair
-    if args.out:
-        report = {"machine": platform.machine(), "python": platform.python_version(), "slopes": slopes, "rows": rows}
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    report = {"machine": platform.machine(), "python": platform.python_version(), "slopes": slopes, "rows": rows}
+    write_report(args.out, report)
     return int(any(slope["resident"] > LIMITS[name] for name, slope in slopes.items()))
 
 

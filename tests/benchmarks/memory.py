@@ -1,31 +1,30 @@
-"""Is memory flat in the length of the stream? What a stream holds after 12 chunks and after 120, for every method.
+"""Memory against stream length: peak memory in the first 12 chunks and in 120 chunks, for every method.
 
     python tests/benchmarks/memory.py [--out results.json] [--budget 512] [--methods omnimem,h2o]
 
-Each method is a process of its own that streams 120 chunks of 48 visual and 16 audio tokens (random embeddings, 4
-frames of 12 patches) through a random decoder of 8 layers with 8 key-value heads of 64, so that keys and values take
-32 KiB a token, a memory of 512 tokens 16 MiB, and 2 MiB more for every chunk that would not be evicted. The memory has
-been full since chunk 8. Two numbers are reported, each the most in the first 12 chunks and the most in all 120:
+Each method runs in a new process that streams 120 chunks of 48 visual and 16 audio tokens (random embeddings, 4 frames
+of 12 patches) through a random decoder of 8 layers with 8 key-value heads of 64. Keys and values take 32 KiB per token,
+so a cache of 512 tokens takes 16 MiB, and a chunk that is not evicted 2 MiB. The cache is full after chunk 8. Two
+numbers are reported, each as the peak in the first 12 chunks and the peak in all 120:
 
-- memory: what the cache counts itself, by part: keys and values, features (hidden states, for methods that store
-  them), metadata (index, ids, time, modality) and scores; "spare" is room in the buffers;
-- process: the peak resident set above its level right before the stream, in which is all of that, activations of a
-  chunk and whatever else is allocated on the way. Linux only.
+- memory: bytes of the cache by part: keys and values, features (hidden states, for methods that store them), metadata
+  (index, position ids, time, modality), scores, and "spare", the unused space in the buffers;
+- process: the peak resident set above its level right before the stream, with the cache, the activations of a chunk and
+  all other allocations. Linux only.
 
-A method is bounded when neither grows by more than its limit; `full` keeps everything and shows what growth looks like.
+A method is bounded if neither grows by more than its limit; `full` evicts nothing and is the counterexample.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from report import new_parser, run_child, write_report
 
 from omnimem.selection import SELECTION_METHODS
 
@@ -33,11 +32,11 @@ FRAMES, PATCHES, AUDIO_TOKENS = 4, 12, 16
 SHORT, LONG = 12, 120
 SHAPE = {"layers": 8, "hidden": 512, "heads": 8, "kv_heads": 8, "ffn": 256}
 MEMORY_LIMIT, PROCESS_LIMIT = 1.001, 1.03
-"""Largest ratio of long to short: bytes the cache counts are exact, a resident set has pages of the allocator in it."""
+"""Largest ratio of long to short: cache bytes are exact, the resident set includes pages of the allocator."""
 
 
 def peak_resident(reset: bool = False) -> int:
-    """Bytes of the process's peak resident set since the last reset."""
+    """Peak resident set of the process since the last reset, in bytes."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
@@ -46,7 +45,7 @@ def peak_resident(reset: bool = False) -> int:
 
 
 def run(method: str, budget: int) -> dict[str, Any]:
-    """Stream `LONG` chunks; bytes after `SHORT` of them and at the end."""
+    """Stream `LONG` chunks; peak bytes in the first `SHORT` chunks and in all."""
     from types import SimpleNamespace
 
     import torch
@@ -72,10 +71,10 @@ def run(method: str, budget: int) -> dict[str, Any]:
     stream = Stream(backbone, cache)
     patch = torch.arange(FRAMES * PATCHES) % PATCHES
     frame = torch.arange(FRAMES * PATCHES) // PATCHES
-    heard = torch.arange(AUDIO_TOKENS) * FRAMES // AUDIO_TOKENS
-    height, width = (torch.cat((ids, heard)) for ids in (patch // 4, patch % 4))
-    second = torch.cat((frame, heard))
-    modality = torch.tensor([[VISUAL] * len(frame) + [AUDIO] * len(heard)], dtype=torch.int8)
+    audio = torch.arange(AUDIO_TOKENS) * FRAMES // AUDIO_TOKENS
+    height, width = (torch.cat((ids, audio)) for ids in (patch // 4, patch % 4))
+    second = torch.cat((frame, audio))
+    modality = torch.tensor([[VISUAL] * len(frame) + [AUDIO] * len(audio)], dtype=torch.int8)
 
     def chunk(number: int) -> ChunkInputs:
         time = number * FRAMES + second
@@ -87,47 +86,38 @@ def run(method: str, budget: int) -> dict[str, Any]:
             next_position_id=torch.tensor([(number + 1) * FRAMES]),
         )
 
-    most = bytes_of(cache)
+    peak = bytes_of(cache)
 
     def note(*_: object) -> None:
-        nonlocal most
-        most = max(most, bytes_of(cache), key=lambda parts: parts["all"])
+        nonlocal peak
+        peak = max(peak, bytes_of(cache), key=lambda parts: parts["all"])
 
     decoder.register_forward_hook(note)
     result = {}
     with torch.no_grad():
-        # Threads and kernels that every process sets up once.
+        # Warm-up: threads and kernels that a process sets up once.
         decoder(inputs_embeds=chunk(0).embeds, position_ids=chunk(0).position_ids, use_cache=False)
         before = peak_resident(reset=True)
         for number in range(LONG):
             stream.step(chunk(number))
             if number + 1 in (SHORT, LONG):
                 process = peak_resident() - before
-                result[number + 1] = {"memory": most, "process": process, "retained": max(cache.lengths())}
+                result[number + 1] = {"memory": peak, "process": process, "retained": max(cache.lengths())}
     return {"method": method, "level_before": before, "short": result[SHORT], "long": result[LONG]}
 
 
 def measure(method: str, budget: int) -> dict[str, Any]:
-    """`run` in a process of its own, whose allocator gives freed memory back."""
-    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", method, "--budget", str(budget)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **settings},
-        check=True,
-    )
-    row = json.loads(done.stdout.splitlines()[-1])
+    """`run` in a new process, with the ratios of long to short."""
+    row = run_child(__file__, "--child", method, "--budget", str(budget))
     row["memory_ratio"] = row["long"]["memory"]["all"] / row["short"]["memory"]["all"]
     row["process_ratio"] = row["long"]["process"] / row["short"]["process"]
     return row
 
 
 def main() -> int:
-    """Measure and report; exit 1 when a method other than `full` grew."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--budget", type=int, default=512, help="tokens a layer (default: %(default)s)")
+    """Measure and report; exit 1 if a method other than `full` grows."""
+    parser = new_parser(__doc__)
+    parser.add_argument("--budget", type=int, default=512, help="tokens per layer (default: %(default)s)")
     parser.add_argument("--methods", default=",".join(SELECTION_METHODS), help="separated by commas (default: all)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -135,7 +125,7 @@ def main() -> int:
         print(json.dumps(run(args.child, args.budget)))
         return 0
     rows = []
-    print(f"MiB at most in {SHORT} → {LONG} chunks, {args.budget} tokens a layer")
+    print(f"peak MiB in {SHORT} → {LONG} chunks, {args.budget} tokens per layer")
     for method in args.methods.split(","):
         row = measure(method, args.budget)
         rows.append(row)
@@ -147,10 +137,9 @@ def main() -> int:
             f"({row['process_ratio']:.3f}x); {parts}",
             flush=True,
         )
-    if args.out:
-        about = {"machine": platform.machine(), "python": platform.python_version(), "shape": SHAPE}
-        about |= {"chunk": FRAMES * PATCHES + AUDIO_TOKENS, "chunks": [SHORT, LONG], "budget": args.budget}
-        args.out.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    about = {"machine": platform.machine(), "python": platform.python_version(), "shape": SHAPE}
+    about |= {"chunk": FRAMES * PATCHES + AUDIO_TOKENS, "chunks": [SHORT, LONG], "budget": args.budget}
+    write_report(args.out, {**about, "rows": rows})
     bounded = [row for row in rows if row["method"] != "full"]
     return int(any(row["memory_ratio"] > MEMORY_LIMIT or row["process_ratio"] > PROCESS_LIMIT for row in bounded))
 

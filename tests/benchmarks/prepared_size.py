@@ -1,39 +1,41 @@
-"""How many gigabytes an hour of media takes once it is prepared, in each encoding.
+"""Gigabytes per hour of prepared data, for each encoding.
 
     python tests/benchmarks/prepared_size.py [--out results.json] [--fps 1] [--short-side 360]
 
-Every clip of `data_prep/quickstart` that has both picture and audio and lasts at least 5 seconds is prepared alone, as
-`omnimem data prepare` does it, once for each encoding of frames and audio. Reported are bytes of the shard divided by
-the length of the clip, for each clip and for all of them together (GB are 10^9 bytes). Frames dominate what differs
-between clips: a size depends on the resolution of the file (frames are never enlarged) and on what is filmed. Audio is
-16 kHz mono: 0.23 GB an hour in float32, half of that in int16, before compression.
+Every clip of `data_prep/quickstart` with video and audio and at least 5 seconds is prepared alone with `omnimem data
+prepare`, once for each encoding of frames and audio. Reported are the bytes of the shard divided by the length of the
+clip, for each clip and for all together (GB are 10^9 bytes). The size of the frames depends on the resolution of the
+file (frames are never enlarged) and on the content. Audio is 16 kHz mono: 0.23 GB per hour in float32, half of that in
+int16, before compression.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from report import new_parser, write_report
+
+from data_prep.decoded_clips.format import PrepareSettings
+from data_prep.decoded_clips.prepare import prepare
 from data_prep.manifest import read_manifest
-from data_prep.prepare import prepare
-from data_prep.prepared import PrepareSettings
+from data_prep.shipped import QUICKSTART_FOLDER
 from omnimem.media import probe
 
 ENCODINGS: dict[str, dict[str, Any]] = {
-    "webp, float32 (exact; the default)": {"frames": "webp", "sound": "float32"},
-    "png, float32 (exact)": {"frames": "png", "sound": "float32"},
-    "webp, int16": {"frames": "webp", "sound": "int16"},
-    "jpeg, int16": {"frames": "jpeg", "sound": "int16"},
+    "webp, float32 (exact; the default)": {"frame_format": "webp", "audio_dtype": "float32"},
+    "png, float32 (exact)": {"frame_format": "png", "audio_dtype": "float32"},
+    "webp, int16": {"frame_format": "webp", "audio_dtype": "int16"},
+    "jpeg, int16": {"frame_format": "jpeg", "audio_dtype": "int16"},
 }
 SHORTEST_SECONDS = 5.0
 
 
 def clips_in(folder: Path) -> list[Path]:
-    """Clips with picture and audio that are long enough; broken files and a silent track are left out."""
+    """Clips with video and audio that are long enough, without broken files and silent tracks."""
     files = [path for path in sorted(folder.iterdir()) if path.suffix in (".mp4", ".webm")]
     files = [path for path in files if not path.name.startswith(("broken_", "silent_"))]
     found = {path: probe(path) for path in files}
@@ -45,7 +47,7 @@ def clips_in(folder: Path) -> list[Path]:
 
 
 def measure(clip: Path, settings: PrepareSettings) -> tuple[int, float]:
-    """Bytes of a clip's shard, and its seconds."""
+    """Bytes of a clip's shard, and the length of the clip in seconds."""
     with tempfile.TemporaryDirectory() as folder:
         manifest = Path(folder) / "manifest.jsonl"
         row = {"media": clip.name, "question": "What happens?", "answer": "This is measured."}
@@ -54,16 +56,15 @@ def measure(clip: Path, settings: PrepareSettings) -> tuple[int, float]:
     return report.nbytes, report.seconds
 
 
-def gigabytes_an_hour(measured: Sequence[tuple[int, float]]) -> float:
-    """10^9 bytes an hour over all clips."""
+def gigabytes_per_hour(measured: Sequence[tuple[int, float]]) -> float:
+    """10^9 bytes per hour over all clips."""
     return sum(size for size, _ in measured) / sum(seconds for _, seconds in measured) * 3600 / 1e9
 
 
 def main() -> int:
     """Measure every clip in every encoding, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--media", type=Path, default=Path(__file__).parents[2] / "data_prep" / "quickstart")
+    parser = new_parser(__doc__)
+    parser.add_argument("--media", type=Path, default=QUICKSTART_FOLDER)
     parser.add_argument("--fps", type=float, default=1.0)
     parser.add_argument("--short-side", type=int, default=360)
     args = parser.parse_args()
@@ -72,15 +73,14 @@ def main() -> int:
     for name, encoding in ENCODINGS.items():
         settings = PrepareSettings(fps=args.fps, short_side=args.short_side, **encoding)
         measured = {clip.name: measure(clip, settings) for clip in clips}
-        each = {clip: gigabytes_an_hour([one]) for clip, one in measured.items()}
-        whole = gigabytes_an_hour(list(measured.values()))
-        rows.append({"encoding": name, "exact": settings.exact, "gb_an_hour": whole, "clips": each})
-        print(f"{name:<36}{whole:6.3f} GB an hour ({min(each.values()):.3f} to {max(each.values()):.3f})", flush=True)
+        each = {clip: gigabytes_per_hour([one]) for clip, one in measured.items()}
+        whole = gigabytes_per_hour(list(measured.values()))
+        rows.append({"encoding": name, "exact": settings.exact, "gb_per_hour": whole, "clips": each})
+        print(f"{name:<36}{whole:6.3f} GB per hour ({min(each.values()):.3f} to {max(each.values()):.3f})", flush=True)
     for clip in clips:
         print(f"{clip.name:<46}" + " ".join(f"{row['clips'][clip.name]:7.3f}" for row in rows))
-    if args.out:
-        report = {"fps": args.fps, "short_side": args.short_side, "rows": rows}
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    report = {"fps": args.fps, "short_side": args.short_side, "rows": rows}
+    write_report(args.out, report)
     return 0
 
 

@@ -1,18 +1,18 @@
-"""Seconds and peak memory of a training step of shipped recipes, against what `dry_run=true` computes.
+"""Time and peak memory of a training step of the shipped recipes, against the plan of `dry_run=true`.
 
     python tests/benchmarks/recipe_step.py --recipes video_salmonn_lora,video_salmonn_qlora,release_sft --minutes 10 \\
         --out tests/benchmarks/results/recipe_step.json
     python tests/benchmarks/recipe_step.py --recipes video_salmonn_qlora --set data.max_pixels=61250
-    python tests/benchmarks/recipe_step.py --shape tiny --device cpu --minutes 0.8      # does it run?
+    python tests/benchmarks/recipe_step.py --shape tiny --device cpu --minutes 0.8      # smoke test
 
-The model has the published configuration and random weights, made on the device in the recipe's type (NF4 layer by
-layer); everything else is what `train.py` builds: adapter, budgets, selection, store, objective, AdamW. The stream is a
-clip of the tests, its packets repeated up to the length asked for, with one question at its end. After a step that
-warms up, two are measured. Without a GPU no memory is measured. Out of memory is a result like any other.
+The model has the published configuration and random weights, created on the device in the recipe's dtype (NF4 layer by
+layer); everything else is built as in `train.py`: adapter, budgets, selection, offload store, objective, AdamW. The
+stream is a quickstart clip whose packets are repeated up to `--minutes`, with one question at the end. After one
+warm-up step, two steps are measured. Memory is measured on GPUs only. Out of memory is reported as a result.
 
-Text is counted with a stand-in's tokenizer, which writes times between pictures (release_sft) in more tokens than the
-published one; `--set model.name_or_path=DIR`, a folder with the published configuration and
-tokenizer, needs no weights.
+Text is tokenized with a substitute tokenizer, which needs more tokens for timestamps between frames (release_sft) than
+the published one. `--set model.name_or_path=DIR` with a folder that has the published configuration and tokenizer (no
+weights) avoids that.
 """
 
 from __future__ import annotations
@@ -24,26 +24,21 @@ import math
 import os
 import tempfile
 import time
-from contextlib import ExitStack
-from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# The published sizes come from our own table, whatever this machine could reach.
+# Published sizes come from the table in omnimem.backbones.published, also on a machine with network access.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import av
 import torch
 from accelerate import Accelerator
-from transformers.quantizers import AutoHfQuantizer
+from synthetic import read, repeat, with_random_weights
 
-from omnimem.backbones import Backbone
-from omnimem.backbones.checkpoint import _nf4, quiet_transformers
+from data_prep.shipped import QUICKSTART_CLIP
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json
-from omnimem.media import open_media
 from omnimem.recipe import Recipe, TrainConfig, load_recipe
 from train.budgets import profile_at
 from train.data import load_rows
@@ -65,111 +60,16 @@ from train.setup import (
 )
 from train.stream_plan import plan_stream
 
-CLIP = Path(__file__).resolve().parents[2] / "data_prep" / "quickstart" / "speech_apollo15_hammer_feather_47s.webm"
 RECIPES = "video_salmonn_lora,video_salmonn_qlora,release_sft"
 QUESTION = "What does the astronaut drop on the Moon, and which of the two lands first?"
 ANSWER = "He drops a hammer and a feather. Without air both fall at the same rate and land at the same time."
-LAST_PACKET = 0.04
-"""Seconds; no packet of the clip lasts longer, so none that begins so long before the end reaches beyond it."""
-
 MEASURED = 2
 GIB = 2**30
-
-# ---- the stream ------------------------------------------------------------------------------------------------------
-
-
-def repeat(source: Path, out: Path, seconds: float) -> None:
-    """Write the packets of a clip over and over, their times going on, until `seconds` are reached; none is decoded."""
-    with ExitStack() as files:
-        target = files.enter_context(av.open(str(out), "w"))
-        start, streams = 0.0, None
-        while start < seconds:
-            with av.open(str(source)) as container:
-                if streams is None:
-                    streams = [target.add_stream_from_template(stream) for stream in container.streams]
-                assert container.duration is not None
-                for packet in container.demux():
-                    if packet.pts is None or packet.dts is None:
-                        continue  # the end of a stream
-                    if float(packet.pts * packet.time_base) + start + LAST_PACKET > seconds:
-                        continue
-                    shift = round(start / packet.time_base)
-                    packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
-                    packet.stream = streams[packet.stream_index]
-                    target.mux(packet)
-                start += container.duration / av.time_base
-
-
-def read(path: Path, seconds: float) -> dict[str, Any]:
-    """Read a clip to its end and count, so that nobody measures a stream shorter than was said.
-
-    Raises
-    ------
-    SystemExit
-        Frames or sound are missing.
-    """
-    started, frames, samples = time.perf_counter(), 0, 0
-    reader = open_media(path, fps=1.0, chunk_seconds=10.0, short_side=360)
-    for chunk in reader:
-        frames += len(chunk.frames)
-        samples += 0 if chunk.audio is None else len(chunk.audio)
-    found = {
-        "clip": CLIP.name,
-        "header_seconds": reader.info.duration,
-        "frames_a_second": frames,
-        "samples": samples,
-        "read_seconds": time.perf_counter() - started,
-    }
-    if abs(frames - seconds) > 1 or abs(samples / 16_000 - seconds) > 2 * LAST_PACKET:
-        raise SystemExit(f"{path}: {found} is not {seconds:g} s of media")
-    return found
-
-
-# ---- the model -------------------------------------------------------------------------------------------------------
-
-
-def with_random_weights(skeleton: Backbone, recipe: Recipe, device: torch.device) -> Backbone:
-    """A frozen model of the skeleton's sizes on the device, as `load_base` would load it: only the values differ.
-
-    Linear layers that a recipe quantises are made one at a time, so that the device never holds all of them whole.
-    """
-    dtype, nf4 = skeleton.model.dtype, recipe.model.load_in_4bit
-    torch.manual_seed(recipe.model.seed)
-    with quiet_transformers():
-        with torch.device("meta"):
-            model: Any = type(skeleton.model)._from_config(deepcopy(skeleton.config), dtype=dtype)
-        quantizer: Any = AutoHfQuantizer.from_config(_nf4(dtype, skeleton.skip_quantization_modules)) if nf4 else None
-        if quantizer is not None:
-            quantizer.preprocess_model(model, device_map=None)
-        for module in model.modules():
-            if hasattr(module, "quant_state"):
-                quantise(module, dtype, device)
-            else:
-                module.to_empty(device=device, recurse=False)
-        # Values of all that is empty, tables of frequencies among them; ties what the configuration ties.
-        model.init_weights()
-        if quantizer is not None:
-            quantizer.postprocess_model(model)
-    backbone: Any = type(skeleton)
-    return backbone(model.eval().requires_grad_(False), skeleton.processor, recipe.model.name_or_path)
-
-
-def quantise(linear: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """Fill a layer of bitsandbytes that has shapes only, the way transformers does while it loads."""
-    from bitsandbytes.nn import Params4bit
-
-    empty = linear.weight
-    value = torch.empty(empty.shape, dtype=dtype, device=device).normal_(std=0.02)
-    linear.weight = Params4bit(value, requires_grad=False, **empty.__dict__).to(device)
-    if linear.bias is not None:
-        linear.bias = torch.nn.Parameter(torch.zeros(linear.bias.shape, dtype=dtype, device=device), False)
-    linear._is_hf_initialized = True
-
 
 # ---- a step ----------------------------------------------------------------------------------------------------------
 
 
-def take(
+def run_step(
     recipe: Recipe,
     number: int,
     schedule: Schedule,
@@ -177,24 +77,24 @@ def take(
     profile: BudgetProfile,
     processes: ParallelStrategy,
 ) -> dict[str, Any]:
-    """One optimiser step, as `train.loop.train` takes it; positions, and whether AdamW changed the weights."""
+    """One optimizer step, as in `train.loop.train`: number of tokens, and whether AdamW changed the weights."""
     processes.set_learning_rate(rate_at(number, schedule.steps, recipe.train))
     gradient = selection_gradient(recipe, number / max(1, schedule.steps - 1))
     budgets = profile_at(recipe, profile, number, schedule.steps)
-    weight, loss, positions = 1 / schedule.answer_tokens(number), 0.0, 0
+    weight, loss, tokens = 1 / schedule.answer_tokens(number), 0.0, 0
     with processes.accumulate():
         for batch in schedule.step(number, 0):
             outcome = objective(batch, gradient, budgets)
             outcome.backward(weight * processes.loss_scale)
             loss += outcome.loss.item() * weight
-            positions += outcome.tokens
+            tokens += outcome.tokens
     norm = processes.step(apply=math.isfinite(loss))
     finite = math.isfinite(loss) and math.isfinite(norm)
-    return {"positions": positions, "retained": outcome.retained, "loss": loss if finite else None, "finite": finite}
+    return {"tokens": tokens, "retained": outcome.retained, "loss": loss if finite else None, "finite": finite}
 
 
 def plan(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
-    """The row of a recipe before it has run: what it is, and what `dry_run=true` says of the memory of a step."""
+    """The row of a recipe before its run: model, overrides, and the planned memory of a step."""
     skeleton, profile = check_recipe(recipe)
     rows = load_rows(recipe.data, skeleton.supports_audio).rows
     stream = plan_stream(rows[0], skeleton, stream_settings(recipe))
@@ -208,7 +108,7 @@ def plan(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
         "load_in_4bit": recipe.model.load_in_4bit,
         "plan": {
             **asdict(stream),
-            "positions": stream.tokens,
+            "tokens": stream.tokens,
             "parts_bytes": parts,
             "device_bytes": on_device,
         },
@@ -216,7 +116,7 @@ def plan(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
 
 
 def measure(recipe: Recipe, accelerator: Accelerator, found: dict[str, Any]) -> None:
-    """Warm up and measure; what is known goes into `found` at once, so that it stays where memory runs out."""
+    """Warm up and measure; results go into `found` at once, so that they survive an out-of-memory error."""
     device = accelerator.device
     output_dir = Path(recipe.output_dir)
     skeleton, profile = check_recipe(recipe)
@@ -232,11 +132,11 @@ def measure(recipe: Recipe, accelerator: Accelerator, found: dict[str, Any]) -> 
     found["step_seconds"] = []
     for number in range(1 + MEASURED):
         if number == 1 and device.type == "cuda":
-            # Weights, adapter and moments: what lies there between two steps.
+            # Between two steps: weights, adapter and optimizer state.
             found["between_steps_bytes"] = allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
         started = clock(device)
-        found.update(take(recipe, number, schedule, objective, profile, processes))
+        found.update(run_step(recipe, number, schedule, objective, profile, processes))
         seconds = clock(device) - started
         if number == 0:
             found["warm_up_seconds"] = seconds
@@ -245,22 +145,22 @@ def measure(recipe: Recipe, accelerator: Accelerator, found: dict[str, Any]) -> 
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, when the device has done what it was told."""
+    """Seconds, after all work queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def allocated(device: torch.device) -> int | None:
-    """Bytes of tensors on a GPU now."""
+    """Bytes of tensors currently on the GPU; None without a GPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
 
 
 def attempt(recipe: Recipe, accelerator: Accelerator, row: dict[str, Any]) -> None:
-    """Complete the row of a recipe with what was measured until the end or until the device was full."""
+    """Add the measured values to the row of a recipe, up to an out-of-memory error if there is one."""
     device = accelerator.device
     cuda = device.type == "cuda"
-    # Modules and what watches them refer to each other: the model of the last recipe is still there.
+    # Modules and their hooks form reference cycles: without this the previous model is still in memory.
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()
@@ -274,14 +174,14 @@ def attempt(recipe: Recipe, accelerator: Accelerator, row: dict[str, Any]) -> No
     row["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device) if cuda else None
 
 
-# ---- what is shown ---------------------------------------------------------------------------------------------------
+# ---- output -------------------------------------------------------------------------------------------------------
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row in words."""
+    """A row as a printed line."""
     planned, peak, reserved = row["plan"]["device_bytes"], row["peak_allocated_bytes"], row["peak_reserved_bytes"]
     seconds = row.get("step_seconds", [])
-    time_taken = f"{sum(seconds) / len(seconds):.1f} s a step" if len(seconds) == MEASURED else "not measured"
+    time_taken = f"{sum(seconds) / len(seconds):.1f} s per step" if len(seconds) == MEASURED else "not measured"
     if row["out_of_memory"]:
         time_taken = "OUT OF MEMORY"
     elif not row["finite"]:
@@ -290,17 +190,19 @@ def line(row: dict[str, Any]) -> str:
     if peak is not None:
         memory = f"peak {peak / GIB:.2f} GiB ({reserved / GIB:.2f} reserved), {peak / planned:.2f} times the "
     return (
-        f"{row['recipe']}: {row['plan']['chunks']} chunks, {row['plan']['positions']:,} positions: {time_taken}; "
+        f"{row['recipe']}: {row['plan']['chunks']} chunks, {row['plan']['tokens']:,} tokens: {time_taken}; "
         f"{memory}planned {planned / GIB:.2f} GiB"
     )
 
 
 def main() -> int:
-    """Measure and report; exit 1 when a recipe did not fit the device."""
+    """Measure and report; exit 1 if a recipe ran out of memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", default=RECIPES, help="names (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of the stream (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in every recipe; repeatable")
+    parser.add_argument("--minutes", type=float, default=10.0, help="length of the stream (default: %(default)s)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override in every recipe; repeatable"
+    )
     parser.add_argument("--shape", choices=("published", "tiny"), default="published")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help="write the results as JSON, after every recipe")
@@ -323,7 +225,7 @@ def main() -> int:
             "finish.media=null",
         ]
         fixed += ["model.name_or_path=tiny"] if args.shape == "tiny" else []
-        repeat(CLIP, clip, seconds)
+        repeat(QUICKSTART_CLIP, clip, seconds)
         report: dict[str, Any] = {
             **environment(),
             "bitsandbytes": _version("bitsandbytes"),
@@ -333,7 +235,7 @@ def main() -> int:
             "media": read(clip, seconds),
         }
         try:
-            # All before the first is run: a key that does not exist is better found now.
+            # Load all recipes before running the first, to find unknown keys early.
             recipes = [
                 load_recipe([f"recipe={recipe}", f"output_dir={folder / recipe}", *fixed, *args.set, "dry_run=true"])
                 for recipe in args.recipes.split(",")

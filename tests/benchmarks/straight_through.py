@@ -1,32 +1,29 @@
-"""What does a gradient through the selection cost? A training step with `straight_through` relative to one with `none`.
+"""Cost of a gradient through the selection: a training step with `straight_through` against one with `none`.
 
     python tests/benchmarks/straight_through.py [--out results.json] [--steps 4]
 
-A step is forward and backward over 16 chunks of 256 random embeddings through a decoder of the Qwen2.5-Omni kind (width
-256, 4 layers, float32, LoRA, 512 positions a layer), a question after every 4th chunk, one thread. Each setting is a
-process of its own, started twice: one measures seconds (the median of the steps after a first one; the settings take
-turns), the other bytes:
+A step is forward and backward over 16 chunks of 256 random embeddings through a Qwen2.5-Omni decoder (width 256, 4
+layers, float32, LoRA, 512 tokens per layer), with a question after every 4th chunk, on one thread. Each setting runs in
+two new processes. One measures seconds (median of the steps after a warm-up; the settings alternate), the other bytes:
 
-- `live`: the most bytes of tensors at once, above those before the step, as the allocator reports them: the device
-  memory a step needs beside the weights;
-- `stored`: the most bytes in the store at once. It writes to disk here, so that they are in no other number;
-- `process`: the largest resident set, everything included, and `grown`, that above its level before the step.
+- `live`: peak bytes of tensors above those before the step, as reported by the allocator: the device memory of a step
+  in addition to the weights;
+- `stored`: peak bytes in the offload store, which is on disk here and in no other number;
+- `process`: peak resident set, and `grown`, its increase over the level before the step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from report import new_parser, run_child, write_report
 from training_memory import AUDIO, VISUAL, WIDTH, Peak, chunk, decoder, resident
 
 GRADIENTS = ("none", "straight_through")
@@ -34,7 +31,7 @@ LAYERS, BUDGET, CHUNKS, ASKED = 4, 512, 16, 4
 
 
 def run(backbone: Any, gradient: str, folder: Path) -> int:
-    """One training step; returns the most bytes that were stored at once."""
+    """One training step; returns the number of bytes written to the store."""
     from omnimem.bptt import ChunkwiseBPTT
     from omnimem.budget import BudgetProfile, LayerBudget
     from omnimem.forward import Stream
@@ -70,7 +67,7 @@ def run(backbone: Any, gradient: str, folder: Path) -> int:
 
 
 def seconds(gradient: str, steps: int) -> list[float]:
-    """Seconds of each of so many steps."""
+    """Seconds of each step."""
     backbone, found = decoder(LAYERS), []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(1 + steps):
@@ -81,12 +78,12 @@ def seconds(gradient: str, steps: int) -> list[float]:
 
 
 def memory(gradient: str) -> dict[str, int]:
-    """Bytes of one step."""
+    """Memory of one step, in bytes."""
     import torch
 
     backbone = decoder(LAYERS)
     with tempfile.TemporaryDirectory() as folder:
-        run(backbone, gradient, Path(folder))  # threads, kernels and gradients of the weights are there before
+        run(backbone, gradient, Path(folder))  # warm-up: threads, kernels and gradients
         peak = Peak()
         peak.start()
         stored = run(backbone, gradient, Path(folder))
@@ -105,24 +102,9 @@ def memory(gradient: str) -> dict[str, int]:
     return {"live": live, "stored": stored, "grown": peak.peak - peak.start_bytes, "process": peak.peak}
 
 
-def child(*args: str) -> Any:
-    """What this file prints in a process of its own, with one thread and an allocator that gives memory back."""
-    settings = {
-        **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, *args], stdout=subprocess.PIPE, text=True, env=settings, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> int:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser = new_parser(__doc__)
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each setting (default: %(default)s)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -133,25 +115,24 @@ def main() -> int:
         gradient, what = args.child
         print(json.dumps(memory(gradient) if what == "memory" else seconds(gradient, int(what))))
         return 0
-    # In turns, so that a machine that slows down slows both settings down.
+    # Alternate, so that other load on the machine affects both settings.
     turns: dict[str, list[float]] = {gradient: [] for gradient in GRADIENTS}
     for _ in range(2):
         for gradient in GRADIENTS:
-            turns[gradient] += child("--child", gradient, str(-(-args.steps // 2)))
+            turns[gradient] += run_child(__file__, "--child", gradient, str(-(-args.steps // 2)))
     rows = {
-        gradient: {"seconds": statistics.median(turns[gradient]), **child("--child", gradient, "memory")}
+        gradient: {"seconds": statistics.median(turns[gradient]), **run_child(__file__, "--child", gradient, "memory")}
         for gradient in GRADIENTS
     }
-    none, taught = (rows[gradient] for gradient in GRADIENTS)
-    ratios = {name: taught[name] / none[name] for name in none}
+    none, straight_through = (rows[gradient] for gradient in GRADIENTS)
+    ratios = {name: straight_through[name] / none[name] for name in none}
     for name, ratio in ratios.items():
         unit, scale = ("s", 1) if name == "seconds" else ("MiB", 2**20)
-        shown = [f"{row[name] / scale:7.2f} {unit}" for row in (none, taught)]
+        shown = [f"{row[name] / scale:7.2f} {unit}" for row in (none, straight_through)]
         print(f"{name:<8} none {shown[0]}, straight_through {shown[1]}: {ratio:.2f}x")
-    if args.out:
-        shape = {"layers": LAYERS, "width": WIDTH, "chunk": VISUAL + AUDIO, "budget": BUDGET, "chunks": CHUNKS}
-        report = {"machine": platform.machine(), "shape": shape, "rows": rows, "ratios": ratios}
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    shape = {"layers": LAYERS, "width": WIDTH, "chunk": VISUAL + AUDIO, "budget": BUDGET, "chunks": CHUNKS}
+    report = {"machine": platform.machine(), "shape": shape, "rows": rows, "ratios": ratios}
+    write_report(args.out, report)
     return 0
 
 

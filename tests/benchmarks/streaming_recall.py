@@ -1,21 +1,21 @@
-"""Does a gradient through the selection help? Fine-tuning on streaming recall under a small memory, several seeds.
+"""Benefit of a gradient through the selection: fine-tuning on a recall task with a small cache, several seeds.
 
     python tests/benchmarks/streaming_recall.py --fresh [--out results.json]
     python tests/benchmarks/streaming_recall.py [--out results.json] [--only "hard;straight-through"]
 
-A stream has 6 chunks of 18 visual and 6 audio positions: 9 facts (a key and its value) at random places, in every chunk
-7 + 2 distractors that look like facts but have keys nobody asks for, and background that repeats. After the stream
-every fact is asked for. Memory: 9 visual and 4 audio positions a layer, so a layer could just hold all facts; which of
-the positions that look new will be asked for is what fine-tuning has to teach it (training.md §5).
+A stream has 6 chunks of 18 visual and 6 audio tokens: 9 facts (a key and its value) at random positions, in every chunk
+7 visual and 2 audio distractors (facts whose keys are never asked for), and repeating background. After the stream
+every fact is asked for. The cache retains 9 visual and 4 audio tokens per layer, just enough for all facts: fine-tuning
+has to teach the selection which of the novel tokens will be asked for.
 
-A 3-layer Qwen2.5-Omni decoder of width 64 is trained with a full cache first; then LoRA adapters are fine-tuned with
-the compressed memory active, the same steps and data for every variant. Accuracy is that of inference: hard memory,
-in place. It measures what a memory retains, not language understanding.
+A 3-layer Qwen2.5-Omni decoder of width 64 is first trained with a full cache; then LoRA adapters are fine-tuned with
+the compressed cache, with the same steps and data for every variant. Accuracy is measured at inference, with hard
+eviction in place. The task measures which tokens the cache retains, not language understanding.
 
-The defaults of the gates (gain 16, their temperature, the margin) were chosen by the accuracy of seeds 0, 1 and 2 in
-this very task. `--fresh` reports what was not looked at then: other adapters, training streams and test streams (seeds
-10, 11 and 12), on the same base model. A seed draws adapter and training streams; all seeds of a run share the test
-streams. A results file has both, ``tuned_on`` and ``fresh``.
+The default gradient scale (16), temperature and margin were chosen by the accuracy of seeds 0, 1 and 2 on this task.
+`--fresh` uses adapters, training streams and test streams that were not used for that choice (seeds 10, 11 and 12), on
+the same base model. A seed determines adapter and training streams; all seeds of a run share the test streams. A
+results file has both, ``tuned_on`` and ``fresh``.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from report import write_report
 from torch import Tensor, nn
 from transformers import Qwen2_5OmniTextConfig, Qwen2_5OmniThinkerTextModel
 
@@ -54,7 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "straight-through": {"gradient": {}},
     "hard, similarity only": {"method": "similarity_only"},
     "hard, three times the steps": {"times": 3},
-    "straight-through, gain 4": {"gradient": {"gain": 4.0}},
+    "straight-through, gradient scale 4": {"gradient": {"gradient_scale": 4.0}},
     "straight-through, T 1": {"gradient": {"temperature": 1.0}},
     "straight-through, margin 8": {"gradient": {"margin": 8}},
     "soft, margin 8": {"gradient": {"form": "soft", "margin": 8}},
@@ -62,19 +63,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "λ 1, hard": {"options": {"lambda": 1.0}},
     "λ 1, straight-through, attention": {"options": {"lambda": 1.0}, "gradient": {"through_attention": True}},
 }
-"""Fine-tuning runs: method and its options, gradient through the selection (temperatures from, to), steps."""
+"""Fine-tuning runs: method, its options, gradient through the selection, temperatures (start, end), factor on steps."""
 
 
 SEEDS = {"tuned_on": (0, 1, 2), "fresh": (10, 11, 12)}
-"""Seeds by which defaults were chosen, and seeds that were not used for anything before they were reported."""
+"""Seeds with which the defaults were chosen, and seeds that were not used before they were reported."""
 
 REPORTED = ("hard", "straight-through")
-"""Variants that are run with fresh seeds."""
+"""Variants to run with fresh seeds."""
 
 
 @dataclass
 class Batch:
-    """B streams: ids ``[B, T]`` of key, value, background of every position (-1: none), modality, what is asked."""
+    """B streams: ids ``[B, T]`` of key, value and background of each token (-1: none), modality, questions, answers."""
 
     key: Tensor
     value: Tensor
@@ -85,7 +86,7 @@ class Batch:
 
 
 def draw(batch: int, generator: torch.Generator) -> Batch:
-    """Random streams, facts drawn anew for each."""
+    """Random streams with random facts."""
     size = VISUAL_COUNT + AUDIO_COUNT
     total = CHUNKS * size
     key, value = torch.full((batch, total), -1), torch.full((batch, total), -1)
@@ -106,7 +107,7 @@ def draw(batch: int, generator: torch.Generator) -> Batch:
             free += [seen[DISTRACTORS[0] :], heard[DISTRACTORS[1] :]]
         places = torch.cat(free)
         places = places[torch.randperm(len(places), generator=generator)]
-        # No modality may hold more facts than its budget, or no memory could answer everything.
+        # No modality has more facts than its budget, so that a perfect selection answers everything.
         kinds = modality[b, places]
         heard = places[kinds == AUDIO][: int(torch.randint(1, BUDGET.audio, (1,), generator=generator))]
         chosen = torch.cat((heard, places[kinds == VISUAL][: FACTS - len(heard)]))
@@ -116,7 +117,7 @@ def draw(batch: int, generator: torch.Generator) -> Batch:
 
 
 class Recall(nn.Module):
-    """Embeddings of the task, a stock decoder, and a head that names a value."""
+    """Embeddings of the task, a transformers decoder, and a classification head over values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,10 +143,10 @@ class Recall(nn.Module):
         return held + self.kind(batch.modality)
 
     def full(self, batch: Batch) -> Tensor:
-        """Logits ``[B, FACTS, VALUES]`` with everything in view, one causal pass."""
+        """Logits ``[B, FACTS, VALUES]`` from one causal forward over the whole stream."""
         embeds = torch.cat((self.embed(batch), self.question(batch.asked)), 1)
-        positions = torch.arange(embeds.shape[1]).expand(3, len(embeds), -1)
-        hidden = self.decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+        position_ids = torch.arange(embeds.shape[1]).expand(3, len(embeds), -1)
+        hidden = self.decoder(inputs_embeds=embeds, position_ids=position_ids, use_cache=False).last_hidden_state
         return self.head(hidden[:, -FACTS:])
 
     def streamed(self, batch: Batch, cache: CompressedCache) -> Tensor:
@@ -159,9 +160,9 @@ class Recall(nn.Module):
             return self.head(self._run(self.question(batch.asked), CHUNKS * size, cache, None))
 
     def _run(self, embeds: Tensor, start: int, cache: CompressedCache, modality: Tensor | None) -> Tensor:
-        positions = (start + torch.arange(embeds.shape[1])).expand(3, len(embeds), -1)
+        position_ids = (start + torch.arange(embeds.shape[1])).expand(3, len(embeds), -1)
         return self.decoder(
-            inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True, modality=modality
+            inputs_embeds=embeds, position_ids=position_ids, past_key_values=cache, use_cache=True, modality=modality
         ).last_hidden_state
 
 
@@ -171,14 +172,14 @@ def loss_of(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def accuracy(model: Recall, make_cache: Any, batch: Batch) -> float:
-    """Share of right answers at inference; `make_cache` None: everything in view."""
+    """Share of correct answers at inference; `make_cache` None: with a full cache."""
     with torch.no_grad():
         logits = model.full(batch) if make_cache is None else model.streamed(batch, make_cache())
     return (logits.argmax(-1) == batch.answer).float().mean().item()
 
 
 def train_base(path: Path, steps: int) -> Recall:
-    """The model with a full cache, from `path` if it has been trained before."""
+    """The model trained with a full cache; loaded from `path` if the file exists."""
     torch.manual_seed(0)
     model = Recall()
     if path.is_file():
@@ -202,7 +203,7 @@ def train_base(path: Path, steps: int) -> Recall:
 
 
 def cache_of(variant: dict[str, Any], progress: float | None = None) -> CompressedCache:
-    """An empty memory of a variant; one that learns when so much of the training is done."""
+    """An empty cache of a variant; for training if `progress` (0 to 1) is given."""
     method = build_selection(variant.get("method", "omnimem"), **variant.get("options", {}))
     gradient = None
     if progress is not None and "gradient" in variant:
@@ -215,7 +216,7 @@ def cache_of(variant: dict[str, Any], progress: float | None = None) -> Compress
 def fine_tune(
     base: Recall, variant: dict[str, Any], seed: int, test: Batch, steps: int, rate: float
 ) -> dict[str, float]:
-    """LoRA with the compressed memory active; accuracy of inference on `test` afterwards, seconds a step."""
+    """Fine-tune LoRA with the compressed cache; accuracy at inference on `test`, seconds per step."""
     torch.manual_seed(1000 + seed)
     model = copy.deepcopy(base)
     attach(model.decoder)
@@ -248,9 +249,16 @@ def fine_tune(
 def main() -> int:
     """Fine-tune every variant with every seed, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON; the other kind of seeds in it is kept")
-    parser.add_argument("--base", type=Path, default=Path("streaming_recall_base.pt"), help="kept between runs")
-    parser.add_argument("--fresh", action="store_true", help="seeds that no default was chosen by")
+    parser.add_argument(
+        "--out", type=Path, help="write the results as JSON; results of the other seeds in the file are preserved"
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        default=Path("streaming_recall_base.pt"),
+        help="file of the base model, reused by later runs",
+    )
+    parser.add_argument("--fresh", action="store_true", help="use seeds that were not used to choose defaults")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=5e-3)
     parser.add_argument("--only", help="variants, separated by semicolons")
@@ -278,7 +286,7 @@ def main() -> int:
         if args.out:
             report = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
             report[kind] = {"steps": args.steps, "rate": args.rate, "seeds": seeds, "before": before, "rows": rows}
-            args.out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_report(args.out, report)
     return 0
 
 

@@ -1,12 +1,12 @@
-"""Does the memory of a training step depend on the length of the stream? Peak of a stream and of one 32 times longer.
+"""Memory of a training step against stream length: peak for a stream and for one 32 times longer.
 
     python tests/benchmarks/training_memory.py [--out results.json] [--chunks 8,64,256]
 
-Each row is a process of its own that takes one training step: a stream of random embeddings through a decoder of the
-Qwen2.5-Omni kind (LoRA, compressed memory), a question after every 4th chunk, gradients exact back to the first.
-Reported is the process's peak resident set above its level before the step, and what waits for the way back, which
-`offload=host` holds in the same memory here and which is therefore counted apart. `autograd` is one backward through
-everything: its activations and memories grow with the stream.
+Each row is a new process that runs one training step: a stream of random embeddings through a Qwen2.5-Omni decoder
+(LoRA, compressed cache), a question after every 4th chunk, exact gradients back to the first chunk. Reported are the
+peak resident set above its level before the step, and the evicted tokens stored for the backward, which `offload=host`
+stores in the same memory here and which are therefore reported separately. `autograd` is one backward through the whole
+graph, whose activations and caches grow with the stream.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from report import new_parser, run_child, write_report
 
 LIMIT = 1.15
 VARIANTS = ("disk", "host", "disk, straight-through", "autograd")
@@ -29,12 +29,12 @@ LAYERS, WIDTH, VISUAL, AUDIO, BUDGET = 6, 256, 160, 96, 1024
 
 
 def resident() -> int:
-    """Bytes of memory the process has now."""
+    """Resident set of the process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Peak(threading.Thread):
-    """Most bytes of the process while this runs, above those at its start."""
+    """Peak resident set of the process while this thread runs, and its level at the start."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -42,14 +42,14 @@ class Peak(threading.Thread):
         self.running = True
 
     def run(self) -> None:
-        """Look every 5 ms."""
+        """Sample every 5 ms."""
         while self.running:
             self.peak = max(self.peak, resident())
             time.sleep(0.005)
 
 
 def decoder(layers: int = LAYERS) -> Any:
-    """As much of a backbone as a stream needs: a decoder of the Qwen2.5-Omni kind with LoRA, random weights."""
+    """The parts of a backbone that a stream needs: a Qwen2.5-Omni decoder with LoRA and random weights."""
     from types import SimpleNamespace
 
     import torch
@@ -71,25 +71,24 @@ def decoder(layers: int = LAYERS) -> Any:
 
 
 def chunk(number: int, size: int = VISUAL + AUDIO) -> Any:
-    """The first `size` positions of a chunk of random embeddings."""
+    """The first `size` tokens of a chunk of random embeddings."""
     import torch
 
+    from omnimem import modality
     from omnimem.backbones import ChunkInputs
-    from omnimem.modality import AUDIO as SOUND
-    from omnimem.modality import VISUAL as PICTURE
 
     length = VISUAL + AUDIO
     return ChunkInputs(
         embeds=torch.randn(1, size, WIDTH, generator=torch.Generator().manual_seed(number)),
         position_ids=(number * length + torch.arange(size)).expand(3, 1, -1),
-        modality=torch.tensor([[PICTURE] * VISUAL + [SOUND] * AUDIO], dtype=torch.int8)[:, :size],
+        modality=torch.tensor([[modality.VISUAL] * VISUAL + [modality.AUDIO] * AUDIO], dtype=torch.int8)[:, :size],
         time=torch.full((1, size), float(number)),
         next_position_id=torch.tensor([(number + 1) * length]),
     )
 
 
 def step(variant: str, chunks: int) -> dict[str, Any]:
-    """One training step over so many chunks."""
+    """One training step over `chunks` chunks."""
     import torch
 
     from omnimem.bptt import ChunkwiseBPTT
@@ -104,7 +103,7 @@ def step(variant: str, chunks: int) -> dict[str, Any]:
     gradient = SelectionGradient() if "straight" in variant else None
 
     class Counted(DiskStore):
-        """Host memory as a GPU would use it, counted."""
+        """Host memory as used with a GPU; counts the bytes stored."""
 
         waiting = 0
 
@@ -143,7 +142,7 @@ def step(variant: str, chunks: int) -> dict[str, Any]:
                     tape.add_loss(lambda number=number: loss(number))
             tape.backward()
 
-        # What every process pays once (threads, kernels) is paid before.
+        # Warm-up: threads and kernels that a process sets up once.
         run(8)
         Counted.waiting = 0
         peak = Peak()
@@ -153,34 +152,20 @@ def step(variant: str, chunks: int) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         peak.running = False
         peak.join()
-    # The warm-up's own peak is part of what a step needs.
+    # The peak of the warm-up counts as well.
     grown = peak.peak - peak.start_bytes
     return {"variant": variant, "chunks": chunks, "grown": grown, "waiting": Counted.waiting, "seconds": seconds,
             "process": peak.peak}  # fmt: skip
 
 
 def measure(variant: str, chunks: int) -> dict[str, Any]:
-    """`step` in a process of its own, whose allocator gives freed memory back."""
-    settings = {
-        **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", variant, str(chunks)],
-        capture_output=True,
-        text=True,
-        env=settings,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    """`step` in a new process."""
+    return run_child(__file__, "--child", variant, str(chunks))
 
 
 def main() -> int:
-    """Measure and report; exit 1 when the longest stream needs more than 1.15 times the shortest."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    """Measure and report; exit 1 if the longest stream needs more than 1.15 times the memory of the shortest."""
+    parser = new_parser(__doc__)
     parser.add_argument("--chunks", default="8,64,256", help="lengths (default: %(default)s)")
     parser.add_argument("--longest-autograd", type=int, default=64, help="chunks (default: %(default)s)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -202,15 +187,14 @@ def main() -> int:
             if variant != "autograd":
                 worst = max(worst, row["ratio"])
             print(
-                f"{variant:<24}{chunks:>5} chunks {chunks * (VISUAL + AUDIO):>7} positions: "
+                f"{variant:<24}{chunks:>5} chunks {chunks * (VISUAL + AUDIO):>7} tokens: "
                 f"step {row['peak'] / 2**20:7.1f} MiB "
-                f"({row['ratio']:.2f}x), waiting in memory {row['waiting'] / 2**20:6.1f} MiB, {row['seconds']:.1f} s",
+                f"({row['ratio']:.2f}x), offloaded {row['waiting'] / 2**20:6.1f} MiB, {row['seconds']:.1f} s",
                 flush=True,
             )
-    if args.out:
-        shape = {"layers": LAYERS, "width": WIDTH, "chunk": VISUAL + AUDIO, "budget": BUDGET}
-        report = {"machine": platform.machine(), "shape": shape, "rows": rows}
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    shape = {"layers": LAYERS, "width": WIDTH, "chunk": VISUAL + AUDIO, "budget": BUDGET}
+    report = {"machine": platform.machine(), "shape": shape, "rows": rows}
+    write_report(args.out, report)
     return int(worst > LIMIT)
 
 

@@ -1,4 +1,4 @@
-"""Calibrated budgets: allocation is the formula to the last position, and what it starts from is measured exactly."""
+"""Calibrated budgets: the allocation equals the formula to the token, and its statistics are measured exactly."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from omnimem.calibrate import calibrate, measure_clip, profile_from
 from omnimem.cli import main
 from omnimem.errors import OmniMemError
 from omnimem.modality import AUDIO, VISUAL
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 
 SETTINGS = StreamSettings(chunk_seconds=4, max_seconds=8)
 FLOWER = MEDIA / "silent_track_flower_timelapse_5s.webm"
 
 
 def layer(visual: float, audio: float, both: float) -> LayerStatistics:
-    """A layer whose compressibilities are these numbers."""
+    """A layer with these compressibilities."""
     return LayerStatistics(*(Compressibility(value, 0.0, 100.0) for value in (visual, audio, both)))
 
 
@@ -39,8 +39,8 @@ def random_layers(seed: int, count: int, least: float = 0.05, most: float = 0.95
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("ratio", "temperature"), [(5.0, 0.2), (2.0, 0.2), (20.0, 1.0)])
-def test_allocation_is_the_formula_rounded(seed, ratio, temperature):
-    # Alike enough that no floor lifts anybody.
+def test_allocation_equals_the_rounded_formula(seed, ratio, temperature):
+    # Similar enough that no budget is at the floor.
     layers, mean = random_layers(seed, 12, 0.3, 0.7), 4000
     budgets = allocate(layers, mean, ratio, temperature)
     assert all(min(budget.visual, budget.audio) > 16 for budget in budgets)
@@ -48,12 +48,12 @@ def test_allocation_is_the_formula_rounded(seed, ratio, temperature):
     for one, weight, budget in zip(layers, weights, budgets, strict=True):
         share = weight / sum(weights) * len(layers) * mean
         visual = ratio * one.visual.value / (ratio * one.visual.value + one.audio.value)
-        # Largest remainder moves a number by less than one.
+        # The largest-remainder method changes a number by less than one.
         assert abs(budget.visual - share * visual) < 1 and abs(budget.audio - share * (1 - visual)) < 1
 
 
 def any_layer(draw: random.Random, kind: str) -> LayerStatistics:
-    """Statistics as a calibration may find them: usual, equal to others, without audio, or at the ends of the range."""
+    """Possible statistics: usual, equal to others, without audio, or at the ends of the range."""
     if kind == "mixed":
         kind = draw.choice(["usual", "equal", "silent", "extreme"])
     if kind == "equal":
@@ -85,7 +85,7 @@ def test_budgets_sum_exactly_and_keep_their_floor(floor, spare):
             assert min(min(one.visual, one.audio) for one in found) >= floor
 
 
-def test_what_is_hard_to_compress_gets_more():
+def test_layers_that_are_hard_to_compress_get_more():
     budgets = allocate([layer(0.5, 0.5, 0.2), layer(0.5, 0.5, 0.4), layer(0.9, 0.1, 0.4)], 1000, ratio=1.0)
     assert budgets[0].total < budgets[1].total == budgets[2].total
     assert budgets[0].visual == budgets[0].audio and budgets[2].visual > 8 * budgets[2].audio
@@ -98,7 +98,7 @@ def test_a_modality_that_never_occurred_gets_the_floor():
     assert allocate([silent, silent], 100) == (LayerBudget(84, 16), LayerBudget(84, 16))
 
 
-def test_states_that_repeat_beyond_rounding_are_as_compressible_as_can_be():
+def test_redundancy_above_one_counts_as_one():
     """A mean cosine of float32 states may exceed 1 by an ulp."""
     repeated = Compressibility(entropy=0.9, redundancy=1 + 1e-7, count=50)
     assert repeated.value == 0.0
@@ -107,7 +107,7 @@ def test_states_that_repeat_beyond_rounding_are_as_compressible_as_can_be():
 
 
 @pytest.mark.parametrize("ratio", [5e-324, 1.0, 1.7e308])
-def test_a_layer_that_says_nothing_is_split_by_the_ratio(ratio):
+def test_a_layer_without_compressibility_is_split_by_the_ratio(ratio):
     (budget,) = allocate([layer(0.0, 0.0, 0.0)], 100, ratio)
     assert budget == {5e-324: LayerBudget(16, 84), 1.0: LayerBudget(50, 50), 1.7e308: LayerBudget(84, 16)}[ratio]
 
@@ -132,7 +132,7 @@ def test_rounding_gives_the_rest_to_the_largest_remainders():
         assert not up or not down or min(up) >= max(down)
 
 
-def test_rounding_keeps_the_floor_and_gives_ties_to_the_earlier():
+def test_rounding_keeps_the_floor_and_breaks_ties_by_order():
     assert round_to_sum([1, 1, 1], 10, 1) == [4, 3, 3]
     assert round_to_sum([0, 1, 3], 12, 2) == [2, 3, 7]
     assert round_to_sum([Fraction(1e-9), Fraction(1e-9), 1], 10, 3) == [3, 3, 4]
@@ -144,14 +144,14 @@ def test_rescaling_keeps_the_distribution_and_the_sum():
         budgets = rescale(published, mean)
         assert sum(budget.total for budget in budgets) == 3 * mean
         assert budgets[0].visual > budgets[1].visual > budgets[2].visual
-    with pytest.raises(OmniMemError, match="cannot hold"):
+    with pytest.raises(OmniMemError, match="below two floors"):
         rescale(published, 20)
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"mean_budget": 31}, "cannot hold 16"),
+        ({"mean_budget": 31}, "below two floors of 16"),
         ({"mean_budget": 100, "ratio": 0.0}, "above 0"),
         ({"mean_budget": 100, "temperature": math.nan}, "above 0"),
         ({"mean_budget": 100, "floor": 0}, "at least 1"),
@@ -166,18 +166,18 @@ def test_impossible_allocations_are_refused(options, reason):
 
 
 @torch.no_grad()
-def test_statistics_are_those_of_the_stock_models_attention(tiny64, tiny_path):
-    """Entropy and redundancy from the weights and hidden states the stock model gives out, summed by plain loops."""
+def test_statistics_equal_those_of_the_transformers_model(tiny64, tiny_path):
+    """Entropy and redundancy computed with plain loops from the attention weights and hidden states of transformers."""
     measured = measure_clip(tiny64, FLOWER, SETTINGS)
     reader, encoder = SETTINGS.open(FLOWER, tiny64)
     inputs = encoder.prefix()
     text = len(inputs)
     for chunk in reader:
         inputs = inputs + encoder.encode(chunk)
-    stock = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+    reference = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
         tiny_path, dtype=torch.float64, attn_implementation="eager"
     )
-    outputs = stock.model.language_model(
+    outputs = reference.model.language_model(
         inputs_embeds=inputs.embeds,
         position_ids=inputs.position_ids,
         output_attentions=True,
@@ -200,7 +200,7 @@ def test_statistics_are_those_of_the_stock_models_attention(tiny64, tiny_path):
             assert found[name]["redundancy"] == pytest.approx(sum(cosine) / len(cosine), abs=1e-9)
 
 
-def test_calibration_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
+def test_an_interrupted_calibration_resumes(tiny, tmp_path, monkeypatch):
     partial = tmp_path / "profile.json.partial"
     whole = list(calibrate(tiny, [FLOWER, RABBIT, WEBB], SETTINGS, tmp_path / "other"))
     stopped = calibrate(tiny, [FLOWER, RABBIT, WEBB], SETTINGS, partial)
@@ -213,7 +213,7 @@ def test_calibration_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
     )
     assert list(calibrate(tiny, [FLOWER, RABBIT, WEBB], SETTINGS, partial)) == whole
     assert streamed == [WEBB.name]
-    # Other settings are another calibration.
+    # Results are not reused with other settings.
     list(calibrate(tiny, [FLOWER], StreamSettings(chunk_seconds=2, max_seconds=4), partial))
     assert streamed[-1] == FLOWER.name
 
@@ -230,7 +230,7 @@ def test_profile_records_its_origin_and_depends_on_the_set_not_its_order(tiny, t
     assert with_mean(loaded, 200) == loaded and with_mean(loaded, 100).mean_budget == 100
 
 
-def test_the_command_from_media_to_picture(tiny_path, tmp_path, capsys):
+def test_the_command_from_media_to_figure(tiny_path, tmp_path, capsys):
     media = tmp_path / "media"
     media.mkdir()
     shutil.copy(FLOWER, media)
@@ -238,14 +238,14 @@ def test_the_command_from_media_to_picture(tiny_path, tmp_path, capsys):
     out = tmp_path / "profile.json"
     options = ["--mean-budget", "120", "--chunk-seconds", "4", "--max-seconds", "4"]
     assert main(["calibrate", "--model", str(tiny_path), "--media", str(media), "--out", str(out), *options]) == 0
-    assert "120 positions a layer from 1 clips" in capsys.readouterr().out
+    assert "120 tokens per layer, from 1 clips" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["media", "profile.json"]
     assert main(["profile", "show", str(out)]) == 0
     assert "visual H" in capsys.readouterr().out
     assert main(["profile", "rescale", str(out), str(tmp_path / "small.json"), "--mean-budget", "60"]) == 0
     assert main(["profile", "diff", str(out), str(tmp_path / "small.json")]) == 0
     assert "mean budget: 120 and 60" in capsys.readouterr().out
-    for name in ("picture.png", "picture.svg"):
+    for name in ("figure.png", "figure.svg"):
         assert main(["profile", "plot", str(out), "--out", str(tmp_path / name)]) == 0
         assert (tmp_path / name).stat().st_size > 5000
     answer = ["answer", str(tiny_path), str(FLOWER), "What is seen?", "--profile", str(out), "--json"]

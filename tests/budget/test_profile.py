@@ -1,4 +1,4 @@
-"""A budget profile survives a round trip, refuses what it cannot mean, and never needs torch."""
+"""A budget profile survives a round trip, refuses invalid content, and does not need torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from omnimem.budget import BudgetProfile, LayerBudget, ModelFingerprint
 from omnimem.errors import OmniMemError
 
 PUBLISHED = "[[1419, 6772], [16, 512], [2048, 18569]]"
-"""The published list format: one ``[audio, visual]`` pair a layer."""
+"""The published list format: one ``[audio, visual]`` pair per layer."""
 
 FULL = BudgetProfile(
     layers=(LayerBudget(visual=6772, audio=1419), LayerBudget(visual=1, audio=16)),
@@ -30,7 +30,7 @@ FULL = BudgetProfile(
 
 
 def config(layers: int = 2, kv_heads: int = 4, heads: int = 28, hidden: int = 3584, model_type="qwen2_5_omni_text"):
-    """What a profile reads of a transformers configuration."""
+    """The fields a profile reads from a transformers configuration."""
     text = SimpleNamespace(
         model_type=model_type,
         num_hidden_layers=layers,
@@ -49,7 +49,7 @@ def test_saved_and_loaded_profiles_are_equal(tmp_path):
     assert BudgetProfile.load(str(tmp_path / "bare.json")) == bare
 
 
-def test_the_file_says_what_it_is(tmp_path):
+def test_the_file_names_its_schema_and_version(tmp_path):
     FULL.save(tmp_path / "profile.json")
     content = json.loads((tmp_path / "profile.json").read_text())
     assert content["schema"] == "omnimem.budget_profile"
@@ -83,7 +83,7 @@ def test_the_published_list_format_is_written_back_number_by_number(tmp_path):
 @pytest.mark.parametrize("name", ["visual", "audio"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, 8192.0, True, False, "8", None, float("nan")], ids=repr)
 def test_a_budget_is_a_whole_number_of_at_least_one(name, value):
-    with pytest.raises(OmniMemError, match=rf"layer 1 keeps .* {name} positions") as error:
+    with pytest.raises(OmniMemError, match=rf"layer 1 has .* {name} tokens") as error:
         BudgetProfile((LayerBudget(3, 2), replace(LayerBudget(3, 2), **{name: value})))
     assert "\n" not in str(error.value)
 
@@ -99,7 +99,7 @@ def saved_with(**changes) -> str:
 
 
 def nested(depth: int) -> list[str]:
-    """Profiles in which something is a list in a list in a list …"""
+    """Profiles with deeply nested lists."""
     deep = "[" * depth + "]" * depth
     inside = [saved_with(**{name: {"x": "DEEP"}}) for name in ("selection", "statistics", "model")]
     return [deep, f"[[1, {deep}]]", *(text.replace('"DEEP"', deep) for text in inside)]
@@ -138,8 +138,8 @@ def nested(depth: int) -> list[str]:
         ("[[1, 2, 3]]", r"expected \[audio, visual\]"),
         ("[[1, 2], 3]", r"layer 1 is 3"),
         ('["ab"]', r"expected \[audio, visual\]"),
-        ("[[1, 2], [0, 2]]", "layer 1 keeps 0 audio"),
-        ("[[1, -2]]", "keeps -2 visual"),
+        ("[[1, 2], [0, 2]]", "layer 1 has 0 audio"),
+        ("[[1, -2]]", "has -2 visual"),
         ("[[1.0, 2]]", "1.0 audio"),
         ("[[true, 2]]", "True audio"),
         ("[[NaN, 2]]", "JSON"),
@@ -151,10 +151,10 @@ def nested(depth: int) -> list[str]:
         (saved_with(selection=[]), "selection must be an object"),
         (saved_with(selection={"method": ["omnimem"]}), "selection: method must be a single value"),
         (saved_with(stream={"fps": {}}), "stream: fps must be a single value"),
-        *((text, "nests|JSON|expected|keeps|single") for depth in (20, 900, 970, 5000) for text in nested(depth)),
+        *((text, "nests|JSON|expected|tokens|single") for depth in (20, 900, 970, 5000) for text in nested(depth)),
     ],
 )
-def test_files_that_are_no_profile_are_refused_in_one_line_that_names_the_file(tmp_path, content, reason):
+def test_invalid_profiles_are_refused_in_one_line_with_the_file_name(tmp_path, content, reason):
     path = tmp_path / "profile.json"
     path.write_text(content)
     with pytest.raises(OmniMemError, match=reason) as error:
@@ -240,12 +240,12 @@ def test_uniform_splits_every_layer_the_same(mean, ratio, visual, audio):
     ("mean", "ratio"),
     [(1, 5.0), (0, 5.0), (-5, 5.0), (100, 0), (100, -1.0), (100.5, 5.0), (100, float("nan"))],
 )
-def test_uniform_refuses_what_leaves_a_modality_nothing(mean, ratio):
+def test_uniform_refuses_a_mean_below_one_token_per_modality(mean, ratio):
     with pytest.raises(OmniMemError):
         BudgetProfile.uniform(config(), mean=mean, ratio=ratio)
 
 
-def test_a_model_that_does_not_hear_gives_picture_all_but_the_floor_of_sound():
+def test_a_model_without_audio_gives_all_but_one_token_to_video():
     profile = BudgetProfile.uniform(config(), mean=96, ratio=float("inf"))
     assert {(layer.visual, layer.audio) for layer in profile.layers} == {(95, 1)}
 
@@ -274,7 +274,7 @@ def test_published_budgets_refuse_another_number_of_layers():
         BudgetProfile.from_lists(json.loads(PUBLISHED)).check_model(config(layers=36))
 
 
-def test_the_fingerprint_of_a_whole_model_is_that_of_its_text_part():
+def test_the_fingerprint_of_a_model_is_that_of_its_language_model():
     from transformers import Qwen2_5OmniThinkerConfig
 
     whole = Qwen2_5OmniThinkerConfig()

@@ -1,4 +1,4 @@
-"""Data sets of other projects become manifests; what a row must not say is refused with its place and reason.
+"""`omnimem data convert`: data sets of other projects become manifests; bad rows are refused with place and reason.
 
 python -m pytest tests/data_prep/test_convert.py
 """
@@ -9,11 +9,10 @@ import shutil
 import datasets
 import pytest
 
-import data_prep.convert as package
 from clips import MEDIA, RABBIT, WEBB
-from data_prep.convert import convert
+from data_prep.convert import FORMATS, convert
 from data_prep.convert.options import INSTRUCTION, answer_letter, read_options
-from data_prep.convert.sample import FROM_ZERO, HISTORY, MUTE, REJECTED, SYSTEM, TRUTH, TURNS
+from data_prep.convert.sample import FROM_ZERO, HISTORY, MUTED, REJECTED, SYSTEM, TRUTH, TURNS
 from data_prep.convert.table import seconds
 from data_prep.manifest import BadRow, Question, read_manifest
 from omnimem.cli import main
@@ -24,7 +23,7 @@ VIDEO, OTHER, SOUND = RABBIT.name, WEBB.name, "audio_speech_jfk_11s.flac"
 
 @pytest.fixture
 def root(tmp_path):
-    """A data root with two videos, a sound, and files that are not what they seem."""
+    """A data root with two videos, an audio file, and files with a wrong suffix or no content."""
     folder = tmp_path / "data"
     (folder / "more").mkdir(parents=True)
     for name in (VIDEO, OTHER, SOUND):
@@ -37,7 +36,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def run(root):
-    """Write rows as JSON (an array), JSON Lines, or text as it is; convert; read the manifest back."""
+    """Write rows as a JSON array, JSON Lines, or the given text; convert; read the manifest."""
 
     def go(rows, name="in.json", **options):
         source = root / name
@@ -62,13 +61,13 @@ def messages(*texts):
 
 
 def facts(row):
-    return row.name, row.sound and row.sound.name, row.audio
+    return row.name, row.audio_path and row.audio_path.name, row.audio
 
 
 # ---- video-SALMONN 2 -------------------------------------------------------------------------------------------------
 
 
-def test_video_salmonn2_with_and_without_sound_and_sound_alone(run):
+def test_video_salmonn2_with_audio_without_audio_and_audio_only(run):
     report, rows = run(
         [
             {"video": VIDEO, "use_audio": True, "conversations": talk("<video>\nWhat?", "A rabbit.")},
@@ -83,7 +82,7 @@ def test_video_salmonn2_with_and_without_sound_and_sound_alone(run):
     assert [row.questions for row in rows[:2]] == [
         (Question("What?", "A rabbit."),), (Question("What?", "A toy."),)
     ]  # fmt: skip
-    assert report.refused == [] and report.notes == {MUTE: 1}
+    assert report.refused == [] and report.notes == {MUTED: 1}
 
 
 def test_video_salmonn2_preference_pairs_of_both_releases(run):
@@ -101,7 +100,7 @@ def test_video_salmonn2_preference_pairs_of_both_releases(run):
 # ---- LLaMA-Factory and ms-swift --------------------------------------------------------------------------------------
 
 
-def test_sharegpt_both_spellings_and_its_three_kinds_of_sound(run):
+def test_sharegpt_both_spellings_and_three_uses_of_audio(run):
     report, rows = run(
         [
             {"messages": messages("<video><audio>What?", "A."), "videos": [VIDEO], "audios": [SOUND]},
@@ -113,7 +112,7 @@ def test_sharegpt_both_spellings_and_its_three_kinds_of_sound(run):
     assert [facts(row) for row in rows] == [
         (VIDEO, SOUND, True), (VIDEO, None, True), (VIDEO, None, False), (SOUND, None, True)
     ]  # fmt: skip
-    assert report.notes == {SYSTEM: 1, MUTE: 1}
+    assert report.notes == {SYSTEM: 1, MUTED: 1}
 
 
 def test_sharegpt_preferences_and_alpaca(run):
@@ -136,7 +135,7 @@ def test_sharegpt_preferences_and_alpaca(run):
     )
 
 
-def test_conversation_of_several_turns_becomes_questions_of_their_own(run):
+def test_each_turn_of_a_conversation_becomes_a_separate_question(run):
     turns = [{"from": "system", "value": "Be brief."}, *talk("One?", "1.", "Look at <video> now", "2.")]
     learned = messages("<video>Three?", "3.", "Four?", "4.")
     learned[1]["loss"] = False
@@ -212,7 +211,7 @@ def test_a_table_merges_the_questions_of_a_video(run):
 def test_tabs_options_by_column_and_answers_by_number(run):
     text = f"video\tquestion\ta0\ta1\ta2\tanswer\tuse_audio\n{VIDEO}\tWhat?\tcat\tdog\trabbit\t2\tfalse\n"
     report, (row,) = run(text, name="in.tsv")
-    assert row.questions[0].answer == "C" and not row.audio and report.notes == {FROM_ZERO: 1, MUTE: 1}
+    assert row.questions[0].answer == "C" and not row.audio and report.notes == {FROM_ZERO: 1, MUTED: 1}
     report, (row,) = run(text, name="in.tsv", answers="index1", audio="on")
     assert row.questions[0].answer == "B" and row.audio and report.notes == {}
 
@@ -241,7 +240,7 @@ def test_options_and_the_letter_of_the_answer(answer, reading, letter):
     [("C", ["yes", "no"], "auto"), ("2", ["yes", "no"], "auto"), ("B. yes", ["yes", "no"], "auto"),
      ("1", ["1", "2"], "auto"), ("A", ["B", "A"], "auto"), ("no", ["yes", "no"], "letter"), (0, ["a", "b"], "index1")],
 )  # fmt: skip
-def test_options_that_an_answer_does_not_settle(answer, options, reading):
+def test_ambiguous_answers_to_options_are_refused(answer, options, reading):
     with pytest.raises(BadRow, match="answer "):
         answer_letter(answer, options, reading)
 
@@ -282,7 +281,7 @@ def test_data_sets_saved_to_disk_and_as_parquet(root):
         convert([str(root / "splits")], root / "out.jsonl")
 
 
-def test_media_columns_give_their_paths_and_content_without_a_file_is_refused(root):
+def test_media_columns_give_paths_and_embedded_content_is_refused(root):
     texts = {"question": ["Who?"] * 2, "answer": ["A president."] * 2}
     paths = datasets.Dataset.from_dict({"audio": [str(root / SOUND)] * 2, **texts})
     paths.cast_column("audio", datasets.Audio()).save_to_disk(root / "saved")
@@ -295,7 +294,7 @@ def test_media_columns_give_their_paths_and_content_without_a_file_is_refused(ro
     typed.save_to_disk(root / "typed")
     report = convert([str(root / "typed")], root / "out.jsonl")
     ((place, reason),) = report.refused
-    assert place.endswith("typed[0]") and "in the data set itself" in reason
+    assert place.endswith("typed[0]") and "embedded in the data set" in reason
     assert read_manifest(root / "out.jsonl").rows[0].name == VIDEO
 
 
@@ -313,22 +312,22 @@ BAD = [
     ({**SALMONN, "video": "empty.mp4"}, 'video "empty.mp4" is an empty file'),
     ({**SALMONN, "video": "more"}, 'video "more" is not a file'),
     ({**SALMONN, "video": "text.mp4"}, "text.mp4: "),
-    ({**SALMONN, "video": SOUND}, f'video "{SOUND}" has no picture in it'),
+    ({**SALMONN, "video": SOUND}, f'video "{SOUND}" has no video track'),
     ({**SALMONN, "video": "/etc/passwd"}, 'video "/etc/passwd" lies outside '),
     ({**SALMONN, "video": "../outside.mp4"}, 'video "../outside.mp4" lies outside '),
     ({**SALMONN, "video": "https://a.b/c.mp4"}, 'video "https://a.b/c.mp4" is a URL; download it'),
     ({**SALMONN, "video": 3}, "video must be a path, got 3"),
     ({**SALMONN, "use_audio": "yes"}, 'use_audio must be true or false, got "yes"'),
-    ({**SALMONN, "timestamps": [0, 3]}, "only [0, 3] of the video is meant; cut it out first"),
-    ({**SALMONN, "start": 2, "end": 3}, "only 2 to 3 of the video is meant; cut it out first"),
-    ({**SALMONN, "image": "a.jpg"}, "it has image; only video and sound are read"),
-    ({"audio": VIDEO, "conversations": talk("<audio>What?", "A.")}, f'audio "{VIDEO}" is a video'),
+    ({**SALMONN, "timestamps": [0, 3]}, "uses only [0, 3] of the video; cut the segment first"),
+    ({**SALMONN, "start": 2, "end": 3}, "uses only 2 to 3 of the video; cut the segment first"),
+    ({**SALMONN, "image": "a.jpg"}, "it has image; only video and audio are read"),
+    ({"audio": VIDEO, "conversations": talk("<audio>What?", "A.")}, f'audio "{VIDEO}" has a video track'),
     ({**SALMONN, "conversations": talk("<video>What?", " ")}, 'empty answer to "What?"'),
     ({**SALMONN, "conversations": talk("<video>What?")}, 'question without answer: "What?"'),
     ({**SALMONN, "conversations": talk("<video>", "A.")}, "empty question"),
     ({**SALMONN, "conversations": talk("A.", "<video>What?", roles=("gpt", "human"))}, "an answer before the first"),
     ({**SALMONN, "conversations": talk("<video>What?", "A <video>.")}, "placeholder <video> in an answer"),
-    ({**SALMONN, "conversations": talk("<video>W?", "A.", roles=("human", "tool"))}, 'role "tool" has no place'),
+    ({**SALMONN, "conversations": talk("<video>W?", "A.", roles=("human", "tool"))}, 'unknown role "tool"'),
     ({**SALMONN, "conversations": talk("<video>W?", "A.", roles=("human", "history_gpt"))}, "no question with an"),
     ({**SALMONN, "conversations": []}, "a conversation is a list of turns, got []"),
     ({**SALMONN, "conversations": [*talk("<video>W?", "A."), {"from": "gpt", "value": "B."}]}, "two assistant turns"),
@@ -340,11 +339,11 @@ BAD = [
     ({**SHAREGPT, "videos": [VIDEO, OTHER]}, "media without placeholder: 2 video files, 1 <video>"),
     ({"messages": messages("<video><video>?", "A."), "videos": [VIDEO, OTHER]}, "2 video files; a row is one stream"),
     ({**SHAREGPT, "audios": [SOUND]}, "media without placeholder: 1 audio files, 0 <audio>"),
-    ({**SHAREGPT, "images": ["a.jpg"]}, "it has images; only video and sound are read"),
-    ({"messages": messages("<image>What?", "A."), "videos": [VIDEO]}, "placeholder <image>; only video and sound"),
-    ({**SHAREGPT, "videos": [["1.jpg", "2.jpg"]]}, "the video is a list of pictures"),
-    ({**SHAREGPT, "videos": [{"bytes": "x"}]}, "the video is in the data set itself"),
-    ({**SHAREGPT, "kto_tag": False}, "kto_tag is false: the answer is a bad one"),
+    ({**SHAREGPT, "images": ["a.jpg"]}, "it has images; only video and audio are read"),
+    ({"messages": messages("<image>What?", "A."), "videos": [VIDEO]}, "placeholder <image>; only video and audio"),
+    ({**SHAREGPT, "videos": [["1.jpg", "2.jpg"]]}, "the video is a list of images"),
+    ({**SHAREGPT, "videos": [{"bytes": "x"}]}, "the video is embedded in the data set"),
+    ({**SHAREGPT, "kto_tag": False}, "kto_tag is false: the answer is marked as bad"),
     ({**SHAREGPT, "tools": "[]"}, "it has tools"),
     ({"messages": messages("What?", "A."), "videos": []}, "no video and no audio"),
     ({"rejected_response": "A.", **SHAREGPT}, 'the rejected answer to "What?" is the same as the answer'),
@@ -353,7 +352,7 @@ BAD = [
     ({"video": VIDEO, "question": "What?", "options": ["a", "b"], "answer": "c"}, 'answer "c" is none of the 2'),
     ({"video": VIDEO, "question": "What?", "options": "a", "answer": "a"}, "options must be 2 to 26 texts"),
     ({"video": VIDEO, "question": "What?", "answer": "a", "time": "soon"}, "time must be seconds, mm:ss or hh:mm:ss"),
-    ({"media": VIDEO, "question": "What?", "answer": "a"}, "it is a row of a manifest already"),
+    ({"media": VIDEO, "question": "What?", "answer": "a"}, "it is already a row of a manifest"),
     ({"clip": 1}, 'format not recognised; its keys are "clip"'),
     ({**SALMONN, "conversations": talk("<video>\ud800?", " ")}, 'empty answer to "\\ud800?"'),
     ({"video": VIDEO, "question": "What?", "answer": ["a"]}, 'the answer to "What?" must be text, got ["a"]'),
@@ -366,7 +365,7 @@ BAD = [
 ]  # fmt: skip
 
 
-def test_bad_rows_are_refused_one_by_one_and_good_rows_go_on(run, root):
+def test_bad_rows_are_refused_and_good_rows_converted(run, root):
     report, rows = run([SALMONN, *(row for row, _ in BAD), SALMONN])
     assert [place for place, _ in report.refused] == [f"{root / 'in.json'}[{i + 1}]" for i in range(len(BAD))]
     for (_, reason), (row, expected) in zip(report.refused, BAD, strict=True):
@@ -376,7 +375,7 @@ def test_bad_rows_are_refused_one_by_one_and_good_rows_go_on(run, root):
     assert [(entry["source"], entry["reason"]) for entry in listed] == report.refused
 
 
-def test_lines_that_are_no_rows_are_refused_too(run, root):
+def test_invalid_lines_are_refused(run, root):
     good = json.dumps(SHAREGPT)
     report, _ = run(f"{good}\n{{half\n\n{good}\n", name="in.jsonl")
     assert report.refused[0][0] == f"{root / 'in.jsonl'}:2" and "not valid JSON" in report.refused[0][1]
@@ -389,13 +388,13 @@ def test_lines_that_are_no_rows_are_refused_too(run, root):
     assert not (root / "out.refused.jsonl").exists()
 
 
-def test_answers_that_are_numbers(run):
+def test_numeric_answers(run):
     rows = [{"video": VIDEO, "question": "How many?", "answer": number} for number in (1234567, 3.0, 2.25)]
     _, (row,) = run(rows)
     assert [one.answer for one in row.questions] == ["1234567", "3", "2.25"]
 
 
-def test_bad_lines_of_a_table_cost_no_other_line(run, root):
+def test_a_bad_line_of_a_table_does_not_affect_other_lines(run, root):
     lines = ["video,question,answer", f"{VIDEO},One?,a,b", f"{VIDEO},Two?,a", f'{VIDEO},"Three"?,a', f"{VIDEO},Four?,a"]
     latin = f"{VIDEO},Wo liegt K\xf6ln?,a".encode("latin-1")
     table = "\n".join(lines).encode() + b"\n" + latin + f'\n{VIDEO},Six?,"a\n{VIDEO},Seven?,b\n'.encode()
@@ -408,7 +407,7 @@ def test_bad_lines_of_a_table_cost_no_other_line(run, root):
         assert place == f"{root / 'in.csv'}:{line}" and words in reason
 
 
-def test_a_link_that_leaves_the_root_and_files_that_are_not_opened(run, root):
+def test_links_out_of_the_root_are_refused_also_without_opening_files(run, root):
     (root / "link.mp4").symlink_to(root.parent / "outside.mp4")
     report, rows = run([{**SALMONN, "video": name} for name in ("link.mp4", "text.mp4")], open_media=False)
     assert "lies outside" in report.refused[0][1] and [row.name for row in rows] == ["text.mp4"]
@@ -416,7 +415,7 @@ def test_a_link_that_leaves_the_root_and_files_that_are_not_opened(run, root):
     assert row.name == VIDEO and report.refused == []
 
 
-def test_what_is_heard_can_be_set_for_all(run):
+def test_the_audio_option_overrides_all_rows(run):
     rows = [{**SALMONN, "audio": SOUND}, {"audio": SOUND, "conversations": talk("<audio>W?", "A.")}]
     report, (row,) = run(rows, audio="off")
     assert facts(row) == (VIDEO, None, False) and "--audio off leaves nothing" in report.refused[0][1]
@@ -427,20 +426,20 @@ def test_what_is_heard_can_be_set_for_all(run):
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_says_what_it_did_and_how_to_train(root, tmp_path, capsys):
+def test_the_command_prints_a_summary_and_the_training_command(root, tmp_path, capsys):
     source = root / "in.json"
     source.write_text(json.dumps([SALMONN, {**SALMONN, "video": "gone.mp4"}]))
     assert main(["data", "convert", str(source), "--to", str(root / "out.jsonl")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "1 rows written (1 questions, from 2 source rows), 1 refused" in lines[0]
-    assert f"{MUTE}: 1" in lines
+    assert f"{MUTED}: 1" in lines
     assert "gone.mp4" in lines[1] and lines[-1].endswith(f"data.path={root / 'out.jsonl'}")
     assert main(["data", "convert", str(source), "--to", str(tmp_path / "out.jsonl"), "--root", str(root)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith(f"data.root={root.resolve()}")
     assert read_manifest(tmp_path / "out.jsonl", root).problems == []
 
 
-def test_the_command_refuses_in_one_line(root, tmp_path, capsys):
+def test_mistakes_on_the_command_line_give_one_line(root, tmp_path, capsys):
     source, out = root / "in.json", root / "out.jsonl"
 
     def says(rows, *options):
@@ -455,7 +454,7 @@ def test_the_command_refuses_in_one_line(root, tmp_path, capsys):
     assert "in.json[1]: video" in says([SALMONN, bad], "--on-bad-row", "error")
     assert "no good row among 0" in says("")
     assert "not a JSON array" in says("[1, ")
-    assert "--root is where the media lie" in says([SALMONN], "--root", str(tmp_path / "none"))
+    assert "not a folder; give the folder of the media as --root" in says([SALMONN], "--root", str(tmp_path / "none"))
     assert "must name columns video, question and answer" in says("a,b\n1,2\n", "--from", "csv")
     assert "each name once" in says("video,question,answer,answer\na,b,c,d\n", "--from", "csv")
     assert "not readable as a data set" in says("[]", "--from", "huggingface")
@@ -463,8 +462,8 @@ def test_the_command_refuses_in_one_line(root, tmp_path, capsys):
         (["gone.json", "--to", str(out)], "gone.json: no such file"),
         (["clips/gone.json", "--to", str(out)], "clips/gone.json: no such file"),
         ([str(source), "--to", str(source)], "ends in .jsonl"),
-        ([str(source), str(tmp_path / "in.json"), "--to", str(out)], "do not lie in one folder"),
-        (["owner/name", "--to", str(out)], "with --root"),
+        ([str(source), str(tmp_path / "in.json"), "--to", str(out)], "are not in one folder"),
+        (["owner/name", "--to", str(out)], "as --root"),
         ([str(root / "more"), "--to", str(out)], "a folder without *.parquet"),
     ):
         assert main(["data", "convert", *arguments]) == 2
@@ -474,7 +473,7 @@ def test_the_command_refuses_in_one_line(root, tmp_path, capsys):
     assert "is the input" in capsys.readouterr().err
 
 
-def test_the_command_line_knows_every_format(capsys):
+def test_the_help_lists_every_format(capsys):
     with pytest.raises(SystemExit):
         main(["data", "convert", "--help"])
-    assert "{" + ",".join(package.FORMATS) + "}" in capsys.readouterr().out
+    assert "{" + ",".join(FORMATS) + "}" in capsys.readouterr().out

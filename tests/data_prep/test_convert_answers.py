@@ -1,4 +1,4 @@
-"""Answers that `omnimem data convert` reads hold no placeholder; that nothing trains on rejected ones is said."""
+"""`omnimem data convert` refuses placeholders in answers, and reports that nothing trains on rejected answers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def converted(folder: Path, *rows: dict) -> Report:
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("token", ["<video>", "<audio>", "<image>"])
 def test_a_placeholder_in_either_answer_is_refused(tmp_path, form, token):
-    """The model would learn to write it."""
+    """The model would learn to generate it."""
     rows = [pairs("What?", *answers)[form] for answers in ((f"A {token}.", "B."), ("A.", f"B {token}."), ("A.", "B."))]
     report = converted(tmp_path, *rows)
     said = "<video>" if form == "video_salmonn2" and token == "<image>" else token  # which writes <image> for a video
@@ -67,7 +67,7 @@ def test_a_plain_table_row_with_a_placeholder_in_its_answer_is_refused(tmp_path)
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_rejected_answers_are_kept_and_said_to_be_unused(tmp_path, form):
+def test_rejected_answers_are_converted_and_reported_as_unused(tmp_path, form):
     rows = [pairs("What?", "Good.", "Bad.")[form], pairs("Who?", "Good.", "Worse.")[form]]
     report = converted(tmp_path, *rows, {"video": VIDEO, "question": "When?", "answer": "Now."})
     assert report.notes[REJECTED] == 2 and "not trained on" in REJECTED
@@ -76,7 +76,8 @@ def test_rejected_answers_are_kept_and_said_to_be_unused(tmp_path, form):
     assert rejected == ["Bad.", "Worse.", None]
 
 
-def test_the_help_says_that_nothing_trains_on_them(capsys):
+def test_the_help_says_that_nothing_trains_on_rejected_answers(capsys):
     with pytest.raises(SystemExit):
         main(["data", "convert", "--help"])
-    assert "rejected answers are kept but not trained on" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Rejected answers of preference pairs are copied to the manifest, but nothing trains on them" in shown

@@ -1,4 +1,4 @@
-"""A manifest is checked row by row before anything is decoded; every bad row says why, with file and line."""
+"""A manifest is checked row by row before anything is decoded; every bad row gives its reason, with file and line."""
 
 import json
 import logging
@@ -63,34 +63,34 @@ def test_windows_lines_and_a_byte_order_mark_are_read(data):
     assert len(read_manifest(path).rows) == 1
 
 
-def test_root_says_where_media_lie(data, tmp_path):
+def test_media_are_relative_to_the_data_root(data, tmp_path):
     path = data({**GOOD, "media": "secret.mp4"}, {**GOOD, "media": str(tmp_path / "data" / "clip.mp4")})
     rows = read_manifest(path, root=tmp_path).rows
     assert [row.name for row in rows] == ["secret.mp4", "data/clip.mp4"]
-    with pytest.raises(OmniMemError, match=r"nowhere: not a folder; data\.root is where the media of"):
+    with pytest.raises(OmniMemError, match=r"nowhere: not a folder; set data\.root to the folder with the media of"):
         read_manifest(path, root=tmp_path / "nowhere")
 
 
-def test_a_link_that_stays_inside_is_followed(data):
+def test_a_link_inside_the_root_is_followed(data):
     row = read_manifest(data({**GOOD, "media": "link_in.mp4"}, {**GOOD, "media": "more/../clip.mp4"})).rows[0]
     assert row.media.name == "clip.mp4"
 
 
-def test_sound_beside_the_media_and_the_worse_answer_of_a_pair(data):
-    plain, beside = read_manifest(data(GOOD, {**GOOD, "sound": "more/other.mp4", "rejected": "Bob."})).rows
-    assert beside.sound == beside.media.parent / "more" / "other.mp4" and plain.sound is None
+def test_audio_path_and_rejected_answer_are_read(data):
+    plain, beside = read_manifest(data(GOOD, {**GOOD, "audio_path": "more/other.mp4", "rejected": "Bob."})).rows
+    assert beside.audio_path == beside.media.parent / "more" / "other.mp4" and plain.audio_path is None
     assert beside.questions == (Question("Who?", "Ada.", None, "Bob."),) and beside.audio
-    (row,) = read_manifest(data({**question(rejected="Bob.", time=2), "sound": None})).rows
-    assert row.questions == (Question("Who?", "Ada.", 2.0, "Bob."),) and row.sound is None
+    (row,) = read_manifest(data({**question(rejected="Bob.", time=2), "audio_path": None})).rows
+    assert row.questions == (Question("Who?", "Ada.", 2.0, "Bob."),) and row.audio_path is None
 
 
-def test_fingerprint_counts_sound_and_rejected_only_where_they_are(data):
+def test_fingerprint_includes_audio_path_and_rejected_only_if_given(data):
     def fingerprint(row):
         return manifest_fingerprint(read_manifest(data(row)).rows)
 
-    # What a manifest had before there were either: runs in progress are compared with it.
+    # The fingerprint without either key: existing runs are compared with it.
     assert fingerprint(GOOD) == "6b77f097a1db31a92b811427db671f3a563bf6f6e0bc5d4c83e28129870a39f2"
-    more = [{**GOOD, "sound": "more/other.mp4"}, {**GOOD, "rejected": "Bob."}, {**GOOD, "rejected": "Bea."}]
+    more = [{**GOOD, "audio_path": "more/other.mp4"}, {**GOOD, "rejected": "Bob."}, {**GOOD, "rejected": "Bea."}]
     assert len({fingerprint(row) for row in [GOOD, *more]}) == 4
 
 
@@ -106,7 +106,7 @@ BAD = [
     ("[1]", "a row is an object with media and questions, got [1]"),
     ('{"media": "clip.mp4", "answer": "a", "answer": "b"}', "the same key is given twice"),
     ({**GOOD, "qestion": "x"}, 'unknown key "qestion"; did you mean question?'),
-    ({**GOOD, "zzz": "x"}, 'unknown key "zzz"; known are media, '),
+    ({**GOOD, "zzz": "x"}, 'unknown key "zzz"; rename or remove it; known keys: media, '),
     ({"question": "Who?", "answer": "Ada."}, "no media; give the path of the clip"),
     ({**GOOD, "media": 3}, "media must be a path, got 3"),
     ({**GOOD, "media": " "}, 'media must be a path, got " "'),
@@ -121,10 +121,13 @@ BAD = [
     ({**GOOD, "media": "../secret.mp4"}, 'media "../secret.mp4" lies outside '),
     ({**GOOD, "media": "link_out.mp4"}, 'media "link_out.mp4" lies outside '),
     ({**GOOD, "audio": 1}, "audio must be true or false, got 1"),
-    ({**GOOD, "sound": "gone.wav"}, 'sound "gone.wav" does not exist in '),
-    ({**GOOD, "sound": "../secret.mp4"}, 'sound "../secret.mp4" lies outside '),
-    ({**GOOD, "sound": "more/../clip.mp4"}, "sound is the media file itself"),
-    ({**GOOD, "sound": "more/other.mp4", "audio": False}, "both sound and audio false; leave one of them out"),
+    ({**GOOD, "audio_path": "gone.wav"}, 'audio_path "gone.wav" does not exist in '),
+    ({**GOOD, "audio_path": "../secret.mp4"}, 'audio_path "../secret.mp4" lies outside '),
+    ({**GOOD, "audio_path": "more/../clip.mp4"}, "audio_path is the media file itself"),
+    (
+        {**GOOD, "audio_path": "more/other.mp4", "audio": False},
+        "both audio_path and audio=false; leave one of them out",
+    ),
     ({**GOOD, "rejected": " "}, "rejected must be text that is not empty, or null; got "),
     ({**GOOD, "rejected": "Ada. "}, "rejected is the same as answer"),
     ({**question(), "rejected": "x"}, "both questions and rejected; put everything into questions"),
@@ -151,13 +154,13 @@ BAD = [
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD)
-def test_a_bad_row_says_why_and_where(data, row, reason):
+def test_a_bad_row_gives_reason_and_line(data, row, reason):
     path = data(GOOD, row)
     with pytest.raises(OmniMemError) as caught:
         read_manifest(path)
     message = str(caught.value)
     assert message.startswith(f"{path}:2: {reason}") and "\n" not in message
-    assert message.endswith("(data.on_bad_row=skip leaves bad rows out)")
+    assert message.endswith("(data.on_bad_row=skip skips bad rows)")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -168,7 +171,7 @@ def test_media_without_permission(data):
         read_manifest(path)
 
 
-def test_error_counts_the_others_and_skip_logs_them(data, caplog):
+def test_bad_rows_are_counted_under_error_and_logged_under_skip(data, caplog):
     path = data(*[row for row, _ in BAD[:4]], GOOD)
     with pytest.raises(OmniMemError, match=r"set\.jsonl:1: not valid JSON.*; 3 more bad rows"):
         read_manifest(path)
@@ -180,9 +183,9 @@ def test_error_counts_the_others_and_skip_logs_them(data, caplog):
 
 
 def test_a_manifest_without_a_good_row_is_refused(data, tmp_path):
-    with pytest.raises(OmniMemError, match=r"has no row to train on; 1 bad, the first: .*:1: not valid JSON"):
+    with pytest.raises(OmniMemError, match=r"has no usable row; 1 bad rows, the first: .*:1: not valid JSON"):
         read_manifest(data("{"), on_bad_row="skip")
-    with pytest.raises(OmniMemError, match="has no row to train on, the file is empty"):
+    with pytest.raises(OmniMemError, match="has no usable row: the file is empty"):
         read_manifest(data("", "  "))
     with pytest.raises(OmniMemError, match=r"manifest .*none\.jsonl: No such file"):
         read_manifest(tmp_path / "none.jsonl")
@@ -190,7 +193,7 @@ def test_a_manifest_without_a_good_row_is_refused(data, tmp_path):
         read_manifest(tmp_path)
 
 
-def test_fingerprint_follows_content_and_not_place(data, tmp_path):
+def test_fingerprint_depends_on_content_not_location(data, tmp_path):
     rows = [GOOD, {**GOOD, "media": "more/other.mp4"}]
     path = data(*rows)
     before = manifest_fingerprint(read_manifest(path).rows)
@@ -218,13 +221,13 @@ def parquet(path: Path, rows: list[dict]) -> Path:
     import pyarrow
     import pyarrow.parquet
 
-    # Every column of every row: what a row does not have is empty.
+    # Every row has every column; a missing key is an empty cell.
     columns = {key: [row.get(key) for row in rows] for key in {key: None for row in rows for key in row}}
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
     return path
 
 
-def test_parquet_holds_the_same_rows(tmp_path):
+def test_parquet_gives_the_same_rows(tmp_path):
     """One file or shards in their order; cells without a value are keys that were not given."""
     lines = [
         {
@@ -244,7 +247,7 @@ def test_parquet_holds_the_same_rows(tmp_path):
         assert read_manifest(path, MEDIA).rows == expected
 
 
-def test_bad_rows_and_files_of_parquet_are_told_as_others_are(tmp_path):
+def test_bad_rows_and_files_of_parquet_are_reported_alike(tmp_path):
     rows = [
         {"media": RABBIT.name, "question": "a?", "answer": "A"},
         {"media": "gone.mp4", "question": "a?", "answer": "A"},

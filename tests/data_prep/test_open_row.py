@@ -1,4 +1,4 @@
-"""A row is opened in the same way from its file and from what was prepared of it: every setting reaches the reader."""
+"""A row is opened in the same way from its file and from its shard: every setting reaches the reader."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from clips import MEDIA, RABBIT
+from data_prep.decoded_clips.folder import read_prepared
+from data_prep.decoded_clips.format import PrepareSettings
+from data_prep.decoded_clips.prepare import prepare
 from data_prep.manifest import Row, read_manifest
-from data_prep.prepare import prepare
-from data_prep.prepared import PrepareSettings, read_prepared
 from omnimem.media import Chunk
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 from small_runs import write_manifest
 from train.data import open_row
 
@@ -21,7 +22,7 @@ SETTINGS = StreamSettings(chunk_seconds=2.0)
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> dict[str, Row]:
-    """The same clip of 7.8 s as a file and prepared at two frames a second."""
+    """The same clip of 7.8 s as a file and prepared at two frames per second."""
     folder = tmp_path_factory.mktemp("rows")
     manifest = read_manifest(
         write_manifest(folder / "set.jsonl", [{"media": RABBIT.name, "question": "What?", "answer": "A rabbit."}]),
@@ -47,7 +48,7 @@ def chunks(row: Row, settings: StreamSettings, backbone) -> list[Chunk]:
     ],
     ids=str,
 )
-def test_chunks_are_those_that_the_settings_ask_for(rows, tiny, kind, changes, spans, frames):
+def test_chunks_follow_the_settings(rows, tiny, kind, changes, spans, frames):
     found = chunks(rows[kind], replace(SETTINGS, **changes), tiny)
     assert [(one.t0, pytest.approx(one.t1)) for one in found] == spans
     assert sum(len(one.frames) for one in found) == frames
@@ -57,8 +58,8 @@ def test_chunks_are_those_that_the_settings_ask_for(rows, tiny, kind, changes, s
 
 
 @pytest.mark.parametrize("kind", ["file", "prepared"])
-def test_a_row_is_heard_only_if_row_and_settings_say_so(rows, tiny, kind):
-    for row_heard, wanted in ((True, True), (True, False), (False, True), (False, False)):
-        row = replace(rows[kind], audio=row_heard)
+def test_audio_is_read_only_if_row_and_settings_enable_it(rows, tiny, kind):
+    for row_audio, wanted in ((True, True), (True, False), (False, True), (False, False)):
+        row = replace(rows[kind], audio=row_audio)
         found = chunks(row, replace(SETTINGS, audio=wanted), tiny)
-        assert {one.audio is not None for one in found} == {row_heard and wanted}
+        assert {one.audio is not None for one in found} == {row_audio and wanted}

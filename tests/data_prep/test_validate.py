@@ -1,4 +1,4 @@
-"""`omnimem data validate`: every file is looked at, everything odd is said, and an interrupted run goes on."""
+"""`omnimem data validate`: every file is decoded, every problem reported, and an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from data_prep.manifest import Question, Row
 from data_prep.pool import in_processes
 from data_prep.validate import run, validate
 from data_prep.validate.file import check_file
-from data_prep.validate.record import Journal
+from data_prep.validate.journal import Journal
 from data_prep.validate.rows import PLACEHOLDER, check_rows
-from data_prep.validate.tracks import is_quiet, is_variable
+from data_prep.validate.tracks import is_silent, is_variable
 from omnimem.cli import main
 from omnimem.errors import OmniMemError
 
@@ -33,23 +33,23 @@ VFR = MEDIA / "odd_vfr_no_audio_nasa.mp4"
 ROTATED = MEDIA / "odd_rotated_no_audio_nasa.mp4"
 HALF = MEDIA / "broken_truncated_half_toy_rabbit.mp4"
 
-# What the README beside the clips says of each, and what PyAV decodes of it (frames; samples of sound).
+# Findings according to the README of the clips, and what PyAV decodes (frames; audio samples).
 CLIPS = {
     "speech_apollo15_hammer_feather_47s.webm": (set(), [1422, 2276808]),
     "speech_nasa_webb_narration_multistream.mp4": (
-        {"several_video", "several_audio", "other_tracks"},
+        {"multiple_video_tracks", "multiple_audio_tracks", "other_tracks"},
         [325, 104448, 390, 208896],
     ),
     "speech_burned_in_timecode_42s.mp4": (set(), [1272, 2035712]),
     "ambient_toy_rabbit_8s.mp4": (set(), [234, 343040]),
-    "silent_track_flower_timelapse_5s.webm": ({"silent_sound"}, [150, 223808]),
-    "audio_speech_jfk_11s.flac": ({"no_picture"}, [485100]),
-    "audio_speech_commentary_mono16k_7s.mp3": ({"no_picture"}, [106000]),
-    "audio_music_with_cover_art_30s.mp3": ({"no_picture", "cover_art"}, [1323000, 1]),
-    "odd_rotated_no_audio_nasa.mp4": ({"rotated", "no_sound", "short"}, [17]),
-    "odd_vfr_no_audio_nasa.mp4": ({"variable_rate", "no_sound"}, [50]),
-    "odd_hevc_10bit_no_audio_nasa.mp4": ({"deep_colour", "no_sound"}, [325]),
-    "broken_truncated_half_toy_rabbit.mp4": ({"cut_off", "decode_error"}, [113, 154624]),
+    "silent_track_flower_timelapse_5s.webm": ({"silent_audio"}, [150, 223808]),
+    "audio_speech_jfk_11s.flac": ({"no_video"}, [485100]),
+    "audio_speech_commentary_mono16k_7s.mp3": ({"no_video"}, [106000]),
+    "audio_music_with_cover_art_30s.mp3": ({"no_video", "cover_art"}, [1323000, 1]),
+    "odd_rotated_no_audio_nasa.mp4": ({"rotated", "no_audio", "short"}, [17]),
+    "odd_vfr_no_audio_nasa.mp4": ({"variable_frame_rate", "no_audio"}, [50]),
+    "odd_hevc_10bit_no_audio_nasa.mp4": ({"bit_depth", "no_audio"}, [325]),
+    "broken_truncated_half_toy_rabbit.mp4": ({"truncated", "decode_error"}, [113, 154624]),
     "broken_truncated_no_moov_nasa.mp4": ({"cannot_open"}, []),
 }
 
@@ -71,7 +71,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def clips(tmp_path):
-    """A folder of three short clips and something that is none."""
+    """A folder with three short clips and a file that is not media."""
     folder = tmp_path / "clips"
     folder.mkdir()
     for clip in (VFR, ROTATED, SPEECH):
@@ -87,7 +87,7 @@ def manifest(folder: Path, *rows) -> str:
 
 
 def spoil(clip: Path, target: Path) -> Path:
-    """Copy a clip with 300 bytes of noise in its second half: all of its length is still there."""
+    """Copy a clip with 300 bytes of noise in its second half, at its full length."""
     content = bytearray(clip.read_bytes())
     at = len(content) * 6 // 10
     content[at : at + 300] = random.Random(1).randbytes(300)
@@ -106,38 +106,38 @@ def test_every_clip_is_reported_as_its_readme_says(name):
     assert [stream.get("samples", stream["frames"]) for stream in entry["streams"]] == counts
 
 
-def test_sentences_say_what_and_where():
+def test_messages_say_what_and_where():
     half = check_file(HALF, fast=False)
-    assert "3.77 s" in message(half, "decode_error") and "3.5 s of 7.8 s" in message(half, "cut_off")
+    assert "3.77 s" in message(half, "decode_error") and "3.5 s of 7.8 s" in message(half, "truncated")
     assert "without its index" in message(check_file(MEDIA / "broken_truncated_no_moov_nasa.mp4", False), "cannot_open")
     webb = check_file(WEBB, fast=False)
-    assert message(webb, "several_video") == "2 video tracks (0, 3); 3 is used"
-    assert message(webb, "several_audio") == "2 audio tracks (1, 4); 4 is used"
-    assert "67 to 100 ms" in message(check_file(VFR, fast=False), "variable_rate")
+    assert message(webb, "multiple_video_tracks") == "2 video tracks (0, 3); 3 is used"
+    assert message(webb, "multiple_audio_tracks") == "2 audio tracks (1, 4); 4 is used"
+    assert "67 to 100 ms" in message(check_file(VFR, fast=False), "variable_frame_rate")
     assert "270x480" in message(check_file(ROTATED, fast=False), "rotated")
 
 
-def test_fast_decodes_nothing_and_still_finds_what_headers_and_times_tell():
+def test_fast_decodes_nothing_and_reports_headers_and_timestamps():
     for name, (expected, _) in CLIPS.items():
-        missed = {"silent_sound", "decode_error"}  # only decoding tells
+        missed = {"silent_audio", "decode_error"}  # only decoding tells
         found = codes(check_file(MEDIA / name, fast=True))
-        assert found - {"damaged_pictures"} == expected - missed, name
+        assert found - {"damaged_frames"} == expected - missed, name
 
 
 @pytest.mark.parametrize(
     ("clip", "code"),
     [
-        (RABBIT, "damaged_pictures"),  # the H.264 decoder repairs it, and only logs that it did
+        (RABBIT, "damaged_frames"),  # the H.264 decoder repairs it, and only logs that it did
         (MEDIA / "speech_apollo15_hammer_feather_47s.webm", "decode_error"),
         (MEDIA / "odd_hevc_10bit_no_audio_nasa.mp4", "decode_error"),
-        (MEDIA / "audio_speech_jfk_11s.flac", "damaged_sound"),
-        (SPEECH, "damaged_sound"),
+        (MEDIA / "audio_speech_jfk_11s.flac", "damaged_audio"),
+        (SPEECH, "damaged_audio"),
     ],
     ids=lambda value: value.stem if isinstance(value, Path) else value,
 )
 def test_damage_in_the_middle_of_a_complete_file_is_found(clip, code, tmp_path):
     entry = check_file(spoil(clip, tmp_path / clip.name), fast=False)
-    assert code in codes(entry) and "cut_off" not in codes(entry)
+    assert code in codes(entry) and "truncated" not in codes(entry)
     again = check_file(clip, fast=False)  # what was logged about the other file is not held against this one
     assert code not in codes(again)
 
@@ -151,10 +151,10 @@ def test_damage_in_a_track_that_is_not_used_is_a_warning(tmp_path):
     content[entry.pos : entry.pos + entry.size] = bytes(entry.size)
     (tmp_path / "webb.mp4").write_bytes(content)
     found = check_file(tmp_path / "webb.mp4", fast=False)
-    assert "damaged_unused" in codes(found) and not codes(found) & {"decode_error", "damaged_pictures"}
+    assert "damaged_unused_track" in codes(found) and not codes(found) & {"decode_error", "damaged_frames"}
 
 
-def test_files_that_are_no_media(tmp_path):
+def test_files_that_are_not_media(tmp_path):
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("Once upon a time. " * 100)
     (tmp_path / "noise.mp4").write_bytes(random.Random(0).randbytes(5000))
@@ -163,7 +163,7 @@ def test_files_that_are_no_media(tmp_path):
         assert codes(check_file(tmp_path / name, False)) == {"cannot_open"}
 
 
-def test_a_defect_of_a_library_is_reported_and_does_not_end_the_run(monkeypatch):
+def test_an_exception_of_a_library_is_reported_and_does_not_stop_the_run(monkeypatch):
     def fails(path):
         raise ZeroDivisionError("division by zero")
 
@@ -172,7 +172,7 @@ def test_a_defect_of_a_library_is_reported_and_does_not_end_the_run(monkeypatch)
     assert "ZeroDivisionError: division by zero" in message(entry, "cannot_open")
 
 
-def test_frame_rates_that_vary():
+def test_variable_frame_rates():
     milliseconds = Fraction(1, 1000)
     ntsc = array("q", [round(i * 1000 / 29.97) for i in range(300)])  # 33 and 34: the container's rounding
     assert not is_variable(ntsc, milliseconds)
@@ -186,17 +186,17 @@ def test_frame_rates_that_vary():
 def test_silence_in_every_sample_format(dtype):
     middle = 128 if dtype == "u1" else 0
     silence = np.full((2, 1000), middle, dtype)
-    assert is_quiet(silence)
-    heard = silence.copy()
-    heard[1, 500] += np.array(0.25 if dtype[0] == "f" else 2**28 if dtype == "i4" else 3, dtype)
-    assert not is_quiet(heard)
+    assert is_silent(silence)
+    audible = silence.copy()
+    audible[1, 500] += np.array(0.25 if dtype[0] == "f" else 2**28 if dtype == "i4" else 3, dtype)
+    assert not is_silent(audible)
 
 
 # --- many files ------------------------------------------------------------------------------------------------------
 
 
 def length_or_crash(path: Path) -> int:
-    """A check whose process dies of one file, as of a decoder that crashes."""
+    """A check whose process dies on one file, as with a crashing decoder."""
     if path.name == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     return len(path.name)
@@ -207,13 +207,13 @@ def slow(path: Path) -> int:
     return 0
 
 
-def test_a_worker_that_dies_costs_one_file():
+def test_a_dead_worker_affects_one_file():
     paths = [Path(name) for name in ("a", "bb", "crash", "ccc", "dddd", "eeeee")]
     results = dict(in_processes(length_or_crash, paths, workers=2))
     assert results == {path: None if path.name == "crash" else len(path.name) for path in paths}
 
 
-def test_a_crash_is_reported_and_looked_at_again_next_time(clips, monkeypatch):
+def test_a_crash_is_reported_and_the_file_checked_again_next_time(clips, monkeypatch):
     def dies(check, todo, workers):
         for path in todo:
             yield path, None if path.name == VFR.name else check(path)
@@ -227,20 +227,20 @@ def test_a_crash_is_reported_and_looked_at_again_next_time(clips, monkeypatch):
     assert seen == [VFR.name]
 
 
-def test_two_runs_at_once_do_not_disturb_each_other(clips, tmp_path):
-    """Two processes with one report: both are at work at the same time, and both succeed."""
+def test_two_parallel_runs_do_not_disturb_each_other(clips, tmp_path):
+    """Two processes with the same report run at the same time, and both succeed."""
     report = tmp_path / "report.json"
     meet = f"""
 import os, time
 from pathlib import Path
-from data_prep.validate import record
-genuine = record.Journal.__init__
+from data_prep.validate import journal
+genuine = journal.Journal.__init__
 def opened(self, path):  # each goes on when the other has its journal open
     genuine(self, path)
     Path({str(tmp_path)!r}, f"{{os.getpid()}}.here").touch()
     while len(list(Path({str(tmp_path)!r}).glob("*.here"))) < 2:
         time.sleep(0.01)
-record.Journal.__init__ = opened
+journal.Journal.__init__ = opened
 from omnimem.cli import main
 raise SystemExit(main(["data", "validate", {str(clips)!r}, "--report", {str(report)!r}, "--workers", "1"]))
 """
@@ -294,13 +294,13 @@ def test_folder(clips):
     groups = {frozenset(group["names"]) for group in report["duplicates"]}
     assert groups == {frozenset({SPEECH.name, "more/copy.mp3"}), frozenset({VFR.name, "link.mp4"})}
     assert report["totals"]["files"] == 6 and report["totals"]["with_errors"] == 1
-    assert report["codes"]["no_sound"] == 2
+    assert report["codes"]["no_audio"] == 2
     assert json.loads(Path("validated.json").read_text()) == report
     assert not Path("validated.partial.jsonl").exists()
 
 
 def counted(monkeypatch) -> list[str]:
-    """Look at files in this process, and note which."""
+    """Check files in this process, and record which."""
     seen: list[str] = []
 
     def one_by_one(check, todo, workers):
@@ -312,7 +312,7 @@ def counted(monkeypatch) -> list[str]:
     return seen
 
 
-def test_only_what_changed_is_looked_at_again(clips, monkeypatch):
+def test_only_changed_files_are_checked_again(clips, monkeypatch):
     seen = counted(monkeypatch)
     first = validate(str(clips))
     assert len(seen) == 3
@@ -327,9 +327,9 @@ def test_only_what_changed_is_looked_at_again(clips, monkeypatch):
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize("what", ["av.__version__", "av.ffmpeg_version_info", "data_prep.validate.record.VERSION"])
+@pytest.mark.parametrize("what", ["av.__version__", "av.ffmpeg_version_info", "data_prep.validate.journal.VERSION"])
 def test_results_of_other_versions_are_not_used(clips, monkeypatch, what):
-    """Of PyAV, of the FFmpeg it was built with, of the checks; from a report and from a journal."""
+    """Versions of PyAV, FFmpeg and the checks; results in a report and in a journal."""
     seen = counted(monkeypatch)
     validate(str(clips))
     seen.clear()
@@ -339,20 +339,20 @@ def test_results_of_other_versions_are_not_used(clips, monkeypatch, what):
         assert len(seen) == 3
         assert validate(str(clips)) == report and len(seen) == 3
     Path("validated.json").unlink()
-    # As a run of the other version leaves it that was killed.
+    # The journal of a killed run of the other version.
     Path("validated.partial.jsonl").write_text("\n".join(json.dumps(entry) for entry in report["files"]))
     validate(str(clips))
     assert len(seen) == 6
 
 
-def test_fast_results_do_not_pass_for_full_ones(clips, monkeypatch):
+def test_fast_results_are_not_reused_for_full_checks(clips, monkeypatch):
     seen = counted(monkeypatch)
     validate(str(clips), fast=True)
     validate(str(clips))
     assert len(seen) == 6
 
 
-def test_an_interrupted_run_goes_on(clips, monkeypatch, capsys):
+def test_an_interrupted_run_resumes(clips, monkeypatch, capsys):
     def breaks_off(check, todo, workers):
         yield todo[0], check(todo[0])
         yield todo[1], check(todo[1])
@@ -360,7 +360,7 @@ def test_an_interrupted_run_goes_on(clips, monkeypatch, capsys):
 
     monkeypatch.setattr(run, "in_processes", breaks_off)
     assert main(["data", "validate", str(clips)]) == 1
-    assert "2 of 3 files are checked; the same command goes on from there" in capsys.readouterr().err
+    assert "2 of 3 files are checked; run the same command again to resume" in capsys.readouterr().err
     assert not Path("validated.json").exists()
     with Path("validated.partial.jsonl").open("a") as journal:
         journal.write('{"path": "/cut/off')  # as a killed process leaves it
@@ -377,7 +377,7 @@ def alive(process: str) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_a_killed_run_goes_on_and_leaves_no_worker(clips):
+def test_a_killed_run_resumes_and_leaves_no_worker(clips):
     for number in range(4):
         shutil.copy(MEDIA / "speech_burned_in_timecode_42s.mp4", clips / f"z{number}.mp4")
     command = [sys.executable, "-m", "omnimem", "data", "validate", str(clips), "--workers", "1"]
@@ -421,55 +421,56 @@ def test_manifest(tmp_path, clips):
         by_code.setdefault(finding["code"], []).append(finding["lines"])
     assert by_code == {
         "bad_row": [[], []],
-        "audio_without_sound": [[3]],
+        "audio_missing": [[3]],
         "placeholder_without_media": [[3]],
         "placeholder": [[4]],
         "time_past_end": [[3]],
-        "nothing_to_read": [[5]],
+        "nothing_to_use": [[5]],
         "unusable_media": [[6]],
-        "same_media": [[1, 2, 5], [3, 4]],
+        "duplicate_media": [[1, 2, 5], [3, 4]],
         "conflicting_answers": [[1, 2]],
     }
     said = [finding["message"] for finding in rows["findings"]]
     assert any("gone.mp4" in text and "set.jsonl:7" in text for text in said)
     assert (rows["count"], rows["usable"], rows["questions"]) == (8, 4, 6)
-    assert rows["sound"] == {"heard": 3, "silent": 0, "missing": 1, "off": 1, "none": 1}
+    assert rows["audio"] == {"used": 3, "silent": 0, "missing": 1, "ignored": 1, "none": 1}
     assert (clips / "set.validated.json").exists()
 
 
-def row(media: str, line: int, *questions: Question, audio: bool = True, sound: str | None = None) -> Row:
-    return Row(Path(f"/{media}"), questions, audio, line, media, None if sound is None else Path(f"/{sound}"))
+def row(media: str, line: int, *questions: Question, audio: bool = True, audio_path: str | None = None) -> Row:
+    path = None if audio_path is None else Path(f"/{audio_path}")
+    return Row(Path(f"/{media}"), questions, audio, line, media, path)
 
 
 def result(path: str, **differs):
-    """What `check_file` says of a good clip of 10 s."""
-    good = {"path": f"/{path}", "digest": path, "seconds": 10.0, "picture": True, "sound": "yes", "findings": []}
+    """The result of `check_file` for a good clip of 10 s."""
+    good = {"path": f"/{path}", "digest": path, "seconds": 10.0, "has_video": True, "audio": "present", "findings": []}
     return {f"/{path}": {**good, **differs}}
 
 
-def test_duplicates_go_by_content():
+def test_duplicates_are_found_by_content():
     who, who_again = Question("Who?", "Ada.", 2.0), Question("Who? ", "ada.", 2.0)
     files = {**result("a.mp4"), **result("copy_of_a.mp4", digest="a.mp4"), **result("b.mp4")}
     found = check_rows([row("a.mp4", 1, who), row("copy_of_a.mp4", 2, who_again), row("b.mp4", 3, who)], files)
     assert [(one["code"], one["lines"]) for one in found["findings"]] == [
-        ("same_media", [1, 2]),
-        ("same_question", [1, 2]),
+        ("duplicate_media", [1, 2]),
+        ("duplicate_question", [1, 2]),
     ]
-    # At another time, or without its sound, the answer may be another.
+    # At another time, or without audio, the answer may differ.
     rows = [
         row("b.mp4", 1, who, Question("Who?", "Bob.", 5.0)),
         row("b.mp4", 2, Question("Who?", "?", 2.0), audio=False),
     ]
-    assert [one["code"] for one in check_rows(rows, files)["findings"]] == ["same_media"]
+    assert [one["code"] for one in check_rows(rows, files)["findings"]] == ["duplicate_media"]
 
 
-def test_sound_of_its_own_file():
-    files = {**result("a.mp4", sound="none"), **result("a.wav", picture=False, seconds=12.0)}
-    files |= result("bad.wav", findings=[{"code": "cut_off", "severity": "error", "message": "cut off"}])
-    found = check_rows([row("a.mp4", 1, Question("<audio> Who?", "Ada.", 11.0), sound="a.wav")], files)
-    assert found["sound"]["heard"] == 1
-    assert [one["code"] for one in found["findings"]] == ["placeholder"]  # 11 s is within the sound
-    found = check_rows([row("a.mp4", 1, Question("Who?", "Ada."), sound="bad.wav")], files)
+def test_row_with_separate_audio_file():
+    files = {**result("a.mp4", audio="none"), **result("a.wav", has_video=False, seconds=12.0)}
+    files |= result("bad.wav", findings=[{"code": "truncated", "severity": "error", "message": "cut off"}])
+    found = check_rows([row("a.mp4", 1, Question("<audio> Who?", "Ada.", 11.0), audio_path="a.wav")], files)
+    assert found["audio"]["used"] == 1
+    assert [one["code"] for one in found["findings"]] == ["placeholder"]  # 11 s is before the end of the audio
+    found = check_rows([row("a.mp4", 1, Question("Who?", "Ada."), audio_path="bad.wav")], files)
     assert [one["code"] for one in found["findings"]] == ["unusable_media"] and found["usable"] == 0
 
 
@@ -483,7 +484,7 @@ def test_placeholders(text):
 
 
 @pytest.mark.parametrize("text", ["Is a<b and c>d?", "the <title> tag", "video", "<videos of cats>", "audio > video"])
-def test_other_words_are_no_placeholders(text):
+def test_other_words_are_not_placeholders(text):
     assert not PLACEHOLDER.search(text)
 
 
@@ -494,7 +495,7 @@ def test_parquet_shards(clips, monkeypatch):
     row = {"media": VFR.name, "question": "What is seen?", "answer": "A mirror."}
     Dataset.from_list([row, row]).to_parquet(str(clips / "shards" / "0.parquet"))
     report = validate(str(clips / "shards"), root=clips)
-    assert report["codes"]["same_question"] == 1 and report["totals"]["files"] == 1
+    assert report["codes"]["duplicate_question"] == 1 and report["totals"]["files"] == 1
     assert (clips / "shards.validated.json").exists()
     monkeypatch.chdir(clips / "shards")
     assert run.default_report(".") == clips.resolve() / "shards.validated.json"
@@ -508,16 +509,16 @@ def test_command_line(clips, capsys):
     (clips / "[red]nothing.mp4").touch()
     assert main(["data", "validate", str(clips), "--workers", "2"]) == 0
     shown = capsys.readouterr().out
-    for said in ("[red]nothing.mp4", "half.mp4", "error: cut off: readable up to 3.5 s of 7.8 s", "README.md"):
+    for said in ("[red]nothing.mp4", "half.mp4", "error: truncated: readable up to 3.5 s of 7.8 s", "README.md"):
         assert said in shown
-    assert "5 files" in shown and "2 cannot be used, 2 odd, 1 fine" in shown and "report: validated.json" in shown
+    assert "5 files" in shown and "2 unusable, 2 unusual, 1 fine" in shown and "report: validated.json" in shown
     assert main(["data", "validate", str(clips), "--strict"]) == 2
-    assert f"{clips}: 2 files cannot be used (--strict)" in capsys.readouterr().err
+    assert f"{clips}: 2 files are unusable (--strict)" in capsys.readouterr().err
 
 
-def test_nothing_that_can_be_used_is_a_mistake(tmp_path, capsys):
+def test_a_target_without_usable_files_is_an_error(tmp_path, capsys):
     assert main(["data", "validate", str(HALF), "--report", str(tmp_path / "r.json")]) == 2
-    assert "can be used" in capsys.readouterr().err
+    assert "is usable" in capsys.readouterr().err
     assert (tmp_path / "r.json").exists()
 
 

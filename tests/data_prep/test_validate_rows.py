@@ -1,4 +1,4 @@
-"""What `omnimem data validate` says of a row: late questions, placeholders in any text, which sound is heard."""
+"""Row checks of `omnimem data validate`: late questions, placeholders in any text, use of audio."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from data_prep.manifest import Question, Row
 from data_prep.validate.rows import LATE, check_rows
 
 
-def checked(*questions: Question, audio: bool = True, **differs) -> list[dict]:
-    """Findings about one row of a clip of 10 s with picture and sound, or what `differs` from it."""
-    entry = {"path": "/a.mp4", "digest": "a", "seconds": 10.0, "picture": True, "sound": "yes", "findings": []}
-    row = Row(Path("/a.mp4"), questions, audio, 1, "a.mp4")
+def checked(*questions: Question, row_audio: bool = True, **differs) -> list[dict]:
+    """Findings about one row of a clip of 10 s with video and audio, changed by `differs`."""
+    entry = {"path": "/a.mp4", "digest": "a", "seconds": 10.0, "has_video": True, "audio": "present", "findings": []}
+    row = Row(Path("/a.mp4"), questions, row_audio, 1, "a.mp4")
     return check_rows([row], {"/a.mp4": {**entry, **differs}})["findings"]
 
 
@@ -41,8 +41,8 @@ def test_late_questions_are_counted_and_the_last_is_named():
     assert one["message"] == "12.5 s is past the end of 10.0 s: asked at the end"
 
 
-def test_a_file_that_cannot_be_used_is_not_reported_for_its_length():
-    broken = [{"code": "cut_off", "severity": "error", "message": "cut off"}]
+def test_an_unusable_file_is_not_reported_for_its_length():
+    broken = [{"code": "truncated", "severity": "error", "message": "cut off"}]
     assert codes(checked(*at(99.0), seconds=None, findings=broken)) == ["unusable_media"]
 
 
@@ -55,7 +55,7 @@ def test_a_placeholder_is_found_in_any_text(place):
     assert found["code"] == "placeholder" and found["message"].startswith("<audio> is left in the text")
 
 
-def test_the_answers_of_later_questions_are_looked_at():
+def test_the_answers_of_later_questions_are_checked():
     found = checked(Question("Who?", "Ada."), Question("Where?", "At <|vision_start|>home."))
     assert codes(found) == ["placeholder"] and "<|vision_start|>" in found[0]["message"]
 
@@ -63,15 +63,15 @@ def test_the_answers_of_later_questions_are_looked_at():
 @pytest.mark.parametrize(
     ("token", "differs", "lacks"),
     [
-        ("<audio>", {"sound": "none"}, "sound"),
-        ("<speech>", {"audio": False}, "sound"),
-        ("<video>", {"picture": False}, "picture"),
-        ("<video>", {"sound": "none"}, None),
-        ("<audio>", {"picture": False}, None),
-        ("<audio>", {"sound": "silent"}, None),
+        ("<audio>", {"audio": "none"}, "audio"),
+        ("<speech>", {"row_audio": False}, "audio"),
+        ("<video>", {"has_video": False}, "video"),
+        ("<video>", {"audio": "none"}, None),
+        ("<audio>", {"has_video": False}, None),
+        ("<audio>", {"audio": "silent"}, None),
     ],
 )
-def test_a_placeholder_for_what_the_row_lacks_is_named_so(token, differs, lacks):
+def test_a_placeholder_without_media_has_its_own_code(token, differs, lacks):
     found = [one for one in checked(Question("Who?", f"Ada {token}."), **differs) if "placeholder" in one["code"]]
     assert codes(found) == ["placeholder_without_media" if lacks else "placeholder"]
     assert lacks is None or found[0]["message"] == f"{token} in the text, but the row has no {lacks}"

@@ -1,4 +1,4 @@
-"""`omnimem bench`: the stream is as long as asked, what is measured is exact, and finished cells are kept."""
+"""`omnimem bench`: the stream has the requested length, measured values are exact, finished cells are reused."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from omnimem.errors import OmniMemError
 from omnimem.measure.bench import measure_cell
 from omnimem.measure.meter import Meter, repeat
 from omnimem.media import open_media
-from omnimem.stream import StreamingSession, StreamSettings
+from omnimem.stream import StreamingSession
+from omnimem.stream_settings import StreamSettings
 
 BUDGET = 24
 
 
 def task(method: str, seconds: float, **other) -> dict:
-    """A cell as the command hands it over."""
+    """Options of a cell, as the command passes them."""
     about = {"media": str(WEBB), "mean_budget": BUDGET, "ratio": 5.0, "rounds": 1, "stream": {"chunk_seconds": 4.0}}
     return {**about, "method": method, "options": {}, "seconds": seconds, **other}
 
@@ -41,7 +42,7 @@ def session(backbone) -> StreamingSession:
     )
 
 
-def test_the_clip_is_repeated_with_times_that_go_on():
+def test_the_repeated_clip_has_increasing_times():
     reader = open_media(RABBIT, chunk_seconds=2, short_side=112)
     whole = list(reader)[:3]  # of 7.8 s
     chunks = list(repeat(reader, 1.0, 2.0, 15.0))
@@ -65,13 +66,13 @@ def test_a_stream_that_is_not_repeated_is_the_clip(tiny):
     assert answer == plain.ask("What is seen?", max_new_tokens=4) and seconds > 0
     assert len(meter.step_seconds) == len(expected) - 1 and min(meter.step_seconds) > 0
     assert not tiny.language_model._forward_hooks
-    # Retained positions and the largest chunk, before it was compressed.
-    position = expected[0].kv_bytes / sum(expected[0].retained.values())
-    chunk = max(old.kv_bytes + new.new_tokens * position for old, new in pairwise(expected))
+    # Retained tokens and the largest chunk, before compression.
+    per_token = expected[0].kv_bytes / sum(expected[0].retained.values())
+    chunk = max(old.kv_bytes + new.new_tokens * per_token for old, new in pairwise(expected))
     assert chunk <= meter.kv_peak < 1.2 * chunk
 
 
-def test_bounded_memories_stay_and_full_grows(tiny):
+def test_bounded_caches_stay_and_full_grows(tiny):
     short, long = (
         {name: measure_cell(task(name, seconds), tiny) for name in ("full", "omnimem", "h2o")} for seconds in (24, 48)
     )
@@ -80,14 +81,14 @@ def test_bounded_memories_stay_and_full_grows(tiny):
         assert short[name]["peak_bytes"] == long[name]["peak_bytes"]
         assert short[name]["memory_peak_bytes"] >= short[name]["peak_bytes"] > short[name]["answer_bytes"]
     growth = {long["full"][key] - short["full"][key] for key in ("answer_bytes", "peak_bytes")}
-    # 24 s are six chunks of 100 positions of sound and 2 pictures of at least 4, each 256 bytes in 3 layers.
+    # 24 s are six chunks of 100 audio tokens and 2 frames of at least 4 tokens, 256 bytes each in 3 layers.
     assert len(growth) == 1 and growth.pop() >= 6 * 108 * 3 * 256
     for row in (*short.values(), *long.values()):
         assert row["first_token_ms"] > 0 and row["compute_ratio"] > 0 and row["device_peak_bytes"] is None
     assert [row["seconds"] for row in (short["full"], long["full"])] == [24, 48]
 
 
-def test_the_command_from_clip_to_picture_and_again(tiny_path, tmp_path, capsys):
+def test_the_command_from_clip_to_figure_and_again(tiny_path, tmp_path, capsys):
     options = ["--media", str(WEBB), "--methods", "full,uniform", "--lengths", "16", "--chunk-seconds", "4"]
     assert bench(tiny_path, tmp_path, *options) == 0
     printed = capsys.readouterr().out
@@ -139,7 +140,7 @@ def test_mistakes_are_one_line_before_anything_runs(tmp_path, capsys, options, r
     assert reason in error and error.count("\n") == 1
 
 
-def test_what_goes_wrong_in_the_process_of_a_cell_is_one_line_here(tiny_path, tmp_path, capsys):
+def test_an_error_in_the_process_of_a_cell_is_one_line(tiny_path, tmp_path, capsys):
     options = ["--media", str(WEBB), "--methods", "uniform", "--lengths", "4", "--chunk-seconds", "4"]
     assert bench(tiny_path, tmp_path, *options) == 2
     assert "4 s is not longer than a chunk of 4 s" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`omnimem compare`: every number of the table can be checked, budgets hold, and nothing finished is computed twice."""
+"""`omnimem compare`: the numbers of the table are correct, budgets hold, and finished cells are reused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from omnimem.errors import OmniMemError
 from omnimem.measure.cells import Cell, run_cells
 from omnimem.measure.questions import cluster_interval, normalised
 from omnimem.selection import SELECTION_METHODS
-from omnimem.stream import StreamingSession, StreamSettings
+from omnimem.stream import StreamingSession
+from omnimem.stream_settings import StreamSettings
 from small_runs import FLOWER, NO_INDEX, ROWS, start, write_manifest
 
 BUDGETS = (12, 24)
@@ -34,7 +35,7 @@ GRID = ["--methods", "full,uniform,omnimem", "--mean-budgets", "12,24"]
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory) -> Path:
-    """Two clips that can be read and one that cannot; a question in the middle of the second."""
+    """Two readable clips and an unreadable one; a question in the middle of the second."""
     folder = tmp_path_factory.mktemp("questions")
     for name in (FLOWER, RABBIT.name, NO_INDEX):
         shutil.copy(MEDIA / name, folder)
@@ -64,7 +65,7 @@ def written(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
 
 
-def test_table_json_csv_and_cells_say_the_same(compared):
+def test_table_json_csv_and_cells_agree(compared):
     out, printed = compared
     rows = results(out)
     assert [(row["method"], row["mean_budget"]) for row in rows] == [
@@ -86,13 +87,13 @@ def test_table_json_csv_and_cells_say_the_same(compared):
         assert min(row["chunk_ms"], row["first_token_ms"]) > 0 and row["device_peak_bytes"] is None
     shown = [line.split() for line in printed.splitlines()[1:6]]
     assert [line[1] for line in shown] == ["12", "12", "24", "24", "-"] and shown[-1][0] == "full"
-    assert "3 questions about 2 clips, 1 clips left out" in printed
+    assert "3 questions about 2 clips, 1 clips skipped" in printed
     assert (out / "accuracy_vs_budget.png").read_bytes().startswith(b"\x89PNG") and "accuracy_vs_budget.png" in printed
 
 
-def test_budgets_hold_at_answer_time_and_full_holds_most(compared, tiny):
+def test_budgets_hold_at_answer_time_and_full_retains_most(compared, tiny):
     text = tiny.config.get_text_config()
-    position = (
+    per_token = (
         text.num_hidden_layers * 2 * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * 4
     )
     full, *others = results(compared[0])
@@ -100,11 +101,11 @@ def test_budgets_hold_at_answer_time_and_full_holds_most(compared, tiny):
     for row in others:
         assert all(answer["retained"] <= row["mean_budget"] for answer in row["answers"])
         assert row["retained"] == row["mean_budget"]
-        # The chunk that comes on top before it is compressed, and never less than what was asked on.
+        # Includes the chunk before compression, and is never below the size at answer time.
         assert row["answer_bytes"] < row["peak_bytes"] <= row["memory_peak_bytes"]
         assert full["answer_bytes"] > row["answer_bytes"] and full["peak_bytes"] > row["peak_bytes"]
     for method in ("uniform", "omnimem"):
-        assert bytes_of[method, 24] - bytes_of[method, 12] == 12 * position
+        assert bytes_of[method, 24] - bytes_of[method, 12] == 12 * per_token
 
 
 def test_questions_are_asked_at_their_time(compared):
@@ -117,7 +118,7 @@ def test_questions_are_asked_at_their_time(compared):
 
 
 class Forced(LogitsProcessor):
-    """Makes `generate` say given tokens and notes how likely it found them."""
+    """Forces `generate` to emit given tokens and records their probabilities."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens, self.log = tokens, []
@@ -128,9 +129,9 @@ class Forced(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([token]), 0.0)
 
 
-def test_the_score_of_an_answer_is_what_generation_gives_it(tiny):
+def test_the_score_of_an_answer_equals_that_of_generation(tiny):
     session = StreamingSession(tiny, BudgetProfile.uniform(tiny.config, 24), "omnimem", StreamSettings(chunk_seconds=4))
-    with pytest.raises(OmniMemError, match="nothing watched"):
+    with pytest.raises(OmniMemError, match="no media streamed"):
         session.score_answer("Who?", "He.")
     for event in session.watch(WEBB):
         if event.chunk == 1:
@@ -144,7 +145,7 @@ def test_the_score_of_an_answer_is_what_generation_gives_it(tiny):
     assert session.memory.kv_nbytes == before
 
 
-def test_finished_cells_are_kept_and_others_added(compared, tiny_path, questions, capsys):
+def test_finished_cells_are_reused_and_others_added(compared, tiny_path, questions, capsys):
     out, printed = compared
     before = written(out)
     assert compare(tiny_path, questions, out, *GRID) == 0
@@ -153,7 +154,7 @@ def test_finished_cells_are_kept_and_others_added(compared, tiny_path, questions
     after = written(out)
     assert len(after) == len(before) + 1 and before.items() <= after.items()
     assert [row["mean_budget"] for row in results(out)] == [12, 36]
-    # Another way of reading the clips is another cell.
+    # Other stream settings are another cell.
     assert compare(tiny_path, questions, out, "--methods", "uniform", "--mean-budgets", "12", "--max-seconds", "2") == 0
     assert len(written(out)) == len(after) + 1
     assert compare(tiny_path, questions, out, "--methods", "uniform", "--mean-budgets", "12", "--overwrite") == 0
@@ -161,7 +162,7 @@ def test_finished_cells_are_kept_and_others_added(compared, tiny_path, questions
     assert len(changed) == 1
 
 
-def test_an_interrupted_comparison_goes_on(tiny_path, questions, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_comparison_resumes(tiny_path, questions, tmp_path, monkeypatch, capsys):
     genuine, calls = omnimem.measure.compare.answer_questions, []
 
     def interrupted(*args):
@@ -177,7 +178,7 @@ def test_an_interrupted_comparison_goes_on(tiny_path, questions, tmp_path, monke
     assert len(before) == 2 == len(results(tmp_path))
     assert compare(tiny_path, questions, tmp_path, *GRID, "--limit", "1") == 0
     assert len(calls) == 3 + 3 and before.items() <= written(tmp_path).items()
-    # A cell that is not whole is named, not trusted.
+    # An incomplete cell file is reported, not used.
     file = next((tmp_path / "cells").iterdir())
     file.write_text(file.read_text()[:100])
     assert compare(tiny_path, questions, tmp_path, *GRID, "--limit", "1") == 2
@@ -206,7 +207,7 @@ def test_lambda_and_temperature_are_swept(tiny, tiny_path, questions, tmp_path, 
     for name in ("budget", "lambda", "temperature"):
         assert (tmp_path / f"accuracy_vs_{name}.png").read_bytes().startswith(b"\x89PNG")
     assert " λ " in capsys.readouterr().out
-    # Without T, the profile is used in its own proportions.
+    # Without a temperature, the profile is scaled.
     assert compare(tiny_path, questions, tmp_path, *grid, "--profile", str(profile), "--limit", "1") == 0
     assert sum(map(sum, results(tmp_path)[1]["layers"])) == 90
 
@@ -231,11 +232,11 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(questions, tmp_path, c
     assert reason in error and error.count("\n") == 1
 
 
-def test_budgets_a_profile_cannot_hold_and_a_ratio_beside_it(tiny, questions, tmp_path, capsys):
+def test_budgets_below_the_floor_and_a_ratio_with_a_profile_are_refused(tiny, questions, tmp_path, capsys):
     BudgetProfile.uniform(tiny.config).save(tmp_path / "p.json")
     given = ["--profile", str(tmp_path / "p.json")]
     assert compare("no/such/model", questions, tmp_path, *given, "--mean-budgets", "8") == 2
-    assert "cannot hold" in capsys.readouterr().err
+    assert "below two floors" in capsys.readouterr().err
     assert compare("no/such/model", questions, tmp_path, *given, "--ratio", "2") == 2
     assert "has its own" in capsys.readouterr().err
     for wrong in ("1", "24,x", ""):
@@ -252,7 +253,7 @@ def test_no_clip_and_no_matplotlib_are_one_line(tiny_path, questions, tmp_path, 
     assert "omnimem[report]" in capsys.readouterr().err
 
 
-def test_a_cell_without_memory_is_left_out(tmp_path, caplog):
+def test_a_cell_out_of_memory_is_skipped(tmp_path, caplog):
     def exhausted():
         raise MemoryError
 
@@ -266,13 +267,13 @@ def test_a_cell_without_memory_is_left_out(tmp_path, caplog):
         run_cells(cells[:1], tmp_path, False, lambda rows: None)
 
 
-def test_interval_counts_clips_that_stand_or_fall_together():
+def test_interval_accounts_for_correlated_answers_about_a_clip():
     alone = [[True], [False]] * 20
     low, high = cluster_interval(alone)
     assert low + high == pytest.approx(1) and high - low == pytest.approx(0.30, abs=0.02)
-    # The same answer ten times over says nothing new.
+    # Ten equal answers about one clip carry no more information than one.
     assert cluster_interval([clip * 10 for clip in alone]) == pytest.approx((low, high))
-    # Questions that vary inside their clip say as much as independent ones, never more.
+    # Answers that vary within a clip count at most as independent ones.
     assert cluster_interval([[True, False]] * 20) == pytest.approx((low, high), abs=0.01)
     assert cluster_interval([[False] * 10] * 5) == pytest.approx((0, 0.43), abs=0.01)
     assert cluster_interval([[True]])[0] < 0.3

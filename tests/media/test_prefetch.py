@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 from clips import MEDIA
-from omnimem import stream
+from omnimem import stream_settings
 from omnimem.backbones import Backbone
 from omnimem.budget import BudgetProfile
 from omnimem.calibrate import measure_clip
 from omnimem.measure.meter import Meter
 from omnimem.media import MediaError, open_media
 from omnimem.media.prefetch import prefetch
-from omnimem.stream import StreamingSession, StreamSettings
+from omnimem.stream import StreamingSession
+from omnimem.stream_settings import StreamSettings
 from small_runs import HALF, RABBIT, adapter, trained_run
 
 PATIENCE = 20
@@ -105,7 +106,7 @@ def overlapping(monkeypatch):
     """Every step of the model waits until the chunk after it is decoded; the function sets the seconds of decoding."""
     slow = [0.0]
     decoded = [threading.Event() for _ in range(100)]
-    real_open, real_begin = stream.open_media, StreamSettings.begin
+    real_open, real_begin = stream_settings.open_media, StreamSettings.stream_encoder
 
     def begin(self, info, backbone):
         encoder = real_begin(self, info, backbone)
@@ -119,8 +120,8 @@ def overlapping(monkeypatch):
         encoder.encode = encode_when_the_next_is_decoded
         return encoder
 
-    monkeypatch.setattr(stream, "open_media", lambda *a, **k: Reader(real_open(*a, **k), decoded, slow[0]))
-    monkeypatch.setattr(StreamSettings, "begin", begin)
+    monkeypatch.setattr(stream_settings, "open_media", lambda *a, **k: Reader(real_open(*a, **k), decoded, slow[0]))
+    monkeypatch.setattr(StreamSettings, "stream_encoder", begin)
     return lambda seconds: slow.__setitem__(0, seconds)
 
 

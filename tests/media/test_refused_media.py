@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from clips import MEDIA, RABBIT, ROOT
+from data_prep.decoded_clips.folder import read_records
+from data_prep.decoded_clips.format import PrepareSettings
+from data_prep.decoded_clips.prepare import prepare
+from data_prep.decoded_clips.shard_writer import source
 from data_prep.manifest import read_manifest
-from data_prep.prepare import prepare
-from data_prep.prepare.shard import source
-from data_prep.prepared import PrepareSettings, read_records
 from data_prep.validate import validate
 from data_prep.validate.file import AUDIO_SUFFIXES, VIDEO_SUFFIXES, check_file
 from omnimem.cli import main as omnimem
@@ -140,14 +141,14 @@ def test_preparing_refuses_it(evil, root, tmp_path):
     file = manifest(root, {"media": evil.name}, {"media": inner(root)})
     folder = tmp_path / "prepared"
     report = prepare(read_manifest(file), folder, PrepareSettings(), workers=1, on_bad_row="skip")
-    assert report.made == 1
+    assert report.decoded == 1
     (problem,) = report.problems
     assert evil.name in problem
     assert [record["name"] for record in read_records(folder)] == ["good.webm"]
 
 
 def test_training_refuses_it_as_media_and_as_sound(evil, root):
-    for row in ({"media": evil.name}, {"media": inner(root), "sound": evil.name}):
+    for row in ({"media": evil.name}, {"media": inner(root), "audio_path": evil.name}):
         with pytest.raises(OmniMemError, match=re.escape(evil.name)):
             load_rows(DataConfig(path=str(manifest(root, row))))
 
@@ -261,7 +262,7 @@ def test_a_shard_is_named_after_everything_that_was_read(root, tmp_path, monkeyp
     """Every file that is opened is among the sources, and a byte more in any of them makes another shard."""
     (root / "film.webm").write_bytes((MEDIA / FLOWER).read_bytes())
     (root / "talk.mp3").write_bytes((MEDIA / SPEECH).read_bytes())
-    file = manifest(root, {"media": "film.webm", "sound": "talk.mp3"})
+    file = manifest(root, {"media": "film.webm", "audio_path": "talk.mp3"})
     opened = set()
     real = av.open
 

@@ -21,7 +21,8 @@ from omnimem.memory.rotary import Rotary
 from omnimem.modality import AUDIO, TEXT, VISUAL
 from omnimem.selection import build_selection
 from omnimem.selection.base import PositionIdPolicy
-from omnimem.stream import StreamingSession, StreamSettings
+from omnimem.stream import StreamingSession
+from omnimem.stream_settings import StreamSettings
 from omnimem.token_metadata import TokenMetadata
 from oracles import (
     WIDTH,

@@ -48,7 +48,7 @@ def read_failure(path: Path) -> str:
 
 def test_a_fingerprint_changes_with_the_size_of_either_file(tmp_path):
     """Runs are compared by it: another recording under the same name is other data."""
-    path = manifest(tmp_path, sound="talk.wav")
+    path = manifest(tmp_path, audio_path="talk.wav")
     found = {manifest_fingerprint(read_manifest(path).rows)}
     for name in ("talk.wav", "clip.mp4"):
         (tmp_path / name).write_bytes(b"other bytes")

@@ -15,7 +15,8 @@ from omnimem.forward import Stream
 from omnimem.memory import CompressedCache, attach
 from omnimem.modality import AUDIO, TEXT, VISUAL
 from omnimem.selection import SELECTION_METHODS, Candidates, SelectionMethod, build_selection
-from omnimem.stream import StreamingSession, StreamSettings
+from omnimem.stream import StreamingSession
+from omnimem.stream_settings import StreamSettings
 from oracles import (
     batch_parts,
     held,

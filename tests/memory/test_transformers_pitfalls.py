@@ -37,7 +37,8 @@ from omnimem.memory import CompressedCache, attach, lower_right_attention
 from omnimem.memory.attach import ATTENTION_NAME
 from omnimem.modality import AUDIO, VISUAL
 from omnimem.selection import build_selection
-from omnimem.stream import StreamingSession, StreamSettings
+from omnimem.stream import StreamingSession
+from omnimem.stream_settings import StreamSettings
 from oracles import (
     dense_weights,
     kept,

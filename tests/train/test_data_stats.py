@@ -7,9 +7,9 @@ import json
 import pytest
 
 from clips import MEDIA, RABBIT
+from data_prep.decoded_clips.format import PrepareSettings
+from data_prep.decoded_clips.prepare import prepare
 from data_prep.manifest import read_manifest
-from data_prep.prepare import prepare
-from data_prep.prepared import PrepareSettings
 from omnimem.cli import main
 from omnimem.errors import OmniMemError
 from train.data_stats import count, durations, stats

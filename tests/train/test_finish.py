@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
+import data_prep.decoded_clips.prepare
 import data_prep.manifest
-import data_prep.prepare
 from clips import MEDIA
 from omnimem.cli import main as omnimem
 from small_runs import FLOWER, RABBIT, ROWS, SPEECH, arguments, lines, main, write_manifest
@@ -44,9 +44,9 @@ def test_the_example_in_the_docstring_of_prepare_prepares_and_trains(elsewhere, 
     """The question also works for a prepared clip: the decoded data are read, not the original."""
     row = {"media": "mine.webm", "question": "What is seen?", "answer": "A flower."}
     write_manifest(elsewhere / "train.jsonl", [row])
-    assert omnimem(documented(data_prep.prepare, "omnimem")) == 0
+    assert omnimem(documented(data_prep.decoded_clips.prepare, "omnimem")) == 0
     (elsewhere / "mine.webm").unlink()
-    assert main([*documented(data_prep.prepare, "python train.py"), *QUICK]) == 0
+    assert main([*documented(data_prep.decoded_clips.prepare, "python train.py"), *QUICK]) == 0
     assert "mine.webm: What is heard?\n→ " in capsys.readouterr().out
 
 

@@ -46,9 +46,9 @@ def test_the_same_questions_are_found_in_another_run_and_folder(sample, tmp_path
     _, logits = saved(tmp_path, sample)
     moved = tmp_path / "moved"
     moved.mkdir()
-    row = replace(sample.row, media=moved / "a.mp4", sound=moved / "b.wav", line=7, name="a.mp4")
+    row = replace(sample.row, media=moved / "a.mp4", audio_path=moved / "b.wav", line=7, name="a.mp4")
     row.media.write_bytes(sample.row.media.read_bytes())
-    row.sound.write_bytes(sample.row.sound.read_bytes())
+    row.audio_path.write_bytes(sample.row.audio_path.read_bytes())
     found = TeacherCache(tmp_path / "teacher", SETTINGS).load([Sample(row, sample.questions)])
     assert found is not None
     for asked, given in zip(sample.questions, logits, strict=True):
@@ -69,8 +69,8 @@ def test_another_clip_or_audio_file_is_not_found(sample, tmp_path, what):
     answers, _ = saved(tmp_path, sample)
     other = {
         "media": {"media": tmp_path / "other.bin"},
-        "sound": {"sound": tmp_path / "other.bin"},
-        "no sound file": {"sound": None},
+        "sound": {"audio_path": tmp_path / "other.bin"},
+        "no sound file": {"audio_path": None},
         "not heard": {"audio": False},
     }[what]
     assert answers.load([Sample(replace(sample.row, **other), sample.questions)]) is None
@@ -83,7 +83,7 @@ def test_another_model_or_media_setting_is_not_found(sample, tmp_path, settings)
 
 
 def test_a_batch_is_found_only_if_complete_and_each_stream_has_its_own_logits(sample, tmp_path):
-    other = Sample(replace(sample.row, sound=None), (TokenizedQuestion(ids(1), ids(2, 3), 1.0),))
+    other = Sample(replace(sample.row, audio_path=None), (TokenizedQuestion(ids(1), ids(2, 3), 1.0),))
     answers = TeacherCache(tmp_path / "teacher", SETTINGS)
     logits = torch.randn(5, 11)
     answers.save([sample, other], [sample.questions[0], other.questions[0]], logits)

@@ -14,7 +14,7 @@ from omnimem.backbones import load_backbone
 from omnimem.budget import BudgetProfile, ModelFingerprint
 from omnimem.errors import OmniMemError
 from omnimem.recipe import load_recipe
-from omnimem.stream import StreamSettings
+from omnimem.stream_settings import StreamSettings
 from small_runs import (
     AUDIO,
     FLOWER,

@@ -1,7 +1,7 @@
-"""Results kept from one run to the next: the report, and the journal of a run that is not finished.
+"""Results saved between runs: the report, and the journal of an unfinished run.
 
-A result is used again for a file with the same path, size and time of modification, checked by this version of the
-checks, of PyAV and of FFmpeg; one that was decoded in full also serves `--fast`.
+A result is reused if path, size and modification time of the file and the versions of the checks, PyAV and FFmpeg are
+the same; a result of full decoding is also reused under `--fast`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import av
 from omnimem.errors import OmniMemError
 from omnimem.files import explained_disk_errors
 
-VERSION = 2  # of the checks: a change of what is looked at invalidates what was found before
+VERSION = 3  # of the checks and of the entries: results of another version are not reused
 
-KEYS = {"path", "size", "mtime_ns", "checks", "findings"}  # without which an entry is none of ours
+KEYS = {"path", "size", "mtime_ns", "checks", "findings"}  # every valid entry has them
 
 
 def identity(path: Path, fast: bool) -> dict[str, Any]:
-    """What a result belongs to; a file that is not there (any more) has size -1."""
+    """The file and the checks a result belongs to; a missing file has size -1."""
     try:
         stat = path.stat()
         size, modified = stat.st_size, stat.st_mtime_ns
@@ -33,28 +33,28 @@ def identity(path: Path, fast: bool) -> dict[str, Any]:
     return {"path": printable(path), "size": size, "mtime_ns": modified, "checks": checks}
 
 
-def serves(entry: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether a kept result is that of the file as it is now, looked at as closely as asked."""
-    # A process may have died for want of memory: that file deserves another chance.
+def is_reusable(entry: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a saved result is valid for the unchanged file and at least as thorough as requested."""
+    # The process may have died from lack of memory: check the file again.
     if any(finding["code"] == "crashed" for finding in entry["findings"]):
         return False
     same = all(entry[key] == wanted[key] for key in ("path", "size", "mtime_ns"))
-    had, asked = entry["checks"], wanted["checks"]
-    return same and {**had, "fast": asked["fast"]} == asked and had["fast"] <= asked["fast"]
+    had, wants = entry["checks"], wanted["checks"]
+    return same and {**had, "fast": wants["fast"]} == wants and had["fast"] <= wants["fast"]
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """A path as text that can be printed and written; bytes that are not UTF-8 become escapes."""
+    """A path as printable text; bytes that are not UTF-8 become escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def read_report(path: Path) -> list[dict[str, Any]]:
-    """Results of an earlier report; none if there is none.
+    """Results of an earlier report; an empty list if there is no report.
 
     Raises
     ------
     OmniMemError
-        There is another file of that name, which would be overwritten.
+        The file is not a report and would be overwritten.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -68,16 +68,16 @@ def read_report(path: Path) -> list[dict[str, Any]]:
 
 
 class Journal:
-    """Results of a run under way, one line each beside the report; removed with `finish`."""
+    """Results of an unfinished run, one line each, in a file next to the report; `finish` deletes it."""
 
     def __init__(self, report: Path) -> None:
         self.path = report.with_name(f"{report.stem}.partial.jsonl")
         self.entries = self._read()
         try:
-            # Unbuffered: what a full disk did not take must not be written once more on closing.
+            # Unbuffered: after a write that failed on a full disk, closing must not try to write again.
             self._file = self.path.open("ab", buffering=0)
         except OSError as error:
-            raise OmniMemError(f"cannot write {self.path}: {error.strerror}; name a place with --report") from error
+            raise OmniMemError(f"cannot write {self.path}: {error.strerror}; choose another --report") from error
 
     def __enter__(self) -> Journal:
         return self
@@ -88,15 +88,15 @@ class Journal:
         self._file.close()
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Keep a result, now."""
+        """Append a result and write it at once."""
         with explained_disk_errors(self.path):
-            # A line of its own even after a line that a killed run left unfinished.
+            # The leading newline separates it from an unfinished line of a killed run.
             self._file.write(b"\n" + json.dumps(entry, ensure_ascii=False).encode() + b"\n")
 
     def finish(self) -> None:
-        """The report is written: the journal is no longer needed."""
+        """Delete the journal, once the report is written."""
         self._file.close()
-        self.path.unlink(missing_ok=True)  # another run of the same command may have finished first
+        self.path.unlink(missing_ok=True)  # a parallel run of the same command may have deleted it
 
     def _read(self) -> list[dict[str, Any]]:
         try:
@@ -104,11 +104,11 @@ class Journal:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise OmniMemError(f"cannot read {self.path}: {error.strerror}; name a place with --report") from error
+            raise OmniMemError(f"cannot read {self.path}: {error.strerror}; choose another --report") from error
         entries = []
         for line in lines:
             try:
                 entries.append(json.loads(line))
-            except ValueError:  # empty, or cut off when the run was killed
+            except ValueError:  # empty, or truncated when the run was killed
                 continue
         return [entry for entry in entries if isinstance(entry, dict) and set(entry) >= KEYS]

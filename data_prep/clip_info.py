@@ -1,10 +1,10 @@
-"""Open the clips of a manifest before training: side by side, and only those that changed since the last time.
+"""Open the clips of a manifest before training: in parallel, and only those that changed since the last start.
 
-What opening a clip tells (`MediaInfo`) is kept in the user's cache folder, ``$OMNIMEM_CACHE`` or ``~/.cache/omnimem``,
-in one file for each manifest. It is used again as long as path, size and time of modification of the clip and the
-versions of PyAV and FFmpeg are the same. A clip that could not be opened is tried again at every start.
+The result (`MediaInfo`) is cached in ``$OMNIMEM_CACHE`` or ``~/.cache/omnimem``, one file per manifest. It is reused as
+long as path, size and modification time of the clip and the versions of PyAV and FFmpeg are the same. A clip that could
+not be opened is tried again at every start.
 
-    python -c "from data_prep.opened import open_rows; from data_prep.manifest import read_manifest as r; \
+    python -c "from data_prep.clip_info import open_rows; from data_prep.manifest import read_manifest as r; \
 print(open_rows(r('quickstart').rows, 'quickstart'))"
 """
 
@@ -32,7 +32,7 @@ from omnimem.files import atomic_write_text
 from omnimem.media import MediaInfo, open_media
 
 WORKERS = min(32, 2 * processors())
-"""Threads that open clips. FFmpeg runs without Python's lock; more than processors, because files are waited for."""
+"""Threads that open clips: FFmpeg releases the GIL, and opening mostly waits for the file system."""
 
 log = logging.getLogger("omnimem.data")
 
@@ -44,7 +44,7 @@ class OpenedRow(Row):
     Attributes
     ----------
     info : MediaInfo
-        Of its media and, where that is another file, its sound.
+        Facts about the clip, including its separate audio file if it has one.
     """
 
     info: MediaInfo
@@ -57,12 +57,12 @@ def open_rows(rows: Sequence[Row], manifest: str | os.PathLike[str]) -> list[Ope
     ----------
     rows : sequence of Row
     manifest : path
-        The manifest they are from, under whose path results are kept.
+        The manifest of the rows; results are cached under its path.
 
     Returns
     -------
     list of OpenedRow or OmniMemError
-        For each row, the row with what is known about its clip, or why that cannot be opened.
+        For each row, the row with its `MediaInfo`, or the error if its clip cannot be opened.
     """
     file = cache_folder() / "clips" / f"{hashlib.sha256(os.path.realpath(manifest).encode()).hexdigest()[:32]}.json"
     known = _read(file)
@@ -72,7 +72,7 @@ def open_rows(rows: Sequence[Row], manifest: str | os.PathLike[str]) -> list[Ope
     if missing:
         try:
             _open(missing, found)
-        finally:  # also what was opened before an interruption
+        finally:  # after an interruption, too
             _write(file, {key: info for key, info in found.items() if isinstance(info, MediaInfo)})
     outcomes = [found[key] for key in keys]
     return [
@@ -82,21 +82,21 @@ def open_rows(rows: Sequence[Row], manifest: str | os.PathLike[str]) -> list[Ope
 
 
 def cache_folder() -> Path:
-    """Folder of what can be found out again."""
+    """Folder of cached results, which can be deleted at any time."""
     if folder := os.environ.get("OMNIMEM_CACHE"):
         return Path(folder)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "omnimem"
-    except RuntimeError:  # a user without a home, as in some containers
+    except RuntimeError:  # no home folder, as in some containers
         return Path(tempfile.gettempdir()) / f"omnimem-{os.getuid()}"
 
 
 def _open(missing: dict[str, Row], found: dict[str, MediaInfo | OmniMemError]) -> None:
-    """Open the clips of `missing` in threads and put into `found` what they tell, under the same keys."""
+    """Open the clips of `missing` in threads and add the results to `found` under the same keys."""
     console = Console(stderr=True)
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="open") as pool:
         try:
-            futures = {pool.submit(_look, row): key for key, row in missing.items()}
+            futures = {pool.submit(_open_clip, row): key for key, row in missing.items()}
             done = as_completed(futures)
             if console.is_terminal:
                 done = track(done, "opening clips", len(futures), console=console, transient=True)
@@ -106,18 +106,17 @@ def _open(missing: dict[str, Row], found: dict[str, MediaInfo | OmniMemError]) -
             pool.shutdown(cancel_futures=True)
 
 
-def _look(row: Row) -> MediaInfo | OmniMemError:
+def _open_clip(row: Row) -> MediaInfo | OmniMemError:
     try:
-        return open_media(row.media, audio_path=row.sound).info
+        return open_media(row.media, audio_path=row.audio_path).info
     except OmniMemError as error:
         return error
 
 
 def _key(row: Row) -> str:
-    """Path, size and time of modification of all files of a row."""
-    files = [row.media] if row.sound is None else [row.media, row.sound]
-    status = [path.stat() for path in files]
-    return json.dumps([[str(p), s.st_size, s.st_mtime_ns] for p, s in zip(files, status, strict=True)])
+    """Path, size and modification time of all files of a row."""
+    status = [path.stat() for path in row.files]
+    return json.dumps([[str(p), s.st_size, s.st_mtime_ns] for p, s in zip(row.files, status, strict=True)])
 
 
 def _versions() -> dict[str, str]:
@@ -125,7 +124,7 @@ def _versions() -> dict[str, str]:
 
 
 def _read(file: Path) -> dict[str, MediaInfo]:
-    """What is kept; nothing where it is of other versions or cannot be read."""
+    """Cached results; none if they are from other versions or cannot be read."""
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
         if content["versions"] != _versions():
@@ -140,4 +139,4 @@ def _write(file: Path, clips: dict[str, MediaInfo]) -> None:
     try:
         atomic_write_text(file, json.dumps(content))
     except (OmniMemError, OSError) as error:
-        log.warning("all clips will be opened again at the next start: %s", error)
+        log.warning("result not cached, so all clips will be opened again at the next start: %s", error)

@@ -1,6 +1,6 @@
-"""`omnimem data prepare`: what is read back is what the clips give, nothing is done twice, the clips may be gone.
+"""`omnimem data prepare`: shards give the same chunks as the clips, no clip is decoded twice, clips may be deleted.
 
-python -m pytest tests/data_prep/test_prepare.py
+python -m pytest tests/data_prep/test_decoded_clips.py
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data_prep.prepare as preparing
+import data_prep.decoded_clips.prepare as preparing
 from clips import MEDIA, RABBIT, WEBB
+from data_prep.decoded_clips.folder import PreparedRow, is_prepared, read_prepared
+from data_prep.decoded_clips.format import PrepareSettings
+from data_prep.decoded_clips.prepare import prepare
+from data_prep.decoded_clips.shard_reader import ShardReader
+from data_prep.decoded_clips.shard_writer import Prepared, Refused, Task, group_lengths, prepare_clip
 from data_prep.manifest import Manifest, manifest_fingerprint, read_manifest
-from data_prep.prepare import prepare
-from data_prep.prepare.shard import Prepared, Refused, Task, group_lengths, prepare_clip
-from data_prep.prepared import PreparedRow, PrepareSettings, is_prepared, read_prepared
-from data_prep.prepared_reader import PreparedReader
 from media_files import tone, write_media
 from omnimem.cli import main as omnimem
 from omnimem.errors import OmniMemError
@@ -53,14 +54,14 @@ ROTATED = MEDIA / "odd_rotated_no_audio_nasa.mp4"
 CLIPS = [RABBIT, MEDIA / FLOWER, WEBB, SPEECH, ROTATED]
 
 
-def made(clip: Path, folder: Path, heard: Path | None = None, **settings) -> Path:
+def made(clip: Path, folder: Path, audio_path: Path | None = None, **settings) -> Path:
     """The shard of a clip."""
-    outcome = prepare_clip(Task(clip, heard, PrepareSettings(**settings), folder))
+    outcome = prepare_clip(Task(clip, audio_path, PrepareSettings(**settings), folder))
     assert isinstance(outcome, Prepared), outcome
     return folder / outcome.shard
 
 
-def assert_same(found: PreparedReader, expected: MediaReader, slack: float = 0.0) -> None:
+def assert_same(found: ShardReader, expected: MediaReader, slack: float = 0.0) -> None:
     """Chunk for chunk and bit for bit; the last one may end later by less than `slack` seconds."""
     for a, b in zip(list(found), list(expected), strict=True):
         assert (a.index, a.t0, a.last) == (b.index, b.t0, b.last)
@@ -75,97 +76,97 @@ def assert_same(found: PreparedReader, expected: MediaReader, slack: float = 0.0
 
 
 @pytest.mark.parametrize("clip", CLIPS, ids=lambda clip: clip.stem[:16])
-def test_chunks_are_those_of_the_clip(clip, tmp_path):
-    """At chunk lengths that have nothing to do with the stored ones, and at every rate that divides the stored one."""
+def test_chunks_equal_those_of_the_clip(clip, tmp_path):
+    """At any chunk length, and at every rate that divides the stored one."""
     shard = made(clip, tmp_path, fps=2.0)
     for fps, seconds in ((2.0, 2.0), (2.0, 1.5), (1.0, 4.0), (0.5, 10.0)):
         asked = {"fps": fps, "chunk_seconds": seconds, "short_side": 360}
-        assert_same(PreparedReader(shard, **asked), open_media(clip, **asked))
-    reader = PreparedReader(shard, fps=1.0, short_side=360, name="clip")
+        assert_same(ShardReader(shard, **asked), open_media(clip, **asked))
+    reader = ShardReader(shard, fps=1.0, short_side=360, name="clip")
     assert list(map(repr, reader)) == list(map(repr, reader))  # may be read again
     assert replace(reader.info, path=str(clip)) == open_media(clip).info
 
 
-@pytest.mark.parametrize("frames", ["webp", "png"])
-def test_the_exact_formats_are_exact(frames, tmp_path):
-    shard = made(RABBIT, tmp_path, frames=frames, short_side=None)
-    assert_same(PreparedReader(shard), open_media(RABBIT))
+@pytest.mark.parametrize("frame_format", ["webp", "png"])
+def test_the_exact_formats_are_exact(frame_format, tmp_path):
+    shard = made(RABBIT, tmp_path, frame_format=frame_format, short_side=None)
+    assert_same(ShardReader(shard), open_media(RABBIT))
 
 
-def test_without_the_sound(tmp_path):
-    """Prepared without, or dropped when read: the same where the picture begins no later than the sound."""
+def test_without_audio(tmp_path):
+    """Prepared without audio, or read without it: the same chunks if video starts no later than audio."""
     asked = {"fps": 1.0, "chunk_seconds": 4.0, "short_side": 360, "audio": False}
     for clip in (RABBIT, WEBB):
         assert open_media(clip).info.video_offset == 0
-        # Where the picture ended under the sound is not stored.
-        assert_same(PreparedReader(made(clip, tmp_path), **asked), open_media(clip, **asked), slack=1.0)
-    assert_same(PreparedReader(made(APOLLO, tmp_path, audio=False), **asked), open_media(APOLLO, **asked))
-    with pytest.raises(MediaError, match="no picture in it"):
-        PreparedReader(made(SPEECH, tmp_path), short_side=360, audio=False)
+        # The end of the video is not stored if audio is longer.
+        assert_same(ShardReader(made(clip, tmp_path), **asked), open_media(clip, **asked), slack=1.0)
+    assert_same(ShardReader(made(APOLLO, tmp_path, audio=False), **asked), open_media(APOLLO, **asked))
+    with pytest.raises(MediaError, match="no video, and audio is off"):
+        ShardReader(made(SPEECH, tmp_path), short_side=360, audio=False)
 
 
-def test_sound_of_another_file(tmp_path):
+def test_separate_audio_file(tmp_path):
     asked = {"chunk_seconds": 4.0, "short_side": 360}
-    shard = made(MEDIA / FLOWER, tmp_path, heard=SPEECH)
-    assert_same(PreparedReader(shard, **asked), open_media(MEDIA / FLOWER, audio_path=SPEECH, **asked))
+    shard = made(MEDIA / FLOWER, tmp_path, audio_path=SPEECH)
+    assert_same(ShardReader(shard, **asked), open_media(MEDIA / FLOWER, audio_path=SPEECH, **asked))
     assert shard != made(MEDIA / FLOWER, tmp_path)
 
 
 @pytest.mark.parametrize(("prepared", "read"), [(None, 4.0), (6.0, 6.0), (6.0, 3.3), (100.0, 100.0)])
-def test_clips_that_are_cut(prepared, read, tmp_path):
+def test_max_seconds(prepared, read, tmp_path):
     shard = made(RABBIT, tmp_path, max_seconds=prepared)
     for seconds in (2.0, 5.0):
         asked = {"chunk_seconds": seconds, "short_side": 360, "max_seconds": read}
-        assert_same(PreparedReader(shard, **asked), open_media(RABBIT, **asked))
+        assert_same(ShardReader(shard, **asked), open_media(RABBIT, **asked))
 
 
 def test_the_end_is_exact_wherever_it_falls(tmp_path):
-    """A clip that ends just behind the edge of a row group shows its end in chunks of other lengths, too."""
+    """A clip that ends right after the edge of a row group ends at the same time in chunks of other lengths."""
     length = next(iter(group_lengths(1.0)))
     clip = write_media(tmp_path / "edge.mkv", rate=1000, pts=[*range(int(length)), length - 0.0005], codec="ffv1")
     shard = made(clip, tmp_path)
     for seconds in (length, 3.0, 25.0):
         asked = {"chunk_seconds": seconds, "short_side": 360}
-        assert_same(PreparedReader(shard, **asked), open_media(clip, **asked))
+        assert_same(ShardReader(shard, **asked), open_media(clip, **asked))
 
 
 def test_smaller_formats_come_close(tmp_path):
     exact = next(iter(open_media(RABBIT, chunk_seconds=4.0, short_side=360)))
-    small = made(RABBIT, tmp_path, frames="jpeg", quality=90, sound="int16")
-    found = next(iter(PreparedReader(small, chunk_seconds=4.0, short_side=360)))
+    small = made(RABBIT, tmp_path, frame_format="jpeg", jpeg_quality=90, audio_dtype="int16")
+    found = next(iter(ShardReader(small, chunk_seconds=4.0, short_side=360)))
     difference = np.abs(found.frames.astype(int) - exact.frames)
     assert 0 < difference.mean() < 3
     assert np.abs(found.audio - exact.audio).max() <= 0.5 / 32768 + 1e-7
     assert small.stat().st_size < 0.5 * made(RABBIT, tmp_path).stat().st_size
-    # 16-bit sound that needs no resampling loses nothing.
+    # 16-bit audio that needs no resampling is exact.
     clip = write_media(tmp_path / "tone.wav", codec=None, sounds=[{"samples": tone(3.0)}])
-    assert_same(PreparedReader(made(clip, tmp_path, sound="int16"), short_side=360), open_media(clip))
+    assert_same(ShardReader(made(clip, tmp_path, audio_dtype="int16"), short_side=360), open_media(clip))
 
 
-def test_what_is_not_stored_is_refused_in_one_line(tmp_path):
+def test_settings_that_are_not_stored_are_refused_in_one_line(tmp_path):
     shard = made(RABBIT, tmp_path, fps=2.0, max_seconds=6.0, audio=False)
     with pytest.raises(OmniMemError) as caught:
-        PreparedReader(shard, name="clip.mp4", fps=3.0, short_side=240, audio=True)
+        ShardReader(shard, name="clip.mp4", fps=3.0, short_side=240, audio=True)
     assert str(caught.value).startswith(
         "clip.mp4: prepared with fps=2.0, short_side=360, audio=off, max_seconds=6.0, but fps=3, short_side=240, "
-        "audio=on, max_seconds=none is asked for"
+        "audio=on, max_seconds=none is requested"
     )
     assert "omnimem data prepare MANIFEST --to DIR --fps 3 --short-side 240 --audio on" in str(caught.value)
 
 
-def test_a_damaged_or_missing_shard_says_so(tmp_path):
+def test_a_damaged_or_missing_shard_is_reported(tmp_path):
     shard = made(RABBIT, tmp_path)
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 255
     shard.write_bytes(content)
     with pytest.raises(MediaError, match=r"clip.mp4: its shard .* is damaged .*prepare it again"):
-        list(PreparedReader(shard, name="clip.mp4", short_side=360))
+        list(ShardReader(shard, name="clip.mp4", short_side=360))
     shard.write_bytes(content[:1000])
     with pytest.raises(MediaError, match="is damaged"):
-        PreparedReader(shard, short_side=360)
+        ShardReader(shard, short_side=360)
     shard.unlink()
     with pytest.raises(MediaError, match="is missing; prepare it again"):
-        PreparedReader(shard, short_side=360)
+        ShardReader(shard, short_side=360)
 
 
 def test_shards_stream_through_datasets(tmp_path):
@@ -175,8 +176,8 @@ def test_shards_stream_through_datasets(tmp_path):
     rows = load_dataset("parquet", data_files=str(tmp_path / "*.parquet"), split="train", streaming=True)
     row = next(iter(rows))
     chunk = next(iter(open_media(RABBIT, chunk_seconds=20.0, short_side=360)))
-    assert np.array_equal(np.stack([np.asarray(picture) for picture in row["frames"]]), chunk.frames)
-    assert np.array_equal(np.float32(row["sound"]), chunk.audio)
+    assert np.array_equal(np.stack([np.asarray(image) for image in row["frames"]]), chunk.frames)
+    assert np.array_equal(np.float32(row["audio"]), chunk.audio)
 
 
 # ---- preparing -------------------------------------------------------------------------------------------------------
@@ -187,57 +188,57 @@ def manifest(folder: Path, *names: str) -> Manifest:
     return read_manifest(write_manifest(folder / "data.jsonl", rows), MEDIA)
 
 
-def test_nothing_is_done_twice(tmp_path, monkeypatch):
+def test_no_clip_is_decoded_twice(tmp_path, monkeypatch):
     two = manifest(tmp_path, RABBIT.name, FLOWER)
     first = prepare(two, tmp_path / "a", PrepareSettings(), workers=1)
-    assert (first.clips, first.made, first.problems) == (2, 2, [])
+    assert (first.clips, first.decoded, first.problems) == (2, 2, [])
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a" / "clips").glob("*.parquet")}
 
-    # A manifest that grew, with a row that shares its clip, costs what is new.
+    # Of a manifest with more rows, only new clips are decoded.
     grown = prepare(manifest(tmp_path, RABBIT.name, RABBIT.name, FLOWER, WEBB.name), tmp_path / "a", PrepareSettings())
-    assert (grown.clips, grown.made) == (3, 1)
-    # Another folder may share the clips, known by their content: a copy elsewhere is the same clip.
+    assert (grown.clips, grown.decoded) == (3, 1)
+    # Another folder may share the shards, which are identified by content: a copy is the same clip.
     shutil.copy(RABBIT, tmp_path / "copy.mp4")
     other = read_manifest(write_manifest(tmp_path / "b.jsonl", [{**ROWS[0], "media": "copy.mp4"}]), tmp_path)
     shared = prepare(other, tmp_path / "b", PrepareSettings(), clips=tmp_path / "a" / "clips", workers=1)
-    assert (shared.clips, shared.made) == (1, 0)
+    assert (shared.clips, shared.decoded) == (1, 0)
     assert len(read_prepared(tmp_path / "b").rows) == 1
 
-    # Once more: no file is even read.
+    # A third time: no file is read.
     monkeypatch.setattr(preparing, "prepare_clip", None)
-    assert prepare(two, tmp_path / "a", PrepareSettings(), workers=1).made == 0
+    assert prepare(two, tmp_path / "a", PrepareSettings(), workers=1).decoded == 0
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a" / "clips").glob("*.parquet")}
     assert before.items() <= after.items() and len(after) == 3
 
 
-def test_another_way_of_decoding_takes_another_folder(tmp_path):
+def test_other_settings_need_another_folder(tmp_path):
     rows = manifest(tmp_path, RABBIT.name)
     prepare(rows, tmp_path / "a", PrepareSettings(), workers=1)
     with pytest.raises(OmniMemError, match=r"prepared with fps=1.0 \(now 2.0\)"):
         prepare(rows, tmp_path / "a", PrepareSettings(fps=2.0), workers=1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(OmniMemError, match="holds something else"):
+    with pytest.raises(OmniMemError, match="holds other files"):
         prepare(rows, tmp_path / "mine", PrepareSettings(), workers=1)
 
 
-def test_a_damaged_clip_is_refused_and_the_others_go_on(tmp_path):
+def test_a_damaged_clip_is_refused_and_the_others_are_prepared(tmp_path):
     rows = manifest(tmp_path, HALF, RABBIT.name)
     with pytest.raises(OmniMemError, match=r"^line 1: .*cut off.*--on-bad-row skip"):
         prepare(rows, tmp_path / "a", PrepareSettings(), workers=1)
     assert not is_prepared(tmp_path / "a") and len(list((tmp_path / "a" / "clips").glob("*.parquet"))) == 1
     report = prepare(rows, tmp_path / "a", PrepareSettings(), workers=1, on_bad_row="skip")
-    assert (report.clips, report.made) == (1, 0) and "cut off" in report.problems[0]
+    assert (report.clips, report.decoded) == (1, 0) and "cut off" in report.problems[0]
     assert [row.name for row in read_prepared(tmp_path / "a").rows] == [RABBIT.name]
     with pytest.raises(OmniMemError, match="no clip could be prepared"):
         prepare(manifest(tmp_path, HALF), tmp_path / "b", PrepareSettings(), workers=1, on_bad_row="skip")
 
 
-def test_processes_do_the_same(tmp_path):
+def test_worker_processes_write_the_same_shards(tmp_path):
     rows = manifest(tmp_path, RABBIT.name, FLOWER, HALF)
     told: list[Prepared | Refused] = []
     for folder, workers in (("one", 1), ("two", 2)):
-        prepare(rows, tmp_path / folder, PrepareSettings(), workers=workers, on_bad_row="skip", done=told.append)
+        prepare(rows, tmp_path / folder, PrepareSettings(), workers=workers, on_bad_row="skip", on_clip=told.append)
     assert len(told) == 6 and sum(isinstance(one, Refused) for one in told) == 2
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / f / "clips").glob("*.parquet")} for f in ("one", "two"))
     assert one == two and len(one) == 2
@@ -245,7 +246,7 @@ def test_processes_do_the_same(tmp_path):
 
 
 def test_a_clip_whose_process_dies_is_refused_by_name(tmp_path, monkeypatch):
-    """What the pool says of a decoder that crashes: see test_validate.py."""
+    """The pool itself is tested in test_validate.py."""
 
     def dies(function, tasks, workers):
         yield from ((task, None if task.media == RABBIT else function(task)) for task in tasks)
@@ -253,14 +254,14 @@ def test_a_clip_whose_process_dies_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setitem(preparing.EXECUTORS, "process", dies)
     rows = manifest(tmp_path, FLOWER, RABBIT.name)
     report = prepare(rows, tmp_path / "a", PrepareSettings(), on_bad_row="skip")
-    assert (report.clips, report.made) == (1, 1)
-    assert report.problems[0].startswith(f"line 2: {RABBIT.name}: the process that read it died")
+    assert (report.clips, report.decoded) == (1, 1)
+    assert report.problems[0].startswith(f"line 2: {RABBIT.name}: the worker process that decoded it died")
     monkeypatch.undo()
-    assert prepare(rows, tmp_path / "a", PrepareSettings(), workers=1).made == 1
+    assert prepare(rows, tmp_path / "a", PrepareSettings(), workers=1).decoded == 1
 
 
-def test_a_killed_run_goes_on(tmp_path):
-    """Killed while the second clip is at work: what is there is whole, what is not whole goes away."""
+def test_a_killed_run_resumes(tmp_path):
+    """Killed while decoding the second clip: the first shard is complete, temporary files are removed."""
     names = [RABBIT.name, "speech_burned_in_timecode_42s.mp4"]
     write_manifest(tmp_path / "data.jsonl", [{**ROWS[0], "media": name} for name in names])
     command = ["data", "prepare", str(tmp_path / "data.jsonl"), "--root", str(MEDIA), "--fps", "10"]
@@ -280,7 +281,7 @@ def test_a_killed_run_goes_on(tmp_path):
     assert not is_prepared(tmp_path / "a") and len(list(clips.glob("[!.]*.parquet"))) == 1
     assert any(LEFTOVER.fullmatch(path.name) for path in clips.glob(".*"))
     report = prepare(manifest(tmp_path, *names), tmp_path / "a", PrepareSettings(fps=10.0), workers=1)
-    assert (report.clips, report.made) == (2, 1)
+    assert (report.clips, report.decoded) == (2, 1)
     assert not any(LEFTOVER.fullmatch(path.name) for path in clips.glob(".*"))
 
 
@@ -290,11 +291,11 @@ def test_a_killed_run_goes_on(tmp_path):
 def test_the_command(tmp_path, capsys):
     write_manifest(tmp_path / "data.jsonl")
     command = ["data", "prepare", str(tmp_path / "data.jsonl"), "--to", str(tmp_path / "a"), "--root", str(MEDIA)]
-    command += ["--workers", "1", "--short-side", "none", "--frames", "jpeg", "--quality", "80"]
+    command += ["--workers", "1", "--short-side", "none", "--frame-format", "jpeg", "--jpeg-quality", "80"]
     assert omnimem(command) == 0
-    assert "2 clips (2 made now, 0 there already)" in capsys.readouterr().out
+    assert "2 clips (2 decoded now, 0 reused)" in capsys.readouterr().out
     known = json.loads((tmp_path / "a" / "prepared.json").read_text())["settings"]
-    assert (known["short_side"], known["frames"], known["quality"], known["fps"]) == (None, "jpeg", 80, 1.0)
+    assert (known["short_side"], known["frame_format"], known["jpeg_quality"], known["fps"]) == (None, "jpeg", 80, 1.0)
 
 
 def test_settings_of_a_recipe(tmp_path, capsys):
@@ -314,7 +315,7 @@ def test_settings_of_a_recipe(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The two clips of the small runs, prepared; nothing else of them is in reach."""
+    """The two clips of the small runs, prepared; the original files are deleted."""
     base = tmp_path_factory.mktemp("prepared")
     shutil.copytree(MEDIA, base / "media", ignore=lambda _, names: {n for n in names if n not in (FLOWER, RABBIT.name)})
     rows = read_manifest(write_manifest(base / "data.jsonl"), base / "media")
@@ -338,7 +339,7 @@ def test_training_is_the_same(folder, tmp_path):
 
 
 def test_the_fingerprint_is_that_of_the_manifest(folder):
-    """A run that began with the clips goes on with the prepared folder."""
+    """A run that started on the clips can be resumed on the prepared folder."""
     rows = load_rows(DataConfig(path=str(folder), fps=2.0)).rows
     assert manifest_fingerprint(rows) == (folder.parent / "fingerprint").read_text()
 
@@ -353,15 +354,15 @@ def test_the_plan_is_the_same(folder, tmp_path, capsys, monkeypatch):
 
 
 def test_no_clip_is_opened_at_the_start(folder, monkeypatch):
-    for opened in ("data_prep.opened.open_media", "data_prep.prepared_reader.read_footer"):
+    for opened in ("data_prep.clip_info.open_media", "data_prep.decoded_clips.shard_reader.read_footer"):
         monkeypatch.setattr(opened, None)
     rows = load_rows(DataConfig(path=str(folder), fps=2.0)).rows
     assert [row.name for row in rows] == [row["media"] for row in ROWS]
     assert all(isinstance(row, PreparedRow) for row in rows)
 
 
-def test_a_recipe_that_asks_for_something_else_is_refused(folder, tmp_path):
-    with pytest.raises(OmniMemError, match=rf"^data.path={folder}: prepared with fps=2.0, but fps=3 is asked for"):
+def test_a_recipe_with_other_settings_is_refused(folder, tmp_path):
+    with pytest.raises(OmniMemError, match=rf"^data.path={folder}: prepared with fps=2.0, but fps=3 is requested"):
         load_rows(DataConfig(path=str(folder), fps=3.0))
     recipe = load_recipe(arguments(tmp_path, f"eval.path={folder}", "data.short_side=240"))
     with pytest.raises(OmniMemError, match="prepared with short_side=360"):
@@ -386,21 +387,21 @@ def test_a_missing_shard_is_found_at_the_start(folder, tmp_path):
     assert len(kept.rows) == len(ROWS) - 1 and len(kept.problems) == 1
 
 
-def test_a_copy_that_was_cut_off_is_found_at_the_start_and_repaired(folder, tmp_path):
+def test_a_truncated_copy_is_found_at_the_start_and_repaired(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     first = load_rows(DataConfig(path=str(copy))).rows[0]
     content = first.media.read_bytes()
     first.media.write_bytes(content[:-1000])
-    with pytest.raises(OmniMemError, match=rf"{first.name}: its shard .* is missing or cut off; prepare again"):
+    with pytest.raises(OmniMemError, match=rf"{first.name}: its shard .* is missing or truncated; prepare again"):
         load_rows(DataConfig(path=str(copy)))
     rows = read_manifest(write_manifest(tmp_path / "data.jsonl"), MEDIA)
-    assert prepare(rows, copy, PrepareSettings(fps=2.0), workers=1).made == 1
+    assert prepare(rows, copy, PrepareSettings(fps=2.0), workers=1).decoded == 1
     assert first.media.read_bytes() == content
     listed = (copy / "rows.jsonl").read_text()
     (copy / "rows.jsonl").write_text(listed[:-100])
     with pytest.raises(OmniMemError, match="cannot be read"):
         load_rows(DataConfig(path=str(copy)))
-    assert prepare(rows, copy, PrepareSettings(fps=2.0), workers=1).made == 0
+    assert prepare(rows, copy, PrepareSettings(fps=2.0), workers=1).decoded == 0
     assert (copy / "rows.jsonl").read_text() == listed
 
 
@@ -408,24 +409,24 @@ def test_a_folder_of_another_version_is_refused(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     known = json.loads((copy / "prepared.json").read_text())
     (copy / "prepared.json").write_text(json.dumps({**known, "version": 99}))
-    with pytest.raises(OmniMemError, match="prepared in format 99, and this is 1"):
+    with pytest.raises(OmniMemError, match="prepared in format 99; this version reads 2"):
         load_rows(DataConfig(path=str(copy)))
     (copy / "prepared.json").write_text("{")
-    with pytest.raises(OmniMemError, match="not what `omnimem data prepare` wrote"):
+    with pytest.raises(OmniMemError, match="not written by `omnimem data prepare`"):
         load_rows(DataConfig(path=str(copy)))
 
 
 # ---- Ray -------------------------------------------------------------------------------------------------------------
 
 
-def test_ray_that_is_missing_is_named(tmp_path, monkeypatch):
+def test_missing_ray_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(OmniMemError, match=r"pip install 'omnimem\[ray\]'"):
         prepare(manifest(tmp_path, RABBIT.name), tmp_path / "a", PrepareSettings(), executor="ray")
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
-def test_a_ray_cluster_that_does_not_answer_is_named(tmp_path, monkeypatch):
+def test_a_ray_cluster_that_does_not_answer_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(OmniMemError, match=r"no Ray cluster answers at RAY_ADDRESS=127\.0\.0\.1:9"):
         prepare(manifest(tmp_path, RABBIT.name), tmp_path / "a", PrepareSettings(), executor="ray")
@@ -434,8 +435,8 @@ def test_a_ray_cluster_that_does_not_answer_is_named(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
 @pytest.mark.parametrize("running", [False, pytest.param(True, marks=pytest.mark.long)], ids=["started here", "found"])
-def test_a_ray_cluster_does_the_same(running, tmp_path, monkeypatch, caplog):
-    """On a cluster that is there already, and on one started for the purpose."""
+def test_a_ray_cluster_writes_the_same_shards(running, tmp_path, monkeypatch, caplog):
+    """On a running cluster, and on one started by the command."""
     from ray.cluster_utils import Cluster
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -449,8 +450,8 @@ def test_a_ray_cluster_does_the_same(running, tmp_path, monkeypatch, caplog):
     finally:
         if cluster is not None:
             cluster.shutdown()
-    assert ("on the Ray cluster at" if running else "a local one is started") in caplog.text
-    assert (report.clips, report.made, len(report.problems)) == (2, 2, 1)
+    assert ("on the Ray cluster at" if running else "starting a local one") in caplog.text
+    assert (report.clips, report.decoded, len(report.problems)) == (2, 2, 1)
     prepare(rows, tmp_path / "one", PrepareSettings(), workers=1, on_bad_row="skip")
     for file in (tmp_path / "one" / "clips").glob("*.parquet"):
         assert (tmp_path / "ray" / "clips" / file.name).read_bytes() == file.read_bytes()

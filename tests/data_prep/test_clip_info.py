@@ -1,4 +1,4 @@
-"""The clips of a manifest are opened side by side, by one process, and again only when they changed."""
+"""The clips of a manifest are opened in parallel, by one process, and again only if they changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import av
 import pytest
 
 from clips import MEDIA
-from data_prep import opened
+from data_prep import clip_info
 from omnimem.errors import OmniMemError
 from omnimem.media import container, probe
 from omnimem.recipe import DataConfig
@@ -25,7 +25,7 @@ ASKED = {"question": "What is seen?", "answer": "A flower."}
 
 @pytest.fixture(autouse=True)
 def memory(tmp_path, monkeypatch) -> Path:
-    """Where results are kept: empty at first."""
+    """The cache folder, empty at first."""
     monkeypatch.setenv("OMNIMEM_CACHE", str(tmp_path / "memory"))
     return tmp_path / "memory"
 
@@ -38,7 +38,7 @@ def data(tmp_path) -> DataConfig:
     for name in (*NAMES, SPEECH):
         shutil.copy(MEDIA / name, folder)
     rows = [{"media": name, **ASKED} for name in (*NAMES, FLOWER)]
-    rows[2]["sound"] = SPEECH
+    rows[2]["audio_path"] = SPEECH
     return DataConfig(path=str(written(folder, rows)))
 
 
@@ -50,7 +50,7 @@ def written(folder: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture
 def seen(monkeypatch) -> list[str]:
-    """Names of the files that are opened, as often as they are."""
+    """Names of the opened files, once for each time."""
     names: list[str] = []
     real = av.open
 
@@ -71,7 +71,7 @@ def test_the_second_start_opens_nothing(data, seen):
     assert first.rows[2].info.has_audio and first.rows[2].info.has_video
 
 
-@pytest.mark.parametrize("change", ["time", "size", "sound"])
+@pytest.mark.parametrize("change", ["time", "size", "audio file"])
 def test_a_file_that_changed_is_opened_again(data, seen, change):
     load_rows(data)
     seen.clear()
@@ -84,7 +84,7 @@ def test_a_file_that_changed_is_opened_again(data, seen, change):
     else:
         os.utime(folder / (FLOWER if change == "time" else SPEECH), (0, 0))
     load_rows(data)
-    assert sorted(seen) == ([FLOWER] if change != "sound" else sorted([SILENT, SPEECH]))
+    assert sorted(seen) == ([FLOWER] if change != "audio file" else sorted([SILENT, SPEECH]))
     seen.clear()
     load_rows(data)
     assert seen == []
@@ -100,7 +100,7 @@ def test_another_pyav_or_ffmpeg_opens_all_again(data, seen, monkeypatch, version
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"versions": {}}', "null"])
-def test_a_memory_that_cannot_be_read_is_as_good_as_none(data, seen, memory, content):
+def test_an_unreadable_cache_is_ignored(data, seen, memory, content):
     first = load_rows(data)
     (file,) = memory.rglob("*.json")
     file.write_text(content)
@@ -108,28 +108,28 @@ def test_a_memory_that_cannot_be_read_is_as_good_as_none(data, seen, memory, con
     assert load_rows(data) == first and len(seen) == len(NAMES) + 1
 
 
-def test_a_memory_that_cannot_be_written_costs_a_warning(data, memory, caplog):
+def test_an_unwritable_cache_gives_a_warning(data, memory, caplog):
     memory.write_text("a file where the folder should be")
     load_rows(data)
     assert "opened again at the next start" in caplog.text
 
 
-def test_clips_are_opened_side_by_side(data, monkeypatch):
-    """All meet before any goes on."""
+def test_clips_are_opened_in_parallel(data, monkeypatch):
+    """Every thread waits until all have started."""
     meeting = threading.Barrier(len(NAMES))
-    real = opened.open_media
+    real = clip_info.open_media
 
     def meets(*args, **options):
         meeting.wait(20)
         return real(*args, **options)
 
-    monkeypatch.setattr(opened, "open_media", meets)
-    monkeypatch.setattr(opened, "WORKERS", len(NAMES))
+    monkeypatch.setattr(clip_info, "open_media", meets)
+    monkeypatch.setattr(clip_info, "WORKERS", len(NAMES))
     load_rows(data)
 
 
-def test_what_was_opened_before_an_interruption_is_kept(data, seen, monkeypatch):
-    real = opened.open_media
+def test_clips_opened_before_an_interruption_are_cached(data, seen, monkeypatch):
+    real = clip_info.open_media
 
     def interrupted(path, **options):
         if path.name == SILENT:
@@ -137,8 +137,8 @@ def test_what_was_opened_before_an_interruption_is_kept(data, seen, monkeypatch)
         return real(path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(opened, "open_media", interrupted)
-        patch.setattr(opened, "WORKERS", 1)
+        patch.setattr(clip_info, "open_media", interrupted)
+        patch.setattr(clip_info, "WORKERS", 1)
         with pytest.raises(KeyboardInterrupt):
             load_rows(data)
     seen.clear()
@@ -157,7 +157,7 @@ def test_a_clip_that_cannot_be_opened_is_tried_again(data, seen):
     assert seen == [FLOWER] and [row.name for row in found.rows] == [RABBIT, SILENT] and len(found.problems) == 2
 
 
-def test_the_plan_opens_nothing_more(tmp_path, seen, capsys):
+def test_the_plan_opens_no_clip_again(tmp_path, seen, capsys):
     assert main(arguments(tmp_path, "dry_run=true")) == 0
     assert sorted(seen) == sorted([FLOWER, RABBIT])
     seen.clear()
@@ -181,7 +181,7 @@ container.av.open = noting
 from train.command import main
 sys.exit(main())
 """
-"""`train.py`, noting who opens what."""
+"""`train.py`, recording which process opens which file."""
 
 
 def launched(folder: Path, *args: str):
@@ -195,14 +195,14 @@ def launched(folder: Path, *args: str):
 
 
 def test_one_of_two_processes_opens_the_clips(tmp_path):
-    """Before the first step; in the steps each opens its own."""
+    """Before the first step; during the steps each process opens its own clips."""
     rows = [{"media": name, **ASKED} for name in (NO_INDEX, FLOWER, RABBIT)]
     options = ("train.max_steps=1", "train.save_steps=1", "data.on_bad_row=skip", "data.shuffle=false")
     done = launched(tmp_path, *arguments(tmp_path, *options, rows=rows))
     assert done.returncode == 0, done.stderr
     opened_by = [line.split() for line in (tmp_path / "opened.txt").read_text().splitlines()]
     assert {rank for rank, name in opened_by if name == NO_INDEX} == {"0"}
-    # Of two rows left each process trains on one: the same rows were left out in both.
+    # Each process trains on one of the two remaining rows: both skipped the same rows.
     assert {name for rank, name in opened_by if rank == "1"} == {RABBIT}
     assert len([line for line in lines(done.stderr) if "row skipped" in line]) == 1
     assert [record["step"] for record in metrics(tmp_path / "run")] == [1]

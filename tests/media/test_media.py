@@ -243,7 +243,7 @@ def test_timestamps_that_allow_no_plan_fall_back_to_decoding_all(tmp_path, caplo
     path = write_media(tmp_path / "raw.h264", codec="libx264", muxer="h264", options={"crf": "1"})
     with caplog.at_level(logging.INFO, "omnimem.media"):
         chunks, frames = collect(path, fps=5)
-    assert "decoding every picture" in caplog.text
+    assert "decoding every frame" in caplog.text
     assert chunks[-1].t1 == pytest.approx(4.0)
     assert np.abs(frames[:, -1, -1, 0].astype(int) - [20 + 35 * i % 160 for i in range(20)]).max() <= 2
 
@@ -538,7 +538,7 @@ def test_damaged_sound_packets_become_silence(tmp_path, caplog):
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING, "omnimem.media"):
         sound = all_sound(path)
-    assert "damaged sound" in caplog.text
+    assert "damaged audio" in caplog.text
     assert len(sound) >= 3 * 16000
     assert np.abs(sound[-8000:-2000]).max() > 0.3
 

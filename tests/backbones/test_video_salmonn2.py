@@ -57,7 +57,7 @@ FAMILIES = ["video_salmonn2", "video_salmonn2_qwen2_5"]
 QWEN3, QWEN2_5 = FAMILIES
 APOLLO = MEDIA / "speech_apollo15_hammer_feather_47s.webm"
 COMMENTARY = MEDIA / "audio_speech_commentary_mono16k_7s.mp3"
-GOLDEN = sorted((ROOT / "tests" / "golden_models").glob("*.safetensors"))
+GOLDEN = sorted((ROOT / "tests" / "data" / "golden_models").glob("*.safetensors"))
 RATE = 16_000
 NOTHING = np.zeros(0, np.float32)
 
@@ -406,7 +406,7 @@ def test_a_clip_from_a_file_is_the_same_stream(loaded):
     """Decoded chunk by chunk, with the sound of another file beside the pictures."""
     settings = StreamSettings(chunk_seconds=30, timestamps=None)
     for sound in (None, COMMENTARY):
-        clip = clip_of(APOLLO, 1.0, short_side=360, audio=sound)
+        clip = clip_of(APOLLO, 1.0, short_side=360, audio_path=sound)
         _, ids, _ = whole(loaded(QWEN3), clip)
         session = StreamingSession(
             loaded(QWEN3), BudgetProfile.uniform(loaded(QWEN3).config, 4000, 1.0), "full", settings
@@ -819,7 +819,7 @@ def test_the_released_layout_needs_a_duration(loaded):
     with pytest.raises(OmniMemError, match="position_layout=release") as error:
         loaded(QWEN2_5).stream_encoder(video=True, audio=True, fps=1.0, position_layout="release")
     assert "\n" not in str(error.value)
-    for media in ({"picture": True, "sound": False}, {"picture": False, "sound": True}):
+    for media in ({"video": True, "audio": False}, {"video": False, "audio": True}):
         assert loaded(QWEN2_5).stream_encoder(**media, fps=1.0, position_layout="release").expected_patches is None
 
 
@@ -860,7 +860,7 @@ def skip_towers(backbone: Backbone, monkeypatch) -> None:
     for name in ("qwen2_5_omni", "qwen3_omni", "qwen2_5_vl", "qwen3_vl"):
         monkeypatch.setattr(f"omnimem.backbones.{name}.stream_encoder.encode_frames", see)
     if backbone.name in FAMILIES:
-        module = "omnimem.backbones.video_salmonn2.backbone.segments"
+        module = "omnimem.backbones.video_salmonn2.backbone.log_mel_segments"
         monkeypatch.setattr(module, lambda _, audio: torch.zeros(-(-len(audio) // (30 * RATE)), 128, 1))
         monkeypatch.setattr(backbone.model.model, "get_audio_features", lambda mel: torch.zeros(len(mel), 60, width))
     elif backbone.supports_audio:

@@ -419,7 +419,7 @@ def test_a_clip_from_a_file_is_the_same_stream(loaded):
 
 
 def test_the_double_precision_comparison_can_fail(loaded):
-    """The stock norms round to single precision, which hides what is below; a single id is not hidden."""
+    """The transformers norms round to single precision, which hides what is below; a single id is not hidden."""
     backbone, (clip, _) = loaded(QWEN2_5, torch.float64), apollo("no sound")
     given = prompt(backbone, clip)
     expected, ids, _ = whole(backbone, clip)
@@ -1118,7 +1118,7 @@ def test_an_unknown_projector_is_one_line(tmp_path, capsys, family):
 
 
 def test_what_a_published_file_leaves_out_is_what_the_published_code_takes():
-    """Files were written without what equals the defaults of the published classes, which are not the stock ones."""
+    """Files omit defaults of the published classes, which differ from those of transformers."""
     config = VideoSalmonn2Qwen2_5Config(vision_config={}, audio_config={"model_type": "whisper"})
     text, vision, audio = config.text_config, config.vision_config, config.audio_config
     assert (text.hidden_size, text.num_hidden_layers, text.num_key_value_heads, text.rms_norm_eps) == (

@@ -11,9 +11,9 @@ import numpy as np
 
 def write_media(
     path, *, seconds=4.0, rate=25, codec="libx264", options=None, size=(96, 64), pts=None, video_start=0.0,
-    rotation=None, flip=False, sounds=(), muxer=None, muxer_options=None,
+    rotation=None, flip=False, audio_tracks=(), muxer=None, muxer_options=None,
 ):  # fmt: skip
-    """Write a test file; picture ``i`` is told by its grey level. ``sounds``: dicts for `add_sound`."""
+    """Write a test file; picture ``i`` is told by its grey level. ``audio_tracks``: dicts for `add_audio_track`."""
     with av.open(str(path), "w", format=muxer, options=muxer_options or {}) as file:
         video = None
         if codec is not None:
@@ -23,7 +23,7 @@ def write_media(
             video.codec_context.time_base = tick
             if rotation is not None:
                 video.set_display_rotation(rotation, hflip=flip)
-        tracks = [add_sound(file, **sound) for sound in sounds]
+        tracks = [add_audio_track(file, **track) for track in audio_tracks]
         if video is not None:
             times = pts or [video_start + i / rate for i in range(round(seconds * rate))]
             for i, time in enumerate(times):
@@ -45,7 +45,7 @@ def picture(i, size=(96, 64)):
     return pixels
 
 
-def add_sound(file, *, samples, rate=16000, codec="pcm_s16le", layout="mono", start=0.0, cuts=(), default=None):
+def add_audio_track(file, *, samples, rate=16000, codec="pcm_s16le", layout="mono", start=0.0, cuts=(), default=None):
     """Add a track of int16 ``samples`` ``[channels, n]`` from ``start`` seconds; ``cuts``: (n, shift in seconds)."""
     stream = file.add_stream(codec, rate=rate, layout=layout)
     if default is not None:

@@ -1,4 +1,4 @@
-"""What stock classes compute from a whole clip at once: the reference for every backbone's stream."""
+"""Run a whole clip through the transformers model, and the same clip through a backbone's stream."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 @dataclass
 class Whole:
-    """A clip decoded at once."""
+    """A clip decoded completely."""
 
     frames: np.ndarray
     audio: np.ndarray | None
@@ -44,7 +44,7 @@ def whole_clip(path: Path, fps: float, **options: Any) -> Whole:
 def streamed(
     backbone: Backbone, path: Path, fps: float, chunk_seconds: float, settings: dict | None = None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits ``[1, T, V]``, ids ``[3, 1, T]`` and modality ``[1, T]`` of a stream whose memory keeps everything."""
+    """Logits ``[1, T, V]``, ids ``[3, 1, T]`` and modality ``[1, T]`` of a stream whose cache retains everything."""
     profile = BudgetProfile.uniform(backbone.config, mean=4000, ratio=1.0)
     cache = CompressedCache(profile, build_selection("omnimem"))
     stream = Stream(backbone, cache)

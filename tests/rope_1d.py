@@ -1,4 +1,4 @@
-"""What the tests of image-text models with one rotary axis share: sessions, answers by hand, checkpoints, exports."""
+"""Shared by the tests of models with 1-D RoPE: sessions, reference answers, strict loading, exports."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def session_of(backbone: Backbone, method: str = "omnimem", mean: int = 24, **op
 
 
 def check_answer_by_hand(backbone: Backbone, method: str, positions: str) -> None:
-    """An answer from a full memory is the greedy one of the stock decoder, at the ids the memory goes on with."""
+    """An answer from a full cache is the greedy one of the transformers decoder, at the position ids that follow."""
     session = session_of(backbone, method, position_ids=positions)
     received: list[Tensor] = []
     handle = backbone.language_model.register_forward_pre_hook(
@@ -69,11 +69,11 @@ def check_answer_by_hand(backbone: Backbone, method: str, positions: str) -> Non
     assert session.ask(QUESTION, max_new_tokens=5, min_new_tokens=5) == answer
 
 
-def check_answer_of_stock(backbone: Backbone, stock: Any, inputs: Any) -> None:
-    """Where everything is kept the answer is what stock `generate` makes of `inputs`, which hold the same 12 s."""
+def check_answer_of_reference(backbone: Backbone, reference: Any, inputs: Any) -> None:
+    """With a cache that retains everything, the answer is that of `generate` for `inputs`, which hold the same 12 s."""
     session = session_of(backbone, mean=4000)
     list(session.watch(WEBB))
-    generated = stock.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    generated = reference.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     expected = backbone.tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert session.ask(QUESTION, max_new_tokens=6, min_new_tokens=6) == expected
 
@@ -96,7 +96,7 @@ def check_strict_loading(path: Path, tmp_path: Path, missing: str, stray: str) -
 
 @torch.no_grad()
 def check_trained_run(tmp_path: Path, backbone: type, video_token: str, *overrides: str) -> None:
-    """Two steps with the projector: the export is what the stock classes load, with the logits of base and adapter."""
+    """Two steps with the projector: transformers loads the export, whose logits are those of base and adapter."""
     run = trained_run(
         *(tmp_path, f"model.backbone={backbone.name}", "train.max_steps=2", "lora.modules_to_save=[visual]"),
         *("data.audio=false", *overrides),

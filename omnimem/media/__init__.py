@@ -1,6 +1,6 @@
-"""Media files to frames at a fixed rate and 16 kHz mono sound: lazily, in time order, with bounded memory.
+"""Decode media files to frames at a fixed rate and 16 kHz mono audio: lazily, in time order, with bounded memory.
 
-Why: everything above takes a clip a few seconds at a time. Needs NumPy and PyAV only.
+Streaming needs a few seconds of a clip at a time. Depends on NumPy and PyAV only.
 
     python -c "from omnimem.media import open_media; [print(c) for c in open_media('clip.mp4', fps=2)]"
 """

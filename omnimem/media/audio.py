@@ -1,8 +1,7 @@
-"""The sound of a stream as one line of 16 kHz mono samples, placed by its timestamps.
+"""Decode an audio stream to one timeline of 16 kHz mono samples, aligned with the video by timestamps.
 
-Why: models hear 16 kHz mono, and sound and picture must agree; files start their sound late, leave gaps,
-overlap and change their layout midway. Sample ``n`` of the line is heard ``n / 16000`` seconds after time
-zero.
+Audio tracks start late, have gaps and overlaps, and change their layout midway. Here sample ``n`` always plays
+``n / 16000`` seconds after the clip's time zero: gaps become silence, overlaps are cut.
 
     python -c "from omnimem.media import open_media; [print(len(c.audio)) for c in open_media('a.flac')]"
 """
@@ -25,11 +24,11 @@ from .probe import Source
 
 log = logging.getLogger("omnimem.media")
 
-RATE = 16_000  # samples per second of every line
-GAP = Fraction(20, 1000)  # seconds; timestamps off by more move the sound, smaller ones are rounding
-# Floating point output is not normalised unless told so: two channels would add up to 1.41.
+RATE = 16_000  # samples per second
+GAP = Fraction(20, 1000)  # seconds; larger deviations of timestamps shift the audio, smaller ones are rounding
+# Without this, floating point output is not normalized: a mix of two channels would reach 1.41.
 MIX = {"rematrix_maxval": "1.0"}
-BLOCK = RATE  # most samples of silence made at once
+BLOCK = RATE  # maximum number of samples of silence per block
 
 
 class AudioTimeline:
@@ -38,10 +37,10 @@ class AudioTimeline:
     Parameters
     ----------
     source : Source
-        With an audio stream.
+        File with an audio stream.
     on_fault : callable
-        ``on_fault(seconds_reached, cause)`` is called when reading fails; if it returns, the sound ends
-        there. A packet that cannot be decoded is only logged: silence takes its place.
+        ``on_fault(seconds_reached, cause)`` is called when reading fails; if it returns, the audio ends there.
+        Packets that cannot be decoded are replaced by silence, with one warning.
     """
 
     def __init__(self, source: Source, on_fault: Callable[[Fraction, str], None]) -> None:
@@ -52,7 +51,7 @@ class AudioTimeline:
         self._last_samples: int | None = None  # samples of the final frame that are presented
 
     def blocks(self) -> Generator[np.ndarray, None, None]:
-        """Yield float32 ``[n]``, ``n`` > 0, until the sound ends."""
+        """Yield float32 ``[n]``, ``n`` > 0, until the audio ends."""
         run: _Run | None = None
         with open_container(self.source.path) as container:
             stream = container.streams[self.source.info.audio_index or 0]
@@ -71,13 +70,13 @@ class AudioTimeline:
             self.cut_short = is_cut_short(container, stream)
 
     def _time(self, frame: AudioFrame) -> Fraction | None:
-        """Seconds after time zero, ``None`` when the file does not say."""
+        """Seconds after time zero; None for a frame without timestamp."""
         if frame.pts is None or frame.time_base is None:
             return None
         return frame.pts * frame.time_base - self.source.zero
 
     def _frames(self, container: InputContainer, stream: AudioStream) -> Iterator[AudioFrame]:
-        """Decode every packet; report damaged ones once."""
+        """Decode all packets; log the number of damaged ones."""
         damaged = 0
         try:
             for packet in container.demux(stream):
@@ -87,7 +86,7 @@ class AudioTimeline:
                     damaged += 1
                     continue
                 if frames and packet.size and packet.duration and stream.time_base == Fraction(1, stream.rate):
-                    # MP4 files cut the padding of the last frame by giving its packet a shorter duration.
+                    # MP4: a shorter duration of the last packet cuts the padding of the last frame.
                     self._last_samples = packet.duration if packet.duration < frames[-1].samples else None
                 elif frames:
                     self._last_samples = None
@@ -95,10 +94,10 @@ class AudioTimeline:
         except FFmpegError as error:
             self.on_fault(Fraction(self._written, RATE), reason(error))
         if damaged:
-            log.warning("%s: %d damaged sound packets; silence in their place", self.source.path.name, damaged)
+            log.warning("%s: %d damaged audio packets replaced by silence", self.source.path.name, damaged)
 
     def _place(self, at: int, samples: np.ndarray) -> Iterator[np.ndarray]:
-        """Put samples at position ``at`` of the line: silence before, overlap cut."""
+        """Yield samples that start at sample ``at`` of the timeline: silence before them, overlap cut."""
         samples = samples[max(self._written - at, 0) :]
         if len(samples) == 0:
             return
@@ -111,54 +110,56 @@ class AudioTimeline:
 
 
 class _Run:
-    """Frames of one layout that follow each other without a gap, through one resampler."""
+    """Consecutive frames of one layout without gaps, resampled together."""
 
     def __init__(self, frame: AudioFrame, start: Fraction) -> None:
-        self._kind = _kind(frame)
+        self._layout = _layout(frame)
         self._start = start
         self._read = 0  # source samples
         self._pushed = 0  # source samples of the last frame
-        self._made = 0  # samples given out
-        self._waiting = np.zeros(0, np.float32)  # of the last frame: its end may be cut
+        self._returned = 0  # output samples
+        self._pending = np.zeros(0, np.float32)  # output samples of the last frame, whose end may be cut
         self._resampler = AudioResampler("flt", "mono", RATE, options=MIX)
 
     @property
     def at(self) -> int:
-        """Line position of the next samples given out."""
-        return round(self._start * RATE) + self._made
+        """Index on the timeline of the next output sample."""
+        return round(self._start * RATE) + self._returned
 
     @property
     def end(self) -> Fraction:
         """Seconds after time zero at which the run ends so far."""
-        return self._start + Fraction(self._read, self._kind[2])
+        return self._start + Fraction(self._read, self._layout[2])
 
     def continues(self, frame: AudioFrame, at: Fraction | None) -> bool:
-        return _kind(frame) == self._kind and (at is None or abs(at - self.end) <= GAP)
+        """Whether a frame at second ``at`` belongs to this run."""
+        return _layout(frame) == self._layout and (at is None or abs(at - self.end) <= GAP)
 
     def push(self, frame: AudioFrame) -> np.ndarray:
-        frame.pts = None  # positions are counted here
+        """Resample a frame; returns the output samples of the previous one."""
+        frame.pts = None  # samples are counted here
         self._read += frame.samples
         self._pushed = frame.samples
-        ready, self._waiting = self._waiting, _samples(self._resampler.resample(frame))
-        return self._give(ready)
+        ready, self._pending = self._pending, _samples(self._resampler.resample(frame))
+        return self._count(ready)
 
     def finish(self, last_samples: int | None = None) -> np.ndarray:
-        """The rest: the run becomes as long as its source, of whose last frame ``last_samples`` count."""
+        """Remaining samples, padded or cut to the source's length; only ``last_samples`` of its last frame count."""
         read = self._read if last_samples is None else self._read - self._pushed + last_samples
-        rest = np.concatenate([self._waiting, _samples(self._resampler.resample(None))])
-        missing = max(round(Fraction(read * RATE, self._kind[2])) - self._made, 0)
-        return self._give(np.concatenate([rest[:missing], np.zeros(max(missing - len(rest), 0), np.float32)]))
+        tail = np.concatenate([self._pending, _samples(self._resampler.resample(None))])
+        missing = max(round(Fraction(read * RATE, self._layout[2])) - self._returned, 0)
+        return self._count(np.concatenate([tail[:missing], np.zeros(max(missing - len(tail), 0), np.float32)]))
 
-    def _give(self, samples: np.ndarray) -> np.ndarray:
-        self._made += len(samples)
+    def _count(self, samples: np.ndarray) -> np.ndarray:
+        self._returned += len(samples)
         return samples
 
 
-def _kind(frame: AudioFrame) -> tuple[str, str, int]:
+def _layout(frame: AudioFrame) -> tuple[str, str, int]:
     return frame.format.name, frame.layout.name, frame.sample_rate
 
 
 def _samples(frames: list[AudioFrame]) -> np.ndarray:
-    # A resampler with nothing to convert hands its input back, the final None included.
+    # A resampler with nothing to convert returns its input, including the final None.
     parts = [frame.to_ndarray().reshape(-1) for frame in frames if frame is not None]
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)

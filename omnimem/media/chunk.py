@@ -1,6 +1,6 @@
-"""What the media room hands out: one interval of a clip, its sampled pictures and its sound.
+"""`Chunk`: the sampled frames and the audio of one interval of a clip.
 
-Why: everything above works on intervals of fixed length, one at a time; nothing whole-video is ever resident.
+Streaming works on one interval of fixed length at a time; a whole video is never in memory.
 
     python -c "from omnimem.media import open_media; print(next(iter(open_media('clip.mp4'))))"
 """
@@ -14,25 +14,25 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Chunk:
-    """Pictures and sound of ``[t0, t1)``, in seconds after the clip's time zero.
+    """Frames and audio of ``[t0, t1)``, in seconds after the clip's time zero.
 
     Attributes
     ----------
     index : int
-        Position on the grid: ``t0 == index * chunk_seconds``.
+        Number of the interval: ``t0 == index * chunk_seconds``.
     t0, t1 : float
-        Seconds. ``t1`` is the next grid point, or the end of the clip in the last chunk.
+        Seconds. ``t1`` is ``t0 + chunk_seconds``, or the end of the clip in the last chunk.
     frames : np.ndarray
-        uint8 ``[T, H, W, 3]``, RGB, turned as a player shows it. ``T`` may be 0.
+        uint8 ``[T, H, W, 3]``, RGB, rotated for display. ``T`` may be 0.
     frame_times : np.ndarray
         float64 ``[T]``, the sampling instants ``i / fps`` (seconds), all within ``[t0, t1)``.
     audio : np.ndarray or None
-        float32 ``[S]``, mono, 16 kHz, nominally within ±1. ``None`` when the clip has no sound or sound was
-        not asked for; shorter (down to ``S == 0``) once the sound has ended.
+        float32 ``[S]``, mono, 16 kHz, nominally within ±1. None if the clip has no audio or it is not read; shorter
+        than the interval (down to ``S == 0``) once the audio has ended.
     audio_before, audio_after : np.ndarray
-        float32, the neighbouring samples, up to ``context_seconds`` each; empty at the ends of the sound.
+        float32, neighbouring samples, up to ``context_seconds`` each; empty at the ends of the audio.
     last : bool
-        No chunk follows.
+        Whether this is the last chunk.
     """
 
     index: int
@@ -46,7 +46,7 @@ class Chunk:
     last: bool
 
     def __repr__(self) -> str:
-        sound = "none" if self.audio is None else f"{len(self.audio)} samples"
+        audio = "none" if self.audio is None else f"{len(self.audio)} samples"
         shape = "x".join(map(str, self.frames.shape))
         span = f"[{self.t0:g}, {self.t1:g}) s"
-        return f"Chunk({self.index}, {span}, frames {shape}, audio {sound}, last={self.last})"
+        return f"Chunk({self.index}, {span}, frames {shape}, audio {audio}, last={self.last})"

@@ -1,8 +1,8 @@
-"""Open a media file with FFmpeg: the only place that does, with an allow-list of containers.
+"""Open media files with FFmpeg, restricted to an allow-list of containers; all reading goes through here.
 
-FFmpeg also reads formats that name other files or addresses (playlists, file name patterns, session descriptions), and
-it goes by the content of a file, not by its suffix. Opened without a list, a file of a data set could make it read any
-file of the machine. Only containers that hold their own audio and video are opened here.
+FFmpeg also opens formats that refer to other files or addresses (playlists, file name patterns, session descriptions),
+and it detects a format by content, not by suffix. Without the list, a file of a data set could make FFmpeg read any
+file of the machine. Only containers that hold their own audio and video are allowed.
 
     python -c "from omnimem.media import probe; probe('README.md')"
 """
@@ -25,7 +25,7 @@ from av.stream import Discard, Stream
 from .errors import MediaError
 
 CONTAINERS = (
-    # Containers of video, most of which also hold audio alone.
+    # Containers for video; most can also hold audio only.
     "mov,matroska,avi,flv,live_flv,asf,mpegts,mpeg,mpegvideo,mxf,gxf,dv,nut,ogg,rm,wtv,ivf,dhav,gif,"
     # Video without a container.
     "h261,h263,h264,hevc,vvc,av1,obu,m4v,mjpeg,vc1,yuv4mpegpipe,"
@@ -33,7 +33,7 @@ CONTAINERS = (
     "aac,ac3,ac4,aiff,amr,ape,au,caf,dsf,dts,dtshd,eac3,flac,iff,loas,mlp,mp3,mpc,mpc8,nistsphere,oma,sox,tak,truehd,"
     "tta,voc,w64,wav,wv"
 )
-"""FFmpeg's names of the demuxers that may open a file. None of them opens another file under `OPTIONS`."""
+"""Allowed demuxers, by FFmpeg's names. With `OPTIONS` none of them opens another file."""
 
 OPTIONS = {
     "format_whitelist": CONTAINERS,
@@ -43,7 +43,7 @@ OPTIONS = {
 }
 
 NAMES_OTHERS = ("hls", "concat", "dash", "imf", "sdp", "rtsp", "rtp", "sap", "image2", "webm_dash_manifest", "vobsub")
-"""Formats of playlists, patterns and session descriptions."""
+"""Playlists, file name patterns and session descriptions, by FFmpeg's names."""
 
 _logging = threading.Lock()
 
@@ -56,15 +56,15 @@ def open_container(path: Path, metadata_errors: str = "ignore") -> InputContaine
     path : Path
         A local file.
     metadata_errors : str
-        How bytes of the metadata that are not UTF-8 are decoded: ``ignore``, or ``strict`` to raise.
+        Decoding of metadata that is not UTF-8: ``ignore``, or ``strict`` to raise.
 
     Raises
     ------
     MediaError
-        No such file, a directory, not permitted, empty, without index, not a media file, or of a format that is not
-        among `CONTAINERS`.
+        The path does not exist, is a directory or not readable, or the file is empty, has no index, is not a media
+        file, or has a format that is not in `CONTAINERS`.
     UnicodeDecodeError
-        Under ``strict``.
+        With ``strict``, for metadata that is not UTF-8.
     """
     try:
         return _open(path, metadata_errors)
@@ -98,11 +98,11 @@ def _why_unreadable(path: Path, error: FFmpegError) -> tuple[str, str]:
 
 
 def _refused_format(path: Path) -> str | None:
-    """FFmpeg's name of the format, if the file was refused because of it; only FFmpeg's log tells."""
-    with _logging:  # its settings are those of the whole process
+    """FFmpeg's name of a format that is not allowed, from FFmpeg's log; None if the file failed otherwise."""
+    with _logging:  # FFmpeg's log settings are global to the process
         level, skip_repeated = av.logging.get_level(), av.logging.get_skip_repeated()
         av.logging.set_level(av.logging.ERROR)
-        av.logging.set_skip_repeated(False)  # PyAV would report the same words later, with the name of another format
+        av.logging.set_skip_repeated(False)  # else PyAV would attribute the message to a later format
         try:
             with av.logging.Capture() as lines:
                 _open(path).close()
@@ -115,7 +115,7 @@ def _refused_format(path: Path) -> str | None:
 
 
 def _why_refused(name: str) -> tuple[str, str]:
-    """Cause and advice for a format that is not among `CONTAINERS`."""
+    """Cause and advice for a format that is not in `CONTAINERS`."""
     if name in NAMES_OTHERS:
         what = f"it names other files ({name}), which may lie anywhere; only a file's own audio and video are read"
         return what, "give the media file itself, or make one: ffmpeg -i LIST -c copy clip.mkv"
@@ -127,12 +127,12 @@ def _why_refused(name: str) -> tuple[str, str]:
 
 
 def reason(error: FFmpegError) -> str:
-    """FFmpeg's own words for an error, in lower case and without the error number."""
+    """FFmpeg's message of an error, in lower case, without the error number."""
     return (error.strerror or str(error)).lower()
 
 
 def read_only(container: InputContainer, stream: Stream) -> None:
-    """Let the demuxer skip every other stream's data."""
+    """Make the demuxer skip the data of all other streams."""
     for other in container.streams:
         if other.index != stream.index:
             other.discard = Discard.all

@@ -1,7 +1,6 @@
-"""The one error of this room: a media file that cannot be used, said in one line.
+"""The only exception this package raises for media files: one line with file, cause and what to do.
 
-Why: callers (command line, data preparation, training) print it as it is, so it names the file, the cause and
-the way out, and nothing else.
+Command line, data preparation and training print the message unchanged.
 
     python -c "from omnimem.media import open_media; open_media('missing.mp4')"
 """

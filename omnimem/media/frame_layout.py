@@ -1,7 +1,6 @@
-"""Decoded picture to RGB array: turned as displayed, never larger than asked, one size a stream.
+"""Convert decoded frames to RGB arrays: scaled down, rotated for display, one size per stream.
 
-Why: phones store pictures sideways with a display matrix; a player turns them, so do we. Only sampled frames
-pass here.
+Phones store rotated frames with a display matrix, which players apply. Only sampled frames are converted.
 
     python -c "from omnimem.media import probe; print(probe('phone.mp4').rotation)"
 """
@@ -16,7 +15,7 @@ from av.video.frame import VideoFrame
 
 @dataclass(frozen=True)
 class FrameLayout:
-    """Stored size after scaling (pixels) and how the stored picture is turned for display."""
+    """Size of a stored frame after scaling (pixels), and the transposition and flips that rotate it for display."""
 
     width: int
     height: int
@@ -26,17 +25,17 @@ class FrameLayout:
 
     @classmethod
     def of(cls, frame: VideoFrame, short_side: int | None) -> FrameLayout:
-        """Layout of a stream by its first frame; ``short_side`` bounds the shorter side (never enlarges)."""
+        """Layout of a stream from its first frame; ``short_side`` limits the shorter side (never scales up)."""
         width, height = frame.width, frame.height
         if short_side is not None and short_side < min(width, height):
             short = short_side // 2 * 2
             long = 2 * round(max(width, height) * short / min(width, height) / 2)
             width, height = (short, long) if width < height else (long, short)
-        return cls(width, height, *_turn(frame))
+        return cls(width, height, *_rotation(frame))
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Displayed ``(H, W, 3)``."""
+        """Shape ``(H, W, 3)`` for display."""
         return (self.width, self.height, 3) if self.transpose else (self.height, self.width, 3)
 
     def rgb(self, frame: VideoFrame) -> np.ndarray:
@@ -51,7 +50,7 @@ class FrameLayout:
         return np.ascontiguousarray(pixels[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1])
 
 
-def _turn(frame: VideoFrame) -> tuple[bool, bool, bool]:
+def _rotation(frame: VideoFrame) -> tuple[bool, bool, bool]:
     """Read the display matrix as (transpose, flip rows, flip columns), to the nearest quarter turn.
 
     FFmpeg's ``libavutil/display.h``: a stored pixel (x, y) is shown at (a x + c y, b x + d y), the matrix

@@ -1,6 +1,6 @@
-"""Looking a little ahead: whether a picture follows, and the sound around an interval.
+"""Bounded lookahead: whether another frame follows, and the audio around an interval.
 
-Why: a chunk says whether it is the last and carries the sound next to it, without holding more than that.
+A chunk knows whether it is the last one and includes some neighbouring audio; nothing more is buffered.
 
     python -m pytest tests/media/test_media.py -k context
 """
@@ -15,14 +15,13 @@ from .errors import MediaError
 
 
 class FrameLookahead:
-    """An iterator over pictures that can tell whether another follows.
+    """Iterator over frames that can tell whether another frame follows.
 
-    An error met while looking ahead is raised when the picture is asked for, so that what came before it
-    stays usable.
+    An error of the lookahead is raised when the frame is requested, so all earlier frames remain usable.
     """
 
-    def __init__(self, pictures: Generator[np.ndarray, None, None]) -> None:
-        self._pictures = pictures
+    def __init__(self, frames: Generator[np.ndarray, None, None]) -> None:
+        self._frames = frames
         self._next: list[np.ndarray] = []
         self._error: MediaError | None = None
 
@@ -31,39 +30,39 @@ class FrameLookahead:
 
     def __next__(self) -> np.ndarray:
         self.raise_pending_error()
-        return self._next.pop() if self._next else next(self._pictures)
+        return self._next.pop() if self._next else next(self._frames)
 
     def has_next(self) -> bool:
-        """Whether asking for a picture gives one, or an error."""
+        """Whether ``next`` returns a frame or raises a MediaError."""
         if not self._next and self._error is None:
             try:
-                self._next = [picture for picture in [next(self._pictures, None)] if picture is not None]
+                self._next = [frame for frame in [next(self._frames, None)] if frame is not None]
             except MediaError as error:
                 self._error = error
         return bool(self._next) or self._error is not None
 
     def raise_pending_error(self) -> None:
-        """Raise now what looking ahead met."""
+        """Raise the error of the lookahead, if any."""
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
-        """Close the file that the pictures come from."""
+        """Close the file of the frames."""
         self._next.clear()
-        self._pictures.close()
+        self._frames.close()
 
 
 class AudioWindow:
-    """Cut a line of sound into intervals, with ``context`` samples of what is next to them.
+    """Cut consecutive blocks of audio into intervals, with ``context`` samples before and after each.
 
     Parameters
     ----------
     blocks : generator of np.ndarray
         float32 ``[n]``, contiguous.
     context : int
-        Samples.
+        Number of samples.
     end : int or None
-        Sample at which the line is cut.
+        Number of samples after which the audio is cut.
     """
 
     def __init__(self, blocks: Generator[np.ndarray, None, None], context: int, end: int | None) -> None:
@@ -71,21 +70,21 @@ class AudioWindow:
         self._context = context
         self._end = end
         self._held = np.zeros(0, np.float32)
-        self._from = 0  # position of the first held sample
-        self._stop = 0  # end of the last interval taken
+        self._from = 0  # index of the first held sample
+        self._stop = 0  # end of the last interval read
 
     @property
     def length(self) -> int:
-        """Samples read so far; all of them once the sound has ended."""
+        """Number of samples decoded so far; the total once the audio has ended."""
         return self._from + len(self._held)
 
     @property
     def has_next(self) -> bool:
-        """Whether there is sound after the last interval taken."""
+        """Whether there is audio after the last interval read."""
         return self.length > self._stop
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Samples before, in and after ``[start, stop)``; intervals are taken in order."""
+        """Samples before, in and after ``[start, stop)``; intervals must be read in order."""
         self._fill(stop + max(self._context, 1))
         at = start - self._from
         before = self._held[max(at - self._context, 0) : max(at, 0)].copy()
@@ -96,10 +95,11 @@ class AudioWindow:
         return before, inside, after
 
     def close(self) -> None:
-        """Close the file that the sound comes from."""
+        """Close the file of the audio."""
         self._blocks.close()
 
     def _fill(self, until: int) -> None:
+        """Decode blocks up to sample ``until``, if there are as many."""
         wanted = until if self._end is None else min(until, self._end)
         parts = [self._held]
         length = self.length
@@ -115,5 +115,5 @@ class AudioWindow:
 
 
 def empty_stream() -> Generator[np.ndarray, None, None]:
-    """The pictures, or the sound, of a clip that has none."""
+    """Frames or audio of a clip that has none."""
     yield from ()

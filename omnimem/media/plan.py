@@ -1,9 +1,8 @@
-"""Which frame each sampling instant shows, from packet timestamps alone.
+"""Choose the frame of each sampling instant from packet timestamps, before decoding.
 
-Why: at 1 frame a second, 29 of 30 pictures need not be decoded; packets say when each picture is shown before
-it is. The frame of an instant is the last one whose time is not after it, so an instant is settled once no
-packet to come can be shown at or before it: when a decoding time (which only grows, and which no display time
-precedes) has passed it.
+At 1 fps, 29 of 30 frames of a video need not be decoded. The frame of an instant is the last one whose presentation
+time is not later. Decoding times increase and never exceed the presentation time of their packet, so the frame of an
+instant is known ("settled") once a packet's decoding time is later than the instant.
 
     python -m pytest tests/media/test_media.py -k plan
 """
@@ -25,12 +24,11 @@ class FramePlan:
     Parameters
     ----------
     limit : callable
-        ``limit(i)``: the latest presentation time (ticks) that counts as shown at instant ``i``; grows with
-        ``i``.
+        ``limit(i)``: latest presentation time (ticks) of a frame shown at instant ``i``; increases with ``i``.
     first_pts : int
-        Of the first presented frame; earlier packets (not decodable, or edited out) are never chosen.
+        Presentation time of the first frame; earlier packets (not decodable, or edited out) are never chosen.
     count : int or None
-        Number of instants wanted; ``None`` for as many as the stream holds.
+        Number of instants; None: until the end of the stream.
     """
 
     def __init__(self, limit: Callable[[int], int], first_pts: int, count: int | None) -> None:
@@ -38,25 +36,25 @@ class FramePlan:
         self.first_pts = first_pts
         self.count = count
         self.settled = 0  # instants assigned so far
-        self.wanted: deque[tuple[int, int]] = deque()  # (pts, how many instants show it), growing
+        self.wanted: deque[tuple[int, int]] = deque()  # (pts, number of instants that show it), increasing
         self._wanted_pts: set[int] = set()
         self._next_limit = limit(0)
-        self._shown: list[int] = []  # pts that instants still to settle may show, sorted
+        self._shown: list[int] = []  # pts that unsettled instants may show, sorted
         self._watermark: int | None = None
 
     @property
     def done(self) -> bool:
-        """Every wanted instant is settled."""
+        """Whether all instants are settled."""
         return self.count is not None and self.settled >= self.count
 
     def add(self, pts: int | None, dts: int | None, shown: bool) -> None:
-        """Take the next packet's times; ``shown`` is false for one whose picture is not presented."""
+        """Add the timestamps of the next packet; ``shown``: whether its frame is presented."""
         if pts is None:
             raise PlanImpossible("a packet without presentation time")
         if shown and pts >= self.first_pts:
             at = bisect_left(self._shown, pts)
             if self._shown[at : at + 1] == [pts]:
-                raise PlanImpossible("two pictures with the same presentation time")
+                raise PlanImpossible("two frames with the same presentation time")
             insort(self._shown, pts)
         if dts is None:
             return
@@ -68,31 +66,31 @@ class FramePlan:
         del self._shown[: self._next_shown()]
 
     def finish(self, instants: int) -> None:
-        """No packet follows: settle every remaining instant below ``instants``."""
+        """After the last packet: settle all remaining instants below ``instants``."""
         while not self.done and self.settled < instants and self._shown:
             self._settle()
 
     def passed(self, pts: int) -> bool:
-        """Whether the decoding times have gone beyond ``pts``."""
+        """Whether a decoding time later than ``pts`` was seen."""
         return self._watermark is not None and self._watermark > pts
 
     def is_wanted(self, pts: int | None) -> bool:
-        """Whether a settled instant shows this picture."""
+        """Whether a settled instant shows this frame."""
         return pts in self._wanted_pts
 
     def is_open(self, pts: int) -> bool:
-        """Whether an instant still to settle may show this picture."""
+        """Whether an unsettled instant may show this frame."""
         at = self._next_shown()
         return not self.done and (at == len(self._shown) or pts >= self._shown[at])
 
     def pop_wanted(self) -> int:
-        """Remove the next wanted picture and return how many instants show it."""
+        """Remove the next wanted frame; returns the number of instants that show it."""
         pts, instants = self.wanted.popleft()
         self._wanted_pts.discard(pts)
         return instants
 
     def _next_shown(self) -> int:
-        """Index in ``_shown`` of the picture that the next instant shows, as far as is known."""
+        """Index in ``_shown`` of the frame of the next instant, as far as known."""
         return max(bisect_right(self._shown, self._next_limit) - 1, 0)
 
     def _settle(self) -> None:

@@ -1,7 +1,7 @@
-"""Decode the next chunks of a clip in a thread while the model works on the present one.
+"""Decode the next chunks of a clip in a thread while the model computes the current one.
 
-FFmpeg runs without Python's lock, so decoding costs no time where a step of the model takes longer than decoding a
-chunk. Training, inference and calibration all read through it::
+FFmpeg releases the GIL, so decoding costs no time if a step of the model takes longer than decoding a chunk. Training,
+inference and calibration use it::
 
     for chunk in prefetch(open_media("clip.mp4"), 1):
         stream.step(encoder.encode(chunk))
@@ -20,22 +20,22 @@ END: Any = object()
 
 
 def prefetch(items: Iterable[T], size: int) -> Iterator[T]:
-    """Yield the items in order, with up to `size` of them made ahead of the consumer.
+    """Yield the items in order, computing up to `size` of them in advance.
 
-    When the consumer stops early, the item being made is finished, the thread ends and the iterator of `items` is
-    closed, and with it the file it reads.
+    When the consumer stops early, the thread finishes the current item and ends, and the iterator of `items` is closed,
+    which closes its file.
 
     Parameters
     ----------
     items : iterable
-        Iterated over in one thread.
+        Iterated in one thread.
     size : int
-        Items made or being made while the consumer works on one; 0 makes each when it is asked for, without a thread.
+        Number of items computed in advance; 0: no thread, each item is computed on request.
 
     Raises
     ------
     Exception
-        An error of `items`, where its item would have come.
+        Any error of `items`, in place of the item.
     """
     iterator = iter(items)
     try:
@@ -43,10 +43,10 @@ def prefetch(items: Iterable[T], size: int) -> Iterator[T]:
             yield from iterator
             return
         with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
-            ahead = deque(pool.submit(next, iterator, END) for _ in range(size))
+            futures = deque(pool.submit(next, iterator, END) for _ in range(size))
             try:
-                while (item := ahead.popleft().result()) is not END:
-                    ahead.append(pool.submit(next, iterator, END))
+                while (item := futures.popleft().result()) is not END:
+                    futures.append(pool.submit(next, iterator, END))
                     yield item
             finally:
                 pool.shutdown(cancel_futures=True)

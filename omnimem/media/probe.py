@@ -1,7 +1,7 @@
-"""What is in a media file: streams, sizes, starts, and which streams are used.
+"""Inspect a media file: its streams, sizes and start times, and which streams are used.
 
-Why: files hold several tracks, cover art, rotations and start offsets, and headers are not always right. The
-first picture and the first sound are decoded, so sizes and starts are those a player presents.
+Files hold several tracks, cover art, rotations and start offsets, and headers are not always right. The first frame of
+video and of audio is decoded, so sizes and start times are those that a player presents.
 
     python -c "from omnimem.media import probe; print(probe('clip.mp4'))"
 """
@@ -33,34 +33,33 @@ COPY = "the file is damaged: copy it again"
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """Facts about one file, as presented by a player.
+    """Properties of one file, as presented by a player.
 
     Attributes
     ----------
     path, container : str
-        The file and FFmpeg's name of its container format.
+        File, and FFmpeg's name of its container format.
     duration : float or None
-        Seconds, from the header; ``None`` when the header has none. The stream itself decides where it ends.
+        Seconds according to the header; None if it states none. The decoded streams may end elsewhere.
     has_video, has_audio : bool
-        Whether the file holds pictures, sound; cover art is not video.
+        Whether the file has video, audio; cover art is not video.
     width, height : int
-        Displayed size in pixels, after rotation, before ``short_side``; 0 when no video is read.
+        Size in pixels for display, after rotation, before ``short_side``; 0 if no video is read.
     rotation : int
-        Degrees counter-clockwise by which the stored picture is turned for display (already applied to
-        frames).
+        Degrees counter-clockwise by which stored frames are rotated for display (applied to `Chunk.frames`).
     average_fps : float or None
-        Frames per second by the header.
+        Frames per second according to the header.
     video_codec, audio_codec : str or None
-        Of the streams used.
+        Codecs of the streams used.
     video_index, audio_index : int or None
-        The streams used; ``None`` when there is none or it was not asked for.
+        Indices of the streams used; None if there is none or it is not read.
     audio_tracks : tuple of AudioTrack
-        All of them.
+        All audio tracks.
     start : float
-        The clip's time zero on the file's own clock, in seconds: the earlier of the chosen streams' first
-        presented picture and sound.
+        The clip's time zero on the clock of the file, in seconds: the start of the first frame of video or audio,
+        whichever is earlier.
     video_offset, audio_offset : float or None
-        Seconds from time zero to the first picture, and to the first sound.
+        Seconds from time zero to the first frame of video, of audio.
     """
 
     path: str
@@ -83,24 +82,23 @@ class MediaInfo:
 
     @classmethod
     def of(cls, known: dict[str, Any]) -> MediaInfo:
-        """Read what `asdict` and JSON made of it.
+        """Rebuild from the output of `asdict` after JSON.
 
         Raises
         ------
         TypeError
-            It was written by another version.
+            The keys differ, because another version wrote them.
         """
         return cls(**{**known, "audio_tracks": tuple(AudioTrack(**track) for track in known["audio_tracks"])})
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file with its chosen streams and exact starts: what the two samplers work from.
+    """A file with its chosen streams and exact start times: the input of `VideoSampler` and `AudioTimeline`.
 
-    ``zero`` and ``promised_end`` are seconds on the file's clock; ``promised_end`` is where the header says
-    the chosen streams end, ``None`` where it only estimates. ``first_pts`` is that of the first presented
-    picture, in ticks of the video stream; ``layout`` is how pictures are scaled and turned. Both are ``None``
-    without pictures.
+    ``zero`` and ``promised_end`` are seconds on the clock of the file; ``promised_end`` is the end of the streams
+    according to the header, None if that is an estimate. ``first_pts`` is the presentation time of the first frame in
+    ticks of the video stream, ``layout`` the scaling and rotation of frames; both are None without video.
     """
 
     path: Path
@@ -112,12 +110,12 @@ class Source:
 
 
 def probe(path: str | os.PathLike[str]) -> MediaInfo:
-    """Read what is in a file; decodes one picture and a moment of sound.
+    """Properties of a file; decodes one frame of video and of audio.
 
     Raises
     ------
     MediaError
-        The file cannot be read, or holds neither pictures nor sound.
+        The file cannot be read, or has neither video nor audio.
     """
     return inspect(Path(path)).info
 
@@ -130,21 +128,21 @@ def inspect(
     audio_track: int | None = None,
     short_side: int | None = None,
 ) -> Source:
-    """Choose the streams and find their first presented picture and sound."""
+    """Choose the streams and decode their first frames; see `MediaReader` for the parameters."""
     with open_container(path) as container:
-        picture_stream = choose_video(container) if video else None
-        sound_stream = choose_audio(container, path, audio_track) if audio else None
-        if picture_stream is None and sound_stream is None:
+        video_stream = choose_video(container) if video else None
+        audio_stream = choose_audio(container, path, audio_track) if audio else None
+        if video_stream is None and audio_stream is None:
             wanted = " or ".join(name for name, asked in (("video", video), ("audio", audio)) if asked)
-            raise MediaError.about(path, f"no {wanted} stream in it", "give a file with pictures or sound")
-        picture, sound = _first_frames(container, path, picture_stream, sound_stream)
-        starts = [frame.pts * frame.time_base for frame in (picture, sound)
+            raise MediaError.about(path, f"no {wanted} stream in it", "give a file with video or audio")
+        video_frame, audio_frame = _first_frames(container, path, video_stream, audio_stream)
+        starts = [frame.pts * frame.time_base for frame in (video_frame, audio_frame)
                   if frame is not None and frame.pts is not None and frame.time_base is not None]  # fmt: skip
         zero = min(starts, default=Fraction(0))
-        rotation = 0 if picture is None else picture.rotation
-        width, height = (0, 0) if picture is None else (picture.width, picture.height)
+        rotation = 0 if video_frame is None else video_frame.rotation
+        width, height = (0, 0) if video_frame is None else (video_frame.width, video_frame.height)
         turned = abs(rotation) % 180 in range(46, 135)
-        rate = None if picture_stream is None else picture_stream.average_rate
+        rate = None if video_stream is None else video_stream.average_rate
         info = MediaInfo(
             path=str(path),
             container=container.format.name,
@@ -155,54 +153,55 @@ def inspect(
             height=width if turned else height,
             rotation=rotation,
             average_fps=None if rate is None else float(rate),
-            video_codec=None if picture_stream is None else picture_stream.codec_context.name,
-            audio_codec=None if sound_stream is None else sound_stream.codec_context.name,
-            video_index=None if picture_stream is None else picture_stream.index,
-            audio_index=None if sound_stream is None else sound_stream.index,
+            video_codec=None if video_stream is None else video_stream.codec_context.name,
+            audio_codec=None if audio_stream is None else audio_stream.codec_context.name,
+            video_index=None if video_stream is None else video_stream.index,
+            audio_index=None if audio_stream is None else audio_stream.index,
             audio_tracks=tuple(describe(stream) for stream in container.streams.audio),
             start=float(zero),
-            video_offset=_offset(picture, zero),
-            audio_offset=_offset(sound, zero),
+            video_offset=_offset(video_frame, zero),
+            audio_offset=_offset(audio_frame, zero),
         )
-        chosen = [stream for stream in (picture_stream, sound_stream) if stream is not None]
-        layout = None if picture is None else FrameLayout.of(picture, short_side)
-        first_pts = None if picture is None else picture.pts
+        chosen = [stream for stream in (video_stream, audio_stream) if stream is not None]
+        layout = None if video_frame is None else FrameLayout.of(video_frame, short_side)
+        first_pts = None if video_frame is None else video_frame.pts
         return Source(path, info, zero, promised_end(container, chosen), first_pts, layout)
 
 
 def _first_frames(
     container: InputContainer, path: Path, video: VideoStream | None, audio: AudioStream | None
 ) -> tuple[VideoFrame | None, AudioFrame | None]:
-    """Decode up to the first picture and the first sound; a stream without a single frame gives ``None``."""
-    picture: VideoFrame | None = None
-    sound: AudioFrame | None = None
+    """Decode the first frame of video and of audio; None for a stream without frames."""
+    video_frame: VideoFrame | None = None
+    audio_frame: AudioFrame | None = None
     started = False  # packets before the first key frame cannot be decoded
     try:
         for packet in container.demux([s for s in (video, audio) if s is not None]):
-            if video is not None and packet.stream_index == video.index and picture is None:
+            if video is not None and packet.stream_index == video.index and video_frame is None:
                 started = started or packet.is_keyframe
                 if started:
-                    picture = next(iter(video.codec_context.decode(packet)), None)
-            elif audio is not None and packet.stream_index == audio.index and sound is None:
-                sound = _decode_sound(audio, packet)
-            if (video is None or picture is not None) and (audio is None or sound is not None):
+                    video_frame = next(iter(video.codec_context.decode(packet)), None)
+            elif audio is not None and packet.stream_index == audio.index and audio_frame is None:
+                audio_frame = _first_audio_frame(audio, packet)
+            if (video is None or video_frame is not None) and (audio is None or audio_frame is not None):
                 break
     except FFmpegError as error:
-        what = "sound" if video is None else "picture"
-        raise MediaError.about(path, f"the first {what} cannot be decoded ({reason(error)})", COPY) from error
-    if picture is None and sound is None:
-        raise MediaError.about(path, "it holds no decodable picture or sound", COPY)
-    return picture, sound
+        what = "audio" if video is None else "video"
+        raise MediaError.about(path, f"the first {what} frame cannot be decoded ({reason(error)})", COPY) from error
+    if video_frame is None and audio_frame is None:
+        raise MediaError.about(path, "it has no decodable video or audio", COPY)
+    return video_frame, audio_frame
 
 
-def _decode_sound(stream: AudioStream, packet: Packet) -> AudioFrame | None:
+def _first_audio_frame(stream: AudioStream, packet: Packet) -> AudioFrame | None:
     try:
         return next(iter(stream.codec_context.decode(packet)), None)
     except FFmpegError:
-        return None  # junk before the sound, usual in MP3; the sampler reports damaged packets
+        return None  # data before the audio, common in MP3; `AudioTimeline` reports damaged packets
 
 
 def _offset(frame: VideoFrame | AudioFrame | None, zero: Fraction) -> float | None:
+    """Seconds from time zero to a frame."""
     if frame is None or frame.pts is None or frame.time_base is None:
         return None
     return float(frame.pts * frame.time_base - zero)

@@ -1,9 +1,8 @@
-"""Decode only the groups of pictures, and in them only the pictures, that sampling needs.
+"""Decode only the groups of pictures (GOPs), and in them only the frames, that sampling needs.
 
-Why: decoding is the cost of reading video. Compressed packets are held for one group (key frame to key
-frame); when no instant falls in it, it is dropped unread; otherwise decoding stops after its last wanted
-picture, and pictures that nothing refers to are passed over. The result is that of a full decode, picture for
-picture.
+Decoding dominates the cost of reading video. The packets of one GOP (key frame to key frame) are buffered. A GOP
+without a sampling instant is dropped; otherwise decoding stops after the last wanted frame, and unwanted
+non-reference frames are skipped. The frames are identical to those of a full decode.
 
     python tests/benchmarks/decode.py
 """
@@ -24,33 +23,32 @@ from av.video.stream import VideoStream
 from .frame_layout import FrameLayout
 from .plan import FramePlan, PlanImpossible
 
-# Codecs whose key frames are places to start decoding; the rest are decoded whole.
+# Codecs that can start decoding at any key frame; streams of other codecs are decoded completely.
 RESTARTABLE = frozenset({
     "h264", "hevc", "vp8", "libvpx", "vp9", "libvpx-vp9", "av1", "libdav1d", "mpeg1video", "mpeg2video", "mpeg4",
     "h263", "mjpeg", "prores", "png",
 })  # fmt: skip
-# Codecs in which skipping a picture that nothing refers to leaves no trace in the decoder.
+# Codecs in which skipping non-reference frames does not change the other frames.
 SKIPS_NON_REFERENCE = frozenset({"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"})
-HOLD_PACKETS = 1024  # a longer group is decoded as it arrives
+HOLD_PACKETS = 1024  # a longer GOP is decoded while it is read
 HOLD_BYTES = 32 << 20
 
 
 @dataclass
 class DecodeStats:
-    """Counts of one pass over a video stream, in packets and pictures."""
+    """Counts of one pass over a video stream, in packets and frames."""
 
     packets: int = 0  # read from the file
-    sent: int = 0  # given to the decoder
-    decoded: int = 0  # pictures that came out of it
-    converted: int = 0  # pictures converted to RGB
-    held: int = 0  # most packets held at once
+    sent: int = 0  # sent to the decoder
+    decoded: int = 0  # frames returned by the decoder
+    converted: int = 0  # frames converted to RGB
+    held: int = 0  # maximum number of buffered packets
 
 
 class SelectiveDecoder:
-    """Turn packets into the pictures a plan wants.
+    """Decode packets to the frames that a plan wants.
 
-    After ``pictures`` ends, ``broken`` is ``None`` or (ticks up to which the picture is readable, FFmpeg's
-    error).
+    After ``frames`` ends, ``broken`` is None or (ticks up to which the video is readable, FFmpeg's error).
     """
 
     def __init__(self, stream: VideoStream, plan: FramePlan, layout: FrameLayout, stats: DecodeStats) -> None:
@@ -60,22 +58,22 @@ class SelectiveDecoder:
         self.stats = stats
         self.broken: tuple[int, FFmpegError] | None = None
         self._skip: Literal["NONREF", "DEFAULT"] = "NONREF" if _may_skip(self.codec) else "DEFAULT"
-        self._held: list[Packet] = []  # decoding order; begins at a key frame unless the decoder is mid-group
+        self._held: list[Packet] = []  # decoding order; starts at a key frame unless the decoder is inside a GOP
         self._held_bytes = 0
-        self._next_key: int | None = None  # position in _held of the key frame that ends its group
-        self._open = False  # the decoder holds the beginning of the group
+        self._next_key: int | None = None  # index in _held of the key frame that starts the next GOP
+        self._open = False  # the decoder has received the start of the GOP
         self._first_group = True
         self._key_pts = 0
-        self._leads = False  # pictures before the key frame were sent without the group they refer to
-        self._owed: set[int] = set()  # wanted pictures sent to the decoder that have not come out
+        self._leads = False  # frames before the key frame were sent without the GOP they refer to
+        self._outstanding: set[int] = set()  # wanted frames sent to the decoder but not returned yet
 
-    def pictures(self, packets: Iterable[Packet]) -> Iterator[np.ndarray]:
+    def frames(self, packets: Iterable[Packet]) -> Iterator[np.ndarray]:
         """Yield uint8 ``[H, W, 3]`` for every instant that is settled while ``packets`` last.
 
         Raises
         ------
         PlanImpossible
-            The stream must be decoded whole instead.
+            All frames of the stream must be decoded.
         """
         for packet in packets:
             if packet.is_keyframe and self._held and self._next_key is None:
@@ -91,20 +89,20 @@ class SelectiveDecoder:
                 break
 
     def finish(self, instants: int) -> Iterator[np.ndarray]:
-        """No packet follows: yield the remaining pictures, of instants below ``instants``."""
+        """After the last packet: yield the frames of the remaining instants below ``instants``."""
         self.plan.finish(instants)
         yield from self._release_groups(final=True)
         if self.broken is None:
             yield from self._decode_to_last_wanted(self._cut(len(self._held)))
 
     def _release_groups(self, final: bool = False) -> Iterator[np.ndarray]:
-        """Decode or drop every held group whose pictures are all settled."""
+        """Decode or drop every buffered GOP whose frames are all settled."""
         while self.broken is None:
             at = self._next_key
             if at is None or not (final or self.plan.passed(_pts(self._held[at]))):
                 return
             key = _pts(self._held[at])
-            # Pictures shown before the next key frame but stored after it refer to this group.
+            # Frames shown before the next key frame but stored after it refer to this GOP.
             led = any(_pts(p) < key and self.plan.is_wanted(p.pts) for p in self._held[at + 1 :])
             group = self._cut(at)
             if led:
@@ -113,7 +111,7 @@ class SelectiveDecoder:
                 yield from self._decode_to_last_wanted(group)
 
     def _release_settled(self) -> Iterator[np.ndarray]:
-        """Decode the beginning of an over-long group: every packet that no open instant can show."""
+        """Decode the start of an overlong GOP: all packets whose frame no unsettled instant can show."""
         unsettled = (i for i, p in enumerate(self._held) if is_shown(p, self.codec.name) and self.plan.is_open(_pts(p)))
         at = next(unsettled, len(self._held))
         if at == 0:
@@ -121,68 +119,72 @@ class SelectiveDecoder:
         yield from self._send(self._cut(at))
 
     def _decode_to_last_wanted(self, group: list[Packet]) -> Iterator[np.ndarray]:
-        """Decode ``group`` up to its last wanted picture; leave the decoder ready for another key frame."""
+        """Decode ``group`` up to its last wanted frame, then reset the decoder for the next key frame."""
         needed = [i for i, packet in enumerate(group) if self._is_needed(packet)]
         if needed:
             yield from self._send(group[: needed[-1] + 1])
         if self._open and self.broken is None:
             yield from self._drain()
-            if self._owed:
-                raise PlanImpossible("a chosen picture did not come out of the decoder")
+            if self._outstanding:
+                raise PlanImpossible("the decoder did not return a chosen frame")
 
     def _is_needed(self, packet: Packet) -> bool:
-        # A damaged packet is decoded so that the decoder judges it, as in a full decode.
+        """Whether the decoder must return the frame of a packet."""
+        # Decode damaged packets too, so that errors are the same as in a full decode.
         return packet.is_corrupt or self.plan.is_wanted(packet.pts)
 
     def _send(self, packets: list[Packet]) -> Iterator[np.ndarray]:
+        """Decode packets; yield the wanted frames among them."""
         for at, packet in enumerate(packets):
             if not self._open:
                 self._open, self._key_pts, self._leads = True, _pts(packet), False
             if not self._first_group and _pts(packet) < self._key_pts and not packet.is_discard:
                 self._leads = True
             if self.plan.is_wanted(packet.pts):
-                self._owed.add(_pts(packet))
+                self._outstanding.add(_pts(packet))
             self.codec.skip_frame = "DEFAULT" if self._is_needed(packet) else self._skip
             self.stats.sent += 1
             try:
                 frames = self.codec.decode(packet)
             except FFmpegError as error:
                 if self._leads:
-                    raise PlanImpossible("pictures that refer to a group that was not decoded") from error
+                    raise PlanImpossible("frames that refer to a GOP that was not decoded") from error
                 yield from self._break_off(packets[at:], error)
                 return
             for frame in frames:
-                yield from self._give(frame)
+                yield from self._emit(frame)
 
     def _break_off(self, rest: list[Packet], error: FFmpegError) -> Iterator[np.ndarray]:
-        """Decoding failed at ``rest[0]``: give what the decoder holds, note how far the picture reaches."""
+        """After a failure at ``rest[0]``: yield what the decoder still holds, record how far the video is readable."""
         unread = [_pts(p) for p in [*rest, *self._held] if is_shown(p, self.codec.name)]
         self.broken = (min(unread, default=_pts(rest[0])), error)
         yield from self._drain()
 
     def _drain(self) -> Iterator[np.ndarray]:
+        """Yield the frames that the decoder still holds; reset it."""
         for frame in self.codec.decode(None):
-            yield from self._give(frame)
+            yield from self._emit(frame)
         self.codec.flush_buffers()
         self._open = False
         self._first_group = False
 
-    def _give(self, frame: VideoFrame) -> Iterator[np.ndarray]:
+    def _emit(self, frame: VideoFrame) -> Iterator[np.ndarray]:
+        """Yield a decoded frame as often as instants show it."""
         self.stats.decoded += 1
         if frame.pts is None:
-            raise PlanImpossible("a picture without presentation time")
+            raise PlanImpossible("a frame without presentation time")
         if not self.plan.wanted or frame.pts < self.plan.wanted[0][0]:
             return
         if frame.pts > self.plan.wanted[0][0] or frame.is_corrupt:
-            raise PlanImpossible("a chosen picture did not come out of the decoder whole")
-        self._owed.discard(frame.pts)
+            raise PlanImpossible("the decoder did not return a chosen frame undamaged")
+        self._outstanding.discard(frame.pts)
         self.stats.converted += 1
-        picture = self.layout.rgb(frame)
+        image = self.layout.rgb(frame)
         for _ in range(self.plan.pop_wanted()):
-            yield picture
+            yield image
 
     def _cut(self, at: int) -> list[Packet]:
-        """Take the first ``at`` held packets."""
+        """Remove the first ``at`` buffered packets."""
         taken, self._held = self._held[:at], self._held[at:]
         self._held_bytes -= sum(packet.size for packet in taken)
         self._next_key = next((i for i in range(1, len(self._held)) if self._held[i].is_keyframe), None)
@@ -190,15 +192,16 @@ class SelectiveDecoder:
 
 
 def is_shown(packet: Packet, codec: str) -> bool:
-    """Whether a packet's picture is presented: not edited out, not a hidden VP8 reference (RFC 6386, 9.1)."""
+    """Whether the frame of a packet is presented: not edited out, not a hidden VP8 frame (RFC 6386, section 9.1)."""
     if packet.is_discard:
         return False
     return codec not in ("vp8", "libvpx") or bool(bytes(memoryview(packet)[:1])[0] & 0x10)
 
 
 def _may_skip(codec: VideoCodecContext) -> bool:
+    """Whether skipping non-reference frames does not change the other frames."""
     if codec.name == "hevc":
-        # "Non-reference" holds within one temporal layer only: ask the hvcC record for their number
+        # Non-reference is defined within a temporal layer: read the number of layers from the hvcC record
         # (ISO/IEC 14496-15, 8.3.3.1: three bits of byte 21).
         record = codec.extradata or b""
         return len(record) > 21 and record[0] == 1 and (record[21] >> 3) & 7 == 1
@@ -206,6 +209,6 @@ def _may_skip(codec: VideoCodecContext) -> bool:
 
 
 def _pts(packet: Packet) -> int:
-    """Presentation time of a packet that the plan has taken, and which therefore has one."""
+    """Presentation time of a packet that the plan has accepted, so it has one."""
     assert packet.pts is not None
     return packet.pts

@@ -1,7 +1,7 @@
-"""Which streams of a file are used, and how long its header says they are.
+"""Choose the video and audio stream of a file, and read from its header how long they are.
 
-Why: files hold several languages, qualities and cover pictures; the choice is a
-stated rule, logged where there was one.
+Files hold several languages, qualities and cover images; the choice follows fixed rules, and a choice among several
+audio tracks is logged.
 
     python -c "from omnimem.media import probe; [print(t) for t in probe('clip.mkv').audio_tracks]"
 """
@@ -24,7 +24,7 @@ from .errors import MediaError
 log = logging.getLogger("omnimem.media")
 
 STILLS = Disposition.attached_pic | Disposition.still_image | Disposition.timed_thumbnails
-# Containers whose header states a true duration; the others estimate it from the bit rate or the file size.
+# Containers whose header states the duration; FFmpeg estimates it for others from bit rate or file size.
 DURATION_IS_STATED = ("mov", "matroska", "avi", "flac")
 
 
@@ -41,7 +41,7 @@ class AudioTrack:
 
 
 def choose_video(container: InputContainer) -> VideoStream | None:
-    """Choose the moving picture: flagged default first, then the largest, then the first in the file."""
+    """Choose the video stream (no still images): flagged as default, then the largest, then the first in the file."""
     streams = [s for s in container.streams.video if s.codec_context and not s.disposition & STILLS]
     return max(
         streams,
@@ -51,7 +51,7 @@ def choose_video(container: InputContainer) -> VideoStream | None:
 
 
 def choose_audio(container: InputContainer, path: Path, track: int | None = None) -> AudioStream | None:
-    """Choose the sound: ``track``; else flagged default, highest rate, most channels, first in the file."""
+    """Choose the audio stream: ``track``; else flagged as default, highest rate, most channels, first in the file."""
     streams = [s for s in container.streams.audio if s.codec_context]
     if track is not None:
         for stream in streams:
@@ -73,7 +73,7 @@ def choose_audio(container: InputContainer, path: Path, track: int | None = None
 
 
 def describe(stream: AudioStream) -> AudioTrack:
-    """Say what a caller needs to choose a track."""
+    """Description of an audio stream."""
     return AudioTrack(
         stream.index,
         stream.codec_context.name if stream.codec_context else "unknown",
@@ -85,20 +85,21 @@ def describe(stream: AudioStream) -> AudioTrack:
 
 
 def promised_end(container: InputContainer, chosen: list[VideoStream | AudioStream]) -> Fraction | None:
-    """Where the header says the chosen streams end (seconds, file clock); ``None`` if it only estimates."""
+    """End of the chosen streams according to the header (seconds, file clock); None if it is only an estimate."""
     if not container.format.name.startswith(DURATION_IS_STATED):
         return None
     ends = [_stated_end(stream) for stream in chosen]
     if all(ends):
         return max(end for end in ends if end is not None)
     moving = [s for s in container.streams if not s.disposition & Disposition.attached_pic]
-    # The container's duration is that of its longest stream, which may be one that is not read.
+    # The duration of a container is that of its longest stream, which may be one that is not read.
     if container.duration is not None and len(moving) == len(chosen):
         return Fraction(container.duration + (container.start_time or 0), av.time_base)
     return None
 
 
 def _stated_end(stream: Stream) -> Fraction | None:
+    """End of a stream according to its header (seconds, file clock)."""
     if stream.duration and stream.time_base is not None:
         return ((stream.start_time or 0) + stream.duration) * stream.time_base
     tag = stream.metadata.get("DURATION")  # Matroska statistics: HH:MM:SS.nnnnnnnnn

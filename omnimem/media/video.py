@@ -1,8 +1,7 @@
-"""Pictures of a video stream at a fixed rate, one at a time, never more than one held.
+"""Sample the frames of a video stream at a fixed rate, one at a time.
 
-Why: a model looks at 1 or 2 frames a second; the frame of instant ``i / fps`` is the one a player shows then.
-Where the timestamps allow, only what is needed is decoded (``gop.py``); else every picture is, with the same
-result.
+Models use 1 or 2 frames per second; the frame of instant ``i / fps`` is the one that a player shows then. If the
+timestamps allow it, only the needed frames are decoded (`selective_decoder`); otherwise all are, with the same result.
 
     python tests/benchmarks/decode.py
 """
@@ -33,26 +32,25 @@ TOLERANCE = Fraction(1, 1000)  # seconds; containers round times to milliseconds
 
 
 class VideoSampler:
-    """The frames shown at ``i / fps`` seconds after time zero, for as long as the picture lasts.
+    """The frames shown at ``i / fps`` seconds after time zero, until the end of the video.
 
     Parameters
     ----------
     source : Source
-        With a video stream.
+        File with a video stream.
     fps : Fraction
-        Instants per second.
+        Sampling instants per second.
     count : int or None
-        Stop after so many instants.
+        Maximum number of instants.
     on_fault : callable
-        ``on_fault(seconds_reached, cause)`` is called when decoding fails; if it returns, the stream ends
-        there.
+        ``on_fault(seconds_reached, cause)`` is called when decoding fails; if it returns, the video ends there.
 
     Attributes
     ----------
     end : Fraction or None
-        Seconds after time zero at which the picture ends; ``None`` until the stream was read to its end.
+        End of the video in seconds after time zero; None until the stream is read to its end.
     cut_short : bool
-        The file ends before the data its index names.
+        Whether the file ends before data that its index refers to.
     """
 
     def __init__(
@@ -69,19 +67,19 @@ class VideoSampler:
         self._layout: FrameLayout = source.layout
         self._end_ticks = 0
         self._tick = Fraction(1)
-        self._period = 0  # ticks a picture lasts when the file does not say
-        self._by_count = False  # pictures follow each other at the average rate, whatever their timestamps
+        self._period = 0  # ticks per frame, where the file states no duration
+        self._by_count = False  # ignore timestamps: frames follow each other at the average rate
         self._read_error: FFmpegError | None = None
 
     def frames(self) -> Generator[np.ndarray, None, None]:
         """Yield uint8 ``[H, W, 3]`` for instants 0, 1, 2, …; the same array may come several times."""
         given = 0
         try:
-            for picture in self._needed_only():
-                yield picture
+            for image in self._needed_only():
+                yield image
                 given += 1
         except PlanImpossible as why:
-            log.info("%s: decoding every picture (%s)", self.source.path.name, why)
+            log.info("%s: decoding every frame (%s)", self.source.path.name, why)
             yield from self._every(given)
 
     def instants_before(self, end: Fraction) -> int:
@@ -89,9 +87,11 @@ class VideoSampler:
         return max(1, math.ceil((end - TOLERANCE) * self.fps))
 
     def _limit(self, instant: int) -> int:
+        """Latest presentation time (ticks) of a frame shown at an instant."""
         return math.floor((self.source.zero + instant / self.fps + TOLERANCE) / self._tick)
 
     def _needed_only(self) -> Iterator[np.ndarray]:
+        """Decode needed frames only; raises PlanImpossible if all must be decoded."""
         with open_container(self.source.path) as container:
             stream = self._start(container)
             if self.source.info.video_codec not in RESTARTABLE:
@@ -100,7 +100,7 @@ class VideoSampler:
                 raise PlanImpossible("no presentation times")
             plan = FramePlan(self._limit, self.source.first_pts, self.count)
             decoder = SelectiveDecoder(stream, plan, self._layout, self.stats)
-            yield from decoder.pictures(self._packets(container, stream))
+            yield from decoder.frames(self._packets(container, stream))
             if decoder.broken is None and plan.done:
                 yield from decoder.finish(plan.settled)
             elif decoder.broken is None:
@@ -113,15 +113,15 @@ class VideoSampler:
                 self._fail(self._end_ticks, self._read_error)
 
     def _every(self, instant: int) -> Iterator[np.ndarray]:
-        """Decode all, convert what instants from ``instant`` on show."""
+        """Decode all frames; yield those shown at ``instant`` and later."""
         with open_container(self.source.path) as container:
             stream = self._start(container)
             held: VideoFrame | None = None
             for frame, pts in self._decode(container, stream):
                 if held is not None and self._limit(instant) < pts:
-                    picture = self._convert(held)
+                    image = self._convert(held)
                     while self._limit(instant) < pts and instant != self.count:
-                        yield picture
+                        yield image
                         instant += 1
                 if instant == self.count:
                     return
@@ -130,13 +130,13 @@ class VideoSampler:
                 self._finish(container, stream)
             if held is None:
                 return
-            picture = self._convert(held)
+            image = self._convert(held)
             while instant < self.instants_before(self.end or Fraction(0)) and instant != self.count:
-                yield picture
+                yield image
                 instant += 1
 
     def _decode(self, container: InputContainer, stream: VideoStream) -> Iterator[tuple[VideoFrame, int]]:
-        """Every frame with its presentation time; where the file has none, at its average rate."""
+        """All frames with their presentation times; computed from the average rate where the file has none."""
         clock = self._end_ticks
         failure: FFmpegError | None = None
         packets = self._packets(container, stream, measure=False)
@@ -160,6 +160,7 @@ class VideoSampler:
             self._fail(self._end_ticks, failure)
 
     def _start(self, container: InputContainer) -> VideoStream:
+        """Reset the state for reading the stream from its start."""
         stream = container.streams[self.source.info.video_index or 0]
         assert isinstance(stream, VideoStream) and stream.time_base is not None
         read_only(container, stream)
@@ -167,12 +168,12 @@ class VideoSampler:
         self._period = round(1 / (stream.guessed_rate or stream.average_rate or 25) / stream.time_base)
         self._end_ticks = self.source.first_pts or 0
         self._read_error = None
-        # AVI stores no presentation times, and FFmpeg does not find those of reordered pictures.
+        # AVI stores no presentation times, and FFmpeg does not reconstruct those of reordered frames.
         self._by_count = container.format.name == "avi" and stream.codec_context.has_b_frames
         return stream
 
     def _packets(self, container: InputContainer, stream: VideoStream, measure: bool = True) -> Iterator[Packet]:
-        """The stream's packets from its first key frame on; a reading error ends them and is kept."""
+        """Packets of the stream from its first key frame on; stores a reading error, which ends them."""
         started = False
         try:
             for packet in container.demux(stream):
@@ -187,13 +188,16 @@ class VideoSampler:
             self._read_error = error
 
     def _finish(self, container: InputContainer, stream: VideoStream) -> None:
+        """Record the end of the video."""
         self.end = self._end_ticks * self._tick - self.source.zero
         self.cut_short = is_cut_short(container, stream)
 
     def _fail(self, ticks: int, error: FFmpegError) -> None:
+        """End the video at ``ticks`` because of an error."""
         self.end = ticks * self._tick - self.source.zero
         self.on_fault(self.end, reason(error))
 
     def _convert(self, frame: VideoFrame) -> np.ndarray:
+        """Decoded frame to uint8 ``[H, W, 3]``."""
         self.stats.converted += 1
         return self._layout.rgb(frame)

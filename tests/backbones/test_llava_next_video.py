@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video: streams equal the stock model, turns are those of the checkpoint's template, token by token."""
+"""LLaVA-NeXT-Video: streams equal the transformers model; prompts equal the chat template of the checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from reference_models import QUESTION, TOLERANCE, streamed, whole_clip
 from rope_1d import (
     LONG,
     check_answer_by_hand,
-    check_answer_of_stock,
+    check_answer_of_reference,
     check_strict_loading,
     check_trained_run,
     following,
@@ -68,8 +68,8 @@ def llava64(path: Path) -> Backbone:
 # ---- equality --------------------------------------------------------------------------------------------------------
 
 
-def stock_inputs(backbone: Backbone, prompt: str, clip: Path, fps: float, **options: Any) -> Any:
-    """What the stock processor makes of clip and prompt, which is what the published template writes."""
+def reference_inputs(backbone: Backbone, prompt: str, clip: Path, fps: float, **options: Any) -> Any:
+    """What the transformers processor makes of clip and prompt, which is what the published template writes."""
     content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
     text = backbone.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     assert text == prompt
@@ -80,7 +80,7 @@ def stock_inputs(backbone: Backbone, prompt: str, clip: Path, fps: float, **opti
 def check_equality(
     backbone: Backbone, path: Path, dtype: torch.dtype, prompt: str, clip: Path, fps: float, **options: Any
 ) -> None:
-    inputs = stock_inputs(backbone, prompt, clip, fps, **options)
+    inputs = reference_inputs(backbone, prompt, clip, fps, **options)
     expected = LlavaNextVideoForConditionalGeneration.from_pretrained(path, dtype=dtype).eval()(**inputs).logits
     seen = inputs["input_ids"] == backbone.processor.video_token_id
     for chunk_seconds in (1, 3, 20):
@@ -101,7 +101,7 @@ def check_equality(
     [(WEBB, 1.0, {}), (RABBIT, 2.0, {"max_seconds": 5.3})],
     ids=["1fps", "2fps-odd-length"],
 )
-def test_streaming_equals_stock_prefill(llava, llava64, path, clip, fps, options, dtype):
+def test_streaming_equals_reference_prefill(llava, llava64, path, clip, fps, options, dtype):
     backbone = llava if dtype == torch.float32 else llava64
     check_equality(backbone, path, dtype, VICUNA, clip, fps, **options)
 
@@ -119,9 +119,9 @@ def test_other_published_decoders_and_turns(tmp_path, prompt):
     check_equality(backbone, folder, torch.float64, prompt, WEBB, 1.0, max_seconds=3)
 
 
-def test_an_answer_is_that_of_stock_generate_when_everything_is_kept(llava64, path):
+def test_an_answer_is_that_of_reference_generate_when_everything_is_kept(llava64, path):
     model = LlavaNextVideoForConditionalGeneration.from_pretrained(path, dtype=torch.float64).eval()
-    check_answer_of_stock(llava64, model, stock_inputs(llava64, VICUNA, WEBB, 1.0, max_seconds=12))
+    check_answer_of_reference(llava64, model, reference_inputs(llava64, VICUNA, WEBB, 1.0, max_seconds=12))
 
 
 @pytest.mark.parametrize("positions", ["original", "compact"])
@@ -230,5 +230,5 @@ def test_the_published_7b_is_planned_without_its_files():
     assert counts == [(4 * 144, 0), (144, 0)]
 
 
-def test_a_trained_run_exports_what_the_stock_classes_load(tmp_path):
+def test_a_trained_run_exports_what_the_reference_classes_load(tmp_path):
     check_trained_run(tmp_path, LlavaNextVideo, "<video>", "train.per_device_train_batch_size=2")

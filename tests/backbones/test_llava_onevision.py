@@ -1,4 +1,4 @@
-"""LLaVA-OneVision, whose decoder has one rotary axis: its streams equal the stock model, its checkpoints load whole."""
+"""LLaVA-OneVision (1-D RoPE): streams equal the transformers model; checkpoints load strictly."""
 
 from __future__ import annotations
 
@@ -49,8 +49,10 @@ def llava64(path: Path) -> Backbone:
 
 
 @torch.no_grad()
-def stock_prefill(path: Path, dtype: torch.dtype, backbone: Backbone, clip: Path, fps: float, **options: Any) -> Any:
-    """Logits ``[1, T, V]`` and ids of clip and prompt as the stock processor and the published template make them."""
+def reference_prefill(
+    path: Path, dtype: torch.dtype, backbone: Backbone, clip: Path, fps: float, **options: Any
+) -> Any:
+    """Reference logits ``[1, T, V]`` and token ids of clip and prompt, from the transformers processor."""
     model = LlavaOnevisionForConditionalGeneration.from_pretrained(path, dtype=dtype).eval()
     content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
     text = backbone.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -65,9 +67,9 @@ def stock_prefill(path: Path, dtype: torch.dtype, backbone: Backbone, clip: Path
     [(WEBB, 1.0, {}), (RABBIT, 2.0, {"max_seconds": 5.3})],
     ids=["1fps", "2fps-odd-length"],
 )
-def test_streaming_equals_stock_prefill(llava, llava64, path, clip, fps, options, dtype):
+def test_streaming_equals_reference_prefill(llava, llava64, path, clip, fps, options, dtype):
     backbone = llava if dtype == torch.float32 else llava64
-    expected, ids = stock_prefill(path, dtype, backbone, clip, fps, **options)
+    expected, ids = reference_prefill(path, dtype, backbone, clip, fps, **options)
     for chunk_seconds in (1, 3, 20):
         logits, positions, modality = streamed(backbone, clip, fps, chunk_seconds, **options)
         assert logits.shape == expected.shape
@@ -176,7 +178,7 @@ def test_what_training_and_plans_ask_for(llava, path):
     assert load_backbone(path, device="meta").language_model.dtype == torch.bfloat16
 
 
-def test_a_trained_run_exports_what_the_stock_classes_load(tmp_path):
+def test_a_trained_run_exports_what_the_reference_classes_load(tmp_path):
     """The sound of the clips is not asked for."""
     check_trained_run(tmp_path, LlavaOnevision, "<video>")
 

@@ -1,4 +1,4 @@
-"""Positions equal the model's own `get_rope_index` on the whole clip, and sound features the stock extractor's."""
+"""Position ids equal `get_rope_index` on the whole clip; mel features equal those of the transformers extractor."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def mel_frames(samples: int) -> int:
     return -(-samples // 160)
 
 
-def stock_positions(backbone, fps: float, frames: int | None, samples: int | None):
-    """Rotary positions and modalities of the whole clip and a question, by the stock processor and model."""
+def reference_positions(backbone, fps: float, frames: int | None, samples: int | None):
+    """Rotary positions and modalities of the whole clip and a question, by the transformers processor and model."""
     processor, config = backbone.processor, backbone.config
     audio_tokens = 0 if samples is None else ((mel_frames(samples) - 1) // 2 + 1 - 2) // 2 + 1
     extra = {}
@@ -118,12 +118,12 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fps", [1.0, 2.0, 3.0, 4.0])
-def test_positions_equal_the_stock_models_for_any_chunking(tiny, layout, fps):
+def test_positions_equal_the_reference_models_for_any_chunking(tiny, layout, fps):
     frames, samples = LAYOUTS[layout]
     if frames is not None and fps > 1:
         # The same seconds of picture, one frame more or less where that makes the number odd.
         frames = int(frames * fps) - (frames % 2)
-    expected, expected_kinds = stock_positions(tiny, fps, frames, samples)
+    expected, expected_kinds = reference_positions(tiny, fps, frames, samples)
     for chunk_seconds in (2, 6, 20):
         positions, kinds, _, _ = streamed_positions(tiny, fps, chunk_seconds, frames, samples)
         assert torch.equal(kinds, expected_kinds)
@@ -131,10 +131,10 @@ def test_positions_equal_the_stock_models_for_any_chunking(tiny, layout, fps):
 
 
 @pytest.mark.parametrize("fps", [1.0, 2.0, 3.0, 4.0, 6.0])
-def test_positions_equal_the_stock_models_over_minutes(tiny, fps, monkeypatch):
+def test_positions_equal_the_reference_models_over_minutes(tiny, fps, monkeypatch):
     """Rates that do not divide a second must not drift or fall into the wrong group after many patches."""
     frames, samples = int(64 * fps), 64 * RATE
-    expected, expected_kinds = stock_positions(tiny, fps, frames, samples)
+    expected, expected_kinds = reference_positions(tiny, fps, frames, samples)
     skip_towers(tiny, monkeypatch)
     positions, kinds, _, _ = streamed_positions(tiny, fps, 8, frames, samples)
     assert torch.equal(kinds, expected_kinds)
@@ -219,8 +219,8 @@ def test_half_a_frame_a_second_is_streamed_in_time_order_however_it_is_cut(tiny,
     for positions, kinds, _, _ in results[1:]:
         assert torch.equal(positions, results[0][0]) and torch.equal(kinds, results[0][1])
     positions, kinds, seconds, _ = results[0]
-    # The stock layout advances one group a patch and so runs ahead of the sound; the positions are the same ones.
-    expected, expected_kinds = stock_positions(tiny, 0.5, frames, samples)
+    # The transformers layout advances one group per patch, ahead of the audio; the position ids are the same.
+    expected, expected_kinds = reference_positions(tiny, 0.5, frames, samples)
     for kind in (VISUAL, AUDIO):
         assert torch.equal(positions[:, kinds == kind], expected[:, expected_kinds == kind])
     media = seconds[~seconds.isnan()]
@@ -336,7 +336,7 @@ def streamed_mel(extractor, sound, seconds, floor="running") -> torch.Tensor:
     return torch.cat([mel.frames(chunk) for chunk in sound_chunks(sound, seconds)], dim=1)
 
 
-def stock_mel(extractor, sound: np.ndarray) -> torch.Tensor:
+def reference_mel(extractor, sound: np.ndarray) -> torch.Tensor:
     # The processor pads far beyond the sound; a short pad of zeros gives the same windows at the end.
     padded = np.pad(sound, (0, 1600))
     features = extractor(padded, sampling_rate=RATE, padding="longest", truncation=False, return_tensors="pt")
@@ -345,9 +345,9 @@ def stock_mel(extractor, sound: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize("samples", [7 * RATE, 7 * RATE + 123, 2 * RATE, 2 * RATE + 1, 150, 5000])
 @pytest.mark.parametrize("seconds", [2, 4, 20])
-def test_mel_of_a_stream_equals_the_stock_extractor_when_the_floor_is_the_clips(tiny, samples, seconds):
+def test_mel_of_a_stream_equals_the_reference_extractor_when_the_floor_is_the_clips(tiny, samples, seconds):
     extractor, sound = tiny.processor.feature_extractor, speech_like(samples)
-    expected = stock_mel(extractor, sound)
+    expected = reference_mel(extractor, sound)
     loudest = float(expected.max()) * 4 - 4
     ours = streamed_mel(extractor, sound, seconds, floor=loudest)
     assert ours.shape == expected.shape
@@ -374,10 +374,10 @@ def test_the_running_floor_never_looks_ahead(tiny):
     assert torch.equal(ours, theirs)
 
 
-def test_the_running_floor_is_the_stock_floor_once_the_loudest_point_has_passed(tiny):
+def test_the_running_floor_is_the_reference_floor_once_the_loudest_point_has_passed(tiny):
     extractor, sound = tiny.processor.feature_extractor, speech_like(8 * RATE)
     sound[1000:1400] = 0.9
-    assert (streamed_mel(extractor, sound, 2) - stock_mel(extractor, sound)).abs().max() <= 2e-5
+    assert (streamed_mel(extractor, sound, 2) - reference_mel(extractor, sound)).abs().max() <= 2e-5
 
 
 def test_silence_is_encoded_without_special_cases(tiny):

@@ -1,6 +1,6 @@
-"""Qwen3-Omni: a stream equals the stock model on the whole clip, and its checkpoint is complete or refused.
+"""Qwen3-Omni: a stream equals the transformers model on the whole clip, and its checkpoint is complete or refused.
 
-The reference is stock all the way: stock processor on the whole clip, stock `model(...)`, stock positions.
+The reference is transformers: its processor on the whole clip, `model(...)` and position ids.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from omnimem.stream_settings import StreamSettings
 from reference_models import QUESTION, TOLERANCE, Whole, streamed, whole_clip
 from small_runs import arguments, main, trained_run
 
-Stock = Qwen3OmniMoeThinkerForConditionalGeneration
+Reference = Qwen3OmniMoeThinkerForConditionalGeneration
 RATE = 16_000
 JFK = MEDIA / "audio_speech_jfk_11s.flac"
 TIMECODE = MEDIA / "speech_burned_in_timecode_42s.mp4"
@@ -79,19 +79,19 @@ def wide(tmp_path_factory):
     return load_backbone(path, dtype=torch.float32, device="cpu")
 
 
-def stock_model(path: Path, dtype: torch.dtype = torch.float32):
+def reference_model(path: Path, dtype: torch.dtype = torch.float32):
     with quiet_transformers():
-        model = Stock.from_pretrained(path, dtype=dtype).eval()
+        model = Reference.from_pretrained(path, dtype=dtype).eval()
     if dtype == torch.float64:
         model.set_experts_implementation("eager")  # the default takes no double precision
     return model
 
 
-# ---- against the stock model on the whole clip ---------------------------------------------------------------------
+# ---- against the transformers model on the whole clip ----------------------------------------------------------------
 
 
-def stock_inputs(backbone, clip: Whole | None, audio: np.ndarray | None) -> dict:
-    """What the stock processor makes of a clip and a question."""
+def reference_inputs(backbone, clip: Whole | None, audio: np.ndarray | None) -> dict:
+    """What the transformers processor makes of a clip and a question."""
     text = "<|audio_start|><|audio_pad|><|audio_end|>"
     media: dict = {}
     if clip is not None:
@@ -108,10 +108,10 @@ def stock_inputs(backbone, clip: Whole | None, audio: np.ndarray | None) -> dict
 
 
 @torch.no_grad()
-def stock_run(backbone, path: Path, dtype: torch.dtype, clip: Whole | None, audio: np.ndarray | None):
-    """Stock logits and rotary ids."""
-    model = stock_model(path, dtype)
-    inputs = stock_inputs(backbone, clip, audio)
+def reference_run(backbone, path: Path, dtype: torch.dtype, clip: Whole | None, audio: np.ndarray | None):
+    """Transformers logits and rotary ids."""
+    model = reference_model(path, dtype)
+    inputs = reference_inputs(backbone, clip, audio)
     both = clip is not None and audio is not None
     positions, _ = model.get_rope_index(
         inputs["input_ids"],
@@ -128,7 +128,7 @@ def stock_run(backbone, path: Path, dtype: torch.dtype, clip: Whole | None, audi
 
 
 def loudness(backbone, audio: np.ndarray | None) -> float | str:
-    """Loudest log10 mel power of the clip: the floor the stock extractor uses."""
+    """Loudest log10 mel power of the clip: the floor the transformers extractor uses."""
     if audio is None:
         return "running"
     stream = MelStream(backbone.processor.feature_extractor, 10**9, floor=-100.0, reflect_end=True)
@@ -138,10 +138,10 @@ def loudness(backbone, audio: np.ndarray | None) -> float | str:
 
 
 def compare(backbone, path, clip, fps, dtype, lengths, **options) -> float:
-    """Largest difference of logits to the stock run; the rotary ids are the same."""
+    """Largest difference of logits to the transformers run; the rotary ids are the same."""
     picture = clip not in (JFK,)
     whole = whole_clip(clip, fps, **options)
-    expected, positions = stock_run(backbone, path, dtype, whole if picture else None, whole.audio)
+    expected, positions = reference_run(backbone, path, dtype, whole if picture else None, whole.audio)
     floor = loudness(backbone, whole.audio)
     worst = 0.0
     for chunk_seconds in lengths:
@@ -165,7 +165,7 @@ CLIPS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("name", CLIPS)
-def test_streaming_equals_stock_prefill(backbone, backbone64, path, name, dtype):
+def test_streaming_equals_reference_prefill(backbone, backbone64, path, name, dtype):
     clip, fps, options = CLIPS[name]
     model = backbone if dtype == torch.float32 else backbone64
     assert compare(model, path, clip, fps, dtype, (2, 4, 20), **options) <= TOLERANCE[dtype]
@@ -188,7 +188,7 @@ def test_what_is_compared_can_be_told_apart(backbone, path):
     """The clip's own loudest point is given to the streams above; without it they would differ."""
     clip, fps, options = CLIPS["with sound"]
     whole = whole_clip(clip, fps, **options)
-    expected, _ = stock_run(backbone, path, torch.float32, whole, whole.audio)
+    expected, _ = reference_run(backbone, path, torch.float32, whole, whole.audio)
     logits, _, _ = streamed(backbone, clip, fps, 4, **options)
     assert 1e-4 < (logits - expected).abs().max() < 1.0
 
@@ -213,8 +213,8 @@ def skip_towers(backbone, monkeypatch) -> None:
     monkeypatch.setattr(MelStream, "_block", lambda self, signal, start, stop: torch.zeros(128, stop - start))
 
 
-def stock_positions(backbone, fps: float, frames: int | None, samples: int | None):
-    """Rotary positions and modalities of a whole clip and a question, by the stock processor and model."""
+def reference_positions(backbone, fps: float, frames: int | None, samples: int | None):
+    """Rotary positions and modalities of a whole clip and a question, by the transformers processor and model."""
     processor, config = backbone.processor, backbone.config
     heard = None if samples is None else torch.tensor([samples // 160])
     tokens = 0 if samples is None else audio_tokens(samples // 160, 100)
@@ -282,12 +282,12 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fps", [0.5, 1.0, 2.0, 3.0, 4.0, 6.0])
 @pytest.mark.parametrize("size", ["backbone", "wide"])
-def test_positions_equal_the_stock_models_for_any_chunking(layout, fps, size, request, monkeypatch):
+def test_positions_equal_the_reference_models_for_any_chunking(layout, fps, size, request, monkeypatch):
     model = request.getfixturevalue(size)
     skip_towers(model, monkeypatch)
     seconds, samples = LAYOUTS[layout]
     frames = None if seconds is None else round(seconds * fps)
-    expected, expected_kinds = stock_positions(model, fps, frames, samples)
+    expected, expected_kinds = reference_positions(model, fps, frames, samples)
     alignment = model.chunk_alignment(fps, samples is not None)
     for times in (1, 3, 10):
         positions, kinds, _, _ = streamed_positions(model, fps, times * alignment, frames, samples)
@@ -344,29 +344,29 @@ def test_time_scale_keeps_a_long_stream_inside_the_trained_range(backbone, monke
 
 
 @pytest.mark.parametrize("samples", [7 * RATE, 7 * RATE + 123, 4 * RATE + 100, 2 * RATE, 2 * RATE + 1, 250, 5000])
-def test_mel_of_a_stream_equals_the_stock_processors(backbone, samples):
+def test_mel_of_a_stream_equals_the_reference_processors(backbone, samples):
     """Which does not pad: the end is reflected like the start, and a started hop makes no frame."""
     chunks = clip_chunks(1.0, 2, None, samples)
     sound = np.concatenate([chunk.audio for chunk in chunks])
     text = "<|audio_start|><|audio_pad|><|audio_end|>"
-    stock = backbone.processor(text=text, audio=[sound], return_tensors="pt")
-    frames = int(stock["feature_attention_mask"].sum())
-    assert stock["input_ids"].shape[1] == 2 + audio_tokens(frames, 100) and frames == samples // 160
+    reference = backbone.processor(text=text, audio=[sound], return_tensors="pt")
+    frames = int(reference["feature_attention_mask"].sum())
+    assert reference["input_ids"].shape[1] == 2 + audio_tokens(frames, 100) and frames == samples // 160
     mel = MelStream(backbone.processor.feature_extractor, 200, loudness(backbone, sound), reflect_end=True)
     ours = torch.cat([mel.frames(chunk) for chunk in chunks], dim=1)
-    assert torch.allclose(ours, stock["input_features"][0], atol=2e-5)
+    assert torch.allclose(ours, reference["input_features"][0], atol=2e-5)
 
 
 # ---- questions -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fps", [1.0, 3.0, 4.0])
-def test_an_answer_goes_on_as_stock_generate_does(backbone, path, fps):
+def test_an_answer_goes_on_as_reference_generate_does(backbone, path, fps):
     """Also where the ids of what follows the media are no whole numbers."""
     whole = whole_clip(RABBIT, fps, audio=False)
-    inputs = stock_inputs(backbone, whole, None)
+    inputs = reference_inputs(backbone, whole, None)
     count = {"max_new_tokens": 16, "min_new_tokens": 16}
-    given = stock_model(path).generate(**inputs, **count, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    given = reference_model(path).generate(**inputs, **count, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     settings = StreamSettings(fps=fps, chunk_seconds=4, audio=False)
     session = StreamingSession(backbone, BudgetProfile.uniform(backbone.config, 4000, 1.0), settings=settings)
     for _ in session.watch(RABBIT):
@@ -424,7 +424,7 @@ def test_the_tiny_checkpoint_has_the_published_layout(tmp_path):
     assert config["model_type"] == "qwen3_omni_moe" and config["thinker_config"]["position_id_per_seconds"] == 13
     with torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(0)
-        built = Stock(tiny_config(tiny_tokenizer(SPECIAL_TOKENS))).state_dict()
+        built = Reference(tiny_config(tiny_tokenizer(SPECIAL_TOKENS))).state_dict()
     loaded = load_backbone(path, dtype=torch.float32, device="cpu").model.state_dict()
     assert built.keys() == loaded.keys() and all(torch.equal(built[name], loaded[name]) for name in built)
 
@@ -534,7 +534,7 @@ def test_the_way_back_gives_the_gradient_of_plain_autograd(path):
     plain, ours = gradient(False), gradient(True)
     scale = max(one.abs().max().item() for one in plain)
     assert len(plain) == len(ours) == len(weights) and scale > 1e-3
-    # The stock norms compute in float32 whatever the weights are.
+    # The transformers norms compute in float32 whatever the weights are.
     assert max((a - b).abs().max().item() for a, b in zip(plain, ours, strict=True)) <= 1e-6 * scale
 
 
@@ -564,7 +564,7 @@ def test_an_export_is_the_published_layout_with_the_logits_of_base_and_adapter(r
     assert "verified against base + adapter" in capsys.readouterr().out
     assert set(load_file(out / "model.safetensors")) == set(load_file(run / "base" / "model.safetensors"))
     with quiet_transformers():
-        merged, info = Stock.from_pretrained(out, output_loading_info=True)
+        merged, info = Reference.from_pretrained(out, output_loading_info=True)
         processor = Qwen3OmniMoeProcessor.from_pretrained(out)
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     assert processor.tokenizer.decode(processor.tokenizer(QUESTION).input_ids) == QUESTION
@@ -578,7 +578,7 @@ def test_an_export_is_the_published_layout_with_the_logits_of_base_and_adapter(r
     assert answers[0] == answers[1] != ""
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
-        plain, ours = (model(input_ids=ids).logits for model in (stock_model(run / "base"), merged.eval()))
+        plain, ours = (model(input_ids=ids).logits for model in (reference_model(run / "base"), merged.eval()))
     assert (plain - ours).abs().max() > 0.1
 
 

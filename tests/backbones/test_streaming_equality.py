@@ -1,7 +1,7 @@
-"""With budgets at least as long as the stream, streaming equals one full prefill of the stock model.
+"""With budgets at least as long as the stream, streaming equals one full prefill of the transformers model.
 
-The reference is stock all the way: stock processor on the whole clip, stock `model(...)` with stock attention, stock
-positions. Streaming cuts the same clip into chunks, encodes each alone and carries a compressed cache.
+The reference is transformers: its processor on the whole clip, `model(...)`, its attention and its position ids.
+Streaming cuts the same clip into chunks, encodes each chunk alone and carries a compressed cache.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def whole_clip(path: Path, fps: float, **options) -> tuple[np.ndarray, np.ndarra
     return np.concatenate([chunk.frames for chunk in chunks]), audio
 
 
-def stock_inputs(backbone: Backbone, frames: np.ndarray, audio: np.ndarray | None, fps: float) -> dict:
+def reference_inputs(backbone: Backbone, frames: np.ndarray, audio: np.ndarray | None, fps: float) -> dict:
     text = backbone.prompt_prefix + "<|vision_bos|><|VIDEO|><|vision_eos|>" + backbone.question_turn(QUESTION)
     sound = {}
     if audio is not None:
@@ -57,9 +57,9 @@ def stock_inputs(backbone: Backbone, frames: np.ndarray, audio: np.ndarray | Non
 
 
 @torch.no_grad()
-def stock_logits(path: Path, dtype: torch.dtype, backbone: Backbone, frames, audio, fps: float):
+def reference_logits(path: Path, dtype: torch.dtype, backbone: Backbone, frames, audio, fps: float):
     model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(path, dtype=dtype).eval()
-    inputs = stock_inputs(backbone, frames, audio, fps)
+    inputs = reference_inputs(backbone, frames, audio, fps)
     positions, _ = model.model.get_rope_index(
         inputs["input_ids"],
         video_grid_thw=inputs["video_grid_thw"],
@@ -76,7 +76,7 @@ def stock_logits(path: Path, dtype: torch.dtype, backbone: Backbone, frames, aud
 
 
 def clip_loudness(backbone: Backbone, audio: np.ndarray | None) -> float | str:
-    """Loudest log10 mel power of the clip: the floor the stock extractor uses."""
+    """Loudest log10 mel power of the clip: the floor the transformers extractor uses."""
     if audio is None:
         return "running"
     stream = MelStream(backbone.processor.feature_extractor, 200, floor=-100.0)
@@ -123,10 +123,10 @@ def streamed_logits(backbone: Backbone, path: Path, fps: float, chunk_seconds: f
     ],
     ids=["with-sound", "2fps", "no-sound", "odd-length"],
 )
-def test_streaming_equals_stock_prefill(tiny, tiny64, tiny_path, clip, fps, options, dtype):
+def test_streaming_equals_reference_prefill(tiny, tiny64, tiny_path, clip, fps, options, dtype):
     backbone = tiny if dtype == torch.float32 else tiny64
     frames, audio = whole_clip(clip, fps, **options)
-    expected, positions, _ = stock_logits(tiny_path, dtype, backbone, frames, audio, fps)
+    expected, positions, _ = reference_logits(tiny_path, dtype, backbone, frames, audio, fps)
     floor = clip_loudness(backbone, audio)
     for chunk_seconds in (2, 6, 20):
         logits, streamed_positions = streamed_logits(backbone, clip, fps, chunk_seconds, floor, **options)

@@ -1,4 +1,4 @@
-"""VideoLLaMA 3: streams equal the stock model, what is left out between frames included, wherever a chunk ends."""
+"""VideoLLaMA 3: streams equal the transformers model, dropped tokens included, for any chunk length."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from reference_models import QUESTION, TOLERANCE, streamed, whole_clip
 from rope_1d import (
     LONG,
     check_answer_by_hand,
-    check_answer_of_stock,
+    check_answer_of_reference,
     check_strict_loading,
     check_trained_run,
     following,
@@ -56,14 +56,14 @@ def llama64(path: Path) -> Backbone:
 # ---- equality --------------------------------------------------------------------------------------------------------
 
 
-def stock_inputs(backbone: Backbone, clip: Path, fps: float, **options: Any) -> Any:
-    """What the stock processor makes of clip and prompt, which is what the published template writes."""
+def reference_inputs(backbone: Backbone, clip: Path, fps: float, **options: Any) -> Any:
+    """What the transformers processor makes of clip and prompt, which is what the published template writes."""
     content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
     text = backbone.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     assert text == f"<|im_start|>user\n<|video_pad|>\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
     video = whole_clip(clip, fps, **options).video
     when = VideoMetadata(total_num_frames=len(video), fps=fps, frames_indices=list(range(len(video))))
-    # The stock resize makes frames smaller the more there are, even past what was trained; there it gets more pixels.
+    # The processor shrinks frames of clips longer than the trained maximum; give it more pixels for those.
     size = dict(backbone.processor.video_processor.size)
     size["longest_edge"] = size["longest_edge"] // MAX_FRAMES * max(MAX_FRAMES, len(video))
     return backbone.processor(text=text, videos=[video], video_metadata=[when], size=size, return_tensors="pt")
@@ -76,9 +76,9 @@ def stock_inputs(backbone: Backbone, clip: Path, fps: float, **options: Any) -> 
     ids=["1fps", "2fps-odd-length", "4fps-more-frames-than-trained"],
 )
 @torch.no_grad()
-def test_streaming_equals_stock_prefill(llama, llama64, path, clip, fps, options, dtype):
+def test_streaming_equals_reference_prefill(llama, llama64, path, clip, fps, options, dtype):
     backbone = llama if dtype == torch.float32 else llama64
-    inputs = stock_inputs(backbone, clip, fps, **options)
+    inputs = reference_inputs(backbone, clip, fps, **options)
     expected = VideoLlama3ForConditionalGeneration.from_pretrained(path, dtype=dtype).eval()(**inputs).logits
     assert clip == RABBIT or not inputs["video_compression_mask"].all(), "nothing to leave out"
     seen = inputs["input_ids"] == backbone.processor.video_token_id
@@ -123,9 +123,9 @@ def test_what_did_not_change_is_left_out_across_chunks(llama):
         assert fork.last_frame is None
 
 
-def test_an_answer_is_that_of_stock_generate_when_everything_is_kept(llama64, path):
+def test_an_answer_is_that_of_reference_generate_when_everything_is_kept(llama64, path):
     model = VideoLlama3ForConditionalGeneration.from_pretrained(path, dtype=torch.float64).eval()
-    check_answer_of_stock(llama64, model, stock_inputs(llama64, WEBB, 1.0, max_seconds=12))
+    check_answer_of_reference(llama64, model, reference_inputs(llama64, WEBB, 1.0, max_seconds=12))
 
 
 @pytest.mark.parametrize("positions", ["original", "compact"])
@@ -237,5 +237,5 @@ def test_small_checkpoints_with_tied_embeddings_load(tmp_path):
     assert loaded.model.lm_head.weight is loaded.language_model.embed_tokens.weight
 
 
-def test_a_trained_run_exports_what_the_stock_classes_load(tmp_path):
+def test_a_trained_run_exports_what_the_reference_classes_load(tmp_path):
     check_trained_run(tmp_path, VideoLlama3, "<|video_pad|>", "train.per_device_train_batch_size=2")

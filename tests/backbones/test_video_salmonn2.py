@@ -58,7 +58,7 @@ FAMILIES = ["video_salmonn2", "video_salmonn2_qwen2_5"]
 QWEN3, QWEN2_5 = FAMILIES
 APOLLO = MEDIA / "speech_apollo15_hammer_feather_47s.webm"
 COMMENTARY = MEDIA / "audio_speech_commentary_mono16k_7s.mp3"
-GOLDEN = sorted((ROOT / "tests" / "golden_models").glob("*.safetensors"))
+GOLDEN = sorted((ROOT / "tests" / "data" / "golden_models").glob("*.safetensors"))
 RATE = 16_000
 NOTHING = np.zeros(0, np.float32)
 
@@ -407,7 +407,7 @@ def test_a_clip_from_a_file_is_the_same_stream(loaded):
     """Decoded chunk by chunk, with the sound of another file beside the pictures."""
     settings = StreamSettings(chunk_seconds=30, timestamps=None)
     for sound in (None, COMMENTARY):
-        clip = clip_of(APOLLO, 1.0, short_side=360, audio=sound)
+        clip = clip_of(APOLLO, 1.0, short_side=360, audio_path=sound)
         _, ids, _ = whole(loaded(QWEN3), clip)
         session = StreamingSession(
             loaded(QWEN3), BudgetProfile.uniform(loaded(QWEN3).config, 4000, 1.0), "full", settings
@@ -420,7 +420,7 @@ def test_a_clip_from_a_file_is_the_same_stream(loaded):
 
 
 def test_the_double_precision_comparison_can_fail(loaded):
-    """The stock norms round to single precision, which hides what is below; a single id is not hidden."""
+    """The transformers norms round to single precision, which hides what is below; a single id is not hidden."""
     backbone, (clip, _) = loaded(QWEN2_5, torch.float64), apollo("no sound")
     given = prompt(backbone, clip)
     expected, ids, _ = whole(backbone, clip)
@@ -820,7 +820,7 @@ def test_the_released_layout_needs_a_duration(loaded):
     with pytest.raises(OmniMemError, match="position_layout=release") as error:
         loaded(QWEN2_5).stream_encoder(video=True, audio=True, fps=1.0, position_layout="release")
     assert "\n" not in str(error.value)
-    for media in ({"picture": True, "sound": False}, {"picture": False, "sound": True}):
+    for media in ({"video": True, "audio": False}, {"video": False, "audio": True}):
         assert loaded(QWEN2_5).stream_encoder(**media, fps=1.0, position_layout="release").expected_patches is None
 
 
@@ -861,7 +861,7 @@ def skip_towers(backbone: Backbone, monkeypatch) -> None:
     for name in ("qwen2_5_omni", "qwen3_omni", "qwen2_5_vl", "qwen3_vl"):
         monkeypatch.setattr(f"omnimem.backbones.{name}.stream_encoder.encode_frames", see)
     if backbone.name in FAMILIES:
-        module = "omnimem.backbones.video_salmonn2.backbone.segments"
+        module = "omnimem.backbones.video_salmonn2.backbone.log_mel_segments"
         monkeypatch.setattr(module, lambda _, audio: torch.zeros(-(-len(audio) // (30 * RATE)), 128, 1))
         monkeypatch.setattr(backbone.model.model, "get_audio_features", lambda mel: torch.zeros(len(mel), 60, width))
     elif backbone.supports_audio:
@@ -1118,7 +1118,7 @@ def test_an_unknown_projector_is_one_line(tmp_path, capsys, family):
 
 
 def test_what_a_published_file_leaves_out_is_what_the_published_code_takes():
-    """Files were written without what equals the defaults of the published classes, which are not the stock ones."""
+    """Files omit defaults of the published classes, which differ from those of transformers."""
     config = VideoSalmonn2Qwen2_5Config(vision_config={}, audio_config={"model_type": "whisper"})
     text, vision, audio = config.text_config, config.vision_config, config.audio_config
     assert (text.hidden_size, text.num_hidden_layers, text.num_key_value_heads, text.rms_norm_eps) == (

@@ -1,6 +1,6 @@
-"""Qwen2.5-VL and Qwen3-VL: a stream equals the stock model on the whole clip, and checkpoints are complete or refused.
+"""Qwen2.5-VL and Qwen3-VL: streams equal the transformers model on the whole clip; checkpoints load strictly.
 
-The reference is stock all the way: stock processor on the whole clip, stock `model(...)`, and stock positions where
+The reference is transformers: its processor on the whole clip, `model(...)`, and its position ids where
 transformers 5.23 has those the models were trained with.
 """
 
@@ -59,8 +59,8 @@ def loaded(path_of):
     return cache(lambda name, dtype=torch.float32: load_backbone(path_of(name), dtype=dtype, device="cpu"))
 
 
-def stock(path: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The stock model, complete."""
+def reference(path: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The transformers model, complete."""
     with quiet_transformers():
         model, info = STOCK[name].from_pretrained(path, dtype=dtype, output_loading_info=True)
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -72,11 +72,11 @@ def clip_of(path: Path, fps: float, **options: Any) -> Whole:
     return whole_clip(path, fps, **options)
 
 
-# ---- against the stock model on the whole clip -----------------------------------------------------------------------
+# ---- against the transformers model on the whole clip ----------------------------------------------------------------
 
 
-def stock_inputs(backbone: Backbone, clip: Whole, placeholder: str | None = None) -> Any:
-    """What the stock processor makes of a clip and a question."""
+def reference_inputs(backbone: Backbone, clip: Whole, placeholder: str | None = None) -> Any:
+    """What the transformers processor makes of a clip and a question."""
     # In Qwen3-VL every patch brings its own tokens around it.
     placeholder = placeholder or {QWEN2_5: WRAPPED, QWEN3: "<|video_pad|>"}[backbone.name]
     count = len(clip.frames)
@@ -96,8 +96,8 @@ def stock_inputs(backbone: Backbone, clip: Whole, placeholder: str | None = None
     )
 
 
-def stock_ids(model: Any, inputs: Any, video_token: int) -> Tensor:
-    """Rotary ids ``[3, 1, T]`` by the stock model."""
+def reference_ids(model: Any, inputs: Any, video_token: int) -> Tensor:
+    """Rotary ids ``[3, 1, T]`` by the transformers model."""
     names = ("input_ids", "video_grid_thw", "second_per_grid_ts", "attention_mask")
     given = {name: inputs[name] for name in names if name in inputs}
     kinds = 2 * (inputs["input_ids"] == video_token).int()
@@ -106,7 +106,7 @@ def stock_ids(model: Any, inputs: Any, video_token: int) -> Tensor:
 
 def trained_ids(backbone: Backbone, model: Any, inputs: Any) -> Tensor:
     """The same as the models were trained with: in Qwen2.5-VL text goes on behind the video's largest id."""
-    ids = stock_ids(model, inputs, backbone.config.video_token_id)
+    ids = reference_ids(model, inputs, backbone.config.video_token_id)
     if backbone.name == QWEN2_5:
         video = (inputs["input_ids"][0] == backbone.config.video_token_id).nonzero()[:, 0]
         behind = int(video[-1]) + 1
@@ -126,10 +126,10 @@ CLIPS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("clip", CLIPS)
 @every_model
-def test_streaming_equals_stock_prefill(loaded, path_of, name, clip, dtype):
-    backbone, model = loaded(name, dtype), stock(path_of(name), name, dtype)
+def test_streaming_equals_reference_prefill(loaded, path_of, name, clip, dtype):
+    backbone, model = loaded(name, dtype), reference(path_of(name), name, dtype)
     path, fps, options = CLIPS[clip]
-    inputs = stock_inputs(backbone, clip_of(path, fps, audio=False, **options))
+    inputs = reference_inputs(backbone, clip_of(path, fps, audio=False, **options))
     ids = trained_ids(backbone, model, inputs)
     expected = model(**inputs, position_ids=ids).logits
     kinds = torch.where(inputs["input_ids"] == backbone.config.video_token_id, VISUAL, TEXT)
@@ -138,7 +138,7 @@ def test_streaming_equals_stock_prefill(loaded, path_of, name, clip, dtype):
         assert torch.equal(positions, ids) and torch.equal(modality, kinds)
         assert (logits - expected).abs().max() <= TOLERANCE[dtype]
     if name == QWEN3:
-        assert torch.equal(ids, stock_ids(model, inputs, backbone.config.video_token_id))
+        assert torch.equal(ids, reference_ids(model, inputs, backbone.config.video_token_id))
         assert (model(**inputs).logits - expected).abs().max() <= TOLERANCE[dtype], "stock all the way"
 
 
@@ -146,8 +146,8 @@ def test_streaming_equals_stock_prefill(loaded, path_of, name, clip, dtype):
 @every_model
 def test_the_comparison_can_fail(loaded, path_of, name):
     """A single id, and deepstack maps of other layers."""
-    backbone, model = loaded(name, torch.float64), stock(path_of(name), name, torch.float64)
-    inputs = stock_inputs(backbone, clip_of(RABBIT, 1.0, audio=False, max_seconds=4))
+    backbone, model = loaded(name, torch.float64), reference(path_of(name), name, torch.float64)
+    inputs = reference_inputs(backbone, clip_of(RABBIT, 1.0, audio=False, max_seconds=4))
     ids = trained_ids(backbone, model, inputs)
     expected = model(**inputs, position_ids=ids).logits
     ids[1, 0, 40] += 1
@@ -159,11 +159,11 @@ def test_the_comparison_can_fail(loaded, path_of, name):
         assert (model(**inputs).logits - expected).abs().max() > 1e-2
 
 
-def test_stock_qwen2_5_vl_puts_text_among_the_ids_of_the_video(loaded, path_of):
+def test_reference_qwen2_5_vl_puts_text_among_the_ids_of_the_video(loaded, path_of):
     """What our ids differ in from transformers 5.23 is what stands behind the video, and nothing else."""
-    backbone, model = loaded(QWEN2_5), stock(path_of(QWEN2_5), QWEN2_5)
-    inputs = stock_inputs(backbone, clip_of(WEBB, 1.0, audio=False, max_seconds=12))
-    theirs, ours = stock_ids(model, inputs, backbone.config.video_token_id), trained_ids(backbone, model, inputs)
+    backbone, model = loaded(QWEN2_5), reference(path_of(QWEN2_5), QWEN2_5)
+    inputs = reference_inputs(backbone, clip_of(WEBB, 1.0, audio=False, max_seconds=12))
+    theirs, ours = reference_ids(model, inputs, backbone.config.video_token_id), trained_ids(backbone, model, inputs)
     (video,) = (inputs["input_ids"][0] == backbone.config.video_token_id).nonzero(as_tuple=True)
     behind = int(video[-1]) + 1
     assert torch.equal(theirs[..., :behind], ours[..., :behind])
@@ -172,10 +172,12 @@ def test_stock_qwen2_5_vl_puts_text_among_the_ids_of_the_video(loaded, path_of):
     assert theirs[0, 0, behind] == start + max(height, width) < start + 5 * 4 + 1 == ours[0, 0, behind]
 
 
-def test_stock_qwen3_vl_keeps_the_tokens_around_the_placeholder(loaded):
+def test_reference_qwen3_vl_keeps_the_tokens_around_the_placeholder(loaded):
     """What our tokens differ in from transformers 5.23 on the published template is one on either side of the video."""
     backbone, clip = loaded(QWEN3), clip_of(WEBB, 1.0, audio=False, max_seconds=12)
-    ours, theirs = (stock_inputs(backbone, clip, text)["input_ids"][0].tolist() for text in ("<|video_pad|>", WRAPPED))
+    ours, theirs = (
+        reference_inputs(backbone, clip, text)["input_ids"][0].tolist() for text in ("<|video_pad|>", WRAPPED)
+    )
     first = len(backbone.text_ids(backbone.prompt_prefix)[0])
     last = len(theirs) - len(backbone.question_ids(QUESTION)[0]) - 1
     assert (theirs[first], theirs[last]) == (backbone.vision_start, backbone.vision_end)
@@ -184,10 +186,10 @@ def test_stock_qwen3_vl_keeps_the_tokens_around_the_placeholder(loaded):
 
 @torch.no_grad()
 @pytest.mark.parametrize("timestamps", [1, 2, 3])
-def test_a_grouped_stream_equals_the_stock_model_at_the_groups_ids(loaded, path_of, timestamps):
+def test_a_grouped_stream_equals_the_reference_model_at_the_groups_ids(loaded, path_of, timestamps):
     """Times are written before groups of patches; groups go on across chunks."""
-    backbone, model = loaded(QWEN3), stock(path_of(QWEN3), QWEN3)
-    inputs = stock_inputs(backbone, clip_of(WEBB, 1.0, audio=False, max_seconds=11))
+    backbone, model = loaded(QWEN3), reference(path_of(QWEN3), QWEN3)
+    inputs = reference_inputs(backbone, clip_of(WEBB, 1.0, audio=False, max_seconds=11))
     grid = inputs["video_grid_thw"]
     patches, positions = int(grid[0, 0]), int(grid[0].prod() // 4 // grid[0, 0])
     group = -(-patches // timestamps)
@@ -224,16 +226,16 @@ def session_of(backbone: Backbone, mean: int = 4000, **options: Any) -> Streamin
 
 @torch.no_grad()
 @every_model
-def test_an_answer_is_the_stock_models(loaded, path_of, name):
-    """Half-way and at the end; Qwen2.5-VL is read again for every token, as its stock positions are others."""
-    backbone, model = loaded(name), stock(path_of(name), name)
+def test_an_answer_is_the_reference_models(loaded, path_of, name):
+    """Half-way and at the end; Qwen2.5-VL is read again for every token, as its transformers positions are others."""
+    backbone, model = loaded(name), reference(path_of(name), name)
     silent = [backbone.config.video_token_id, backbone.config.image_token_id, backbone.config.vision_start_token_id]
     count = {"max_new_tokens": 6, "min_new_tokens": 6, "suppress_tokens": silent}
     session = session_of(backbone)
     whole = clip_of(RABBIT, 1.0, audio=False, short_side=360)
     for event in session.watch(RABBIT):
         clip = whole if event.last else Whole(whole.frames[: int(event.seconds)], None, 1.0)
-        inputs = stock_inputs(backbone, clip)
+        inputs = reference_inputs(backbone, clip)
         length = inputs["input_ids"].shape[1]
         if name == QWEN3:
             tokens = model.generate(**inputs, **count, do_sample=False)[0, length:]
@@ -360,7 +362,7 @@ def test_lora_reaches_the_language_model_and_nothing_else(loaded, name):
 
 @torch.no_grad()
 @every_model
-def test_a_run_exports_what_the_stock_classes_load(tmp_path, name, capsys):
+def test_a_run_exports_what_the_reference_classes_load(tmp_path, name, capsys):
     """Two steps, with the projector; the sound of the clips is not asked for."""
     options = ("train.max_steps=2", "train.learning_rate=3e-2", "lora.modules_to_save=[visual]", "data.audio=false")
     run = trained_run(tmp_path, f"model.backbone={name}", *options)
@@ -371,16 +373,16 @@ def test_a_run_exports_what_the_stock_classes_load(tmp_path, name, capsys):
     assert "verified against base + adapter" in capsys.readouterr().out
     keys = [set(load_file(folder / "model.safetensors")) for folder in (run / "base", tmp_path / "merged")]
     assert keys[0] == keys[1], "the hub's layout"
-    base, merged = stock(run / "base", name), stock(tmp_path / "merged", name)
+    base, merged = reference(run / "base", name), reference(tmp_path / "merged", name)
     with quiet_transformers():
         assert type(AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")) is STOCK[name]
         processor = AutoProcessor.from_pretrained(tmp_path / "merged")
     backbone = load_backbone(tmp_path / "merged", device="cpu")
     assert type(processor) is type(backbone.processor) and backbone.name == name
     clip = clip_of(RABBIT, 1.0, audio=False, max_seconds=4)
-    before = stock_inputs(load_backbone(run / "base", device="cpu"), clip)
+    before = reference_inputs(load_backbone(run / "base", device="cpu"), clip)
     backbone.processor = processor
-    given = stock_inputs(backbone, clip)
+    given = reference_inputs(backbone, clip)
     assert all(torch.equal(torch.as_tensor(before[key]), torch.as_tensor(given[key])) for key in before)
     plain, logits = base(**given).logits, merged(**given).logits
     adapted = PeftModel.from_pretrained(base, str(run)).eval()(**given).logits

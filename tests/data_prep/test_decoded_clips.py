@@ -139,7 +139,7 @@ def test_smaller_formats_come_close(tmp_path):
     assert np.abs(found.audio - exact.audio).max() <= 0.5 / 32768 + 1e-7
     assert small.stat().st_size < 0.5 * made(RABBIT, tmp_path).stat().st_size
     # 16-bit audio that needs no resampling is exact.
-    clip = write_media(tmp_path / "tone.wav", codec=None, sounds=[{"samples": tone(3.0)}])
+    clip = write_media(tmp_path / "tone.wav", codec=None, audio_tracks=[{"samples": tone(3.0)}])
     assert_same(ShardReader(made(clip, tmp_path, audio_dtype="int16"), short_side=360), open_media(clip))
 
 

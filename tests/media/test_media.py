@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from clips import MEDIA
-from media_files import add_sound, picture, tone, write_media
+from media_files import add_audio_track, picture, tone, write_media
 from omnimem.media import Chunk, MediaError, open_media, probe, selective_decoder
 from omnimem.media import container as container_module
 from omnimem.media.plan import FramePlan, PlanImpossible
@@ -243,7 +243,7 @@ def test_timestamps_that_allow_no_plan_fall_back_to_decoding_all(tmp_path, caplo
     path = write_media(tmp_path / "raw.h264", codec="libx264", muxer="h264", options={"crf": "1"})
     with caplog.at_level(logging.INFO, "omnimem.media"):
         chunks, frames = collect(path, fps=5)
-    assert "decoding every picture" in caplog.text
+    assert "decoding every frame" in caplog.text
     assert chunks[-1].t1 == pytest.approx(4.0)
     assert np.abs(frames[:, -1, -1, 0].astype(int) - [20 + 35 * i % 160 for i in range(20)]).max() <= 2
 
@@ -401,7 +401,7 @@ def test_silent_track_is_sound():
 
 def test_picture_may_end_before_the_sound(tmp_path):
     sound = {"samples": tone(5.0)}
-    path = write_media(tmp_path / "short_picture.mkv", seconds=2, sounds=[sound])
+    path = write_media(tmp_path / "short_picture.mkv", seconds=2, audio_tracks=[sound])
     chunks = list(open_media(path))
     assert [len(c.frames) for c in chunks] == [2, 0, 0]
     assert chunks[1].frames.shape == (0, 64, 96, 3)
@@ -409,7 +409,7 @@ def test_picture_may_end_before_the_sound(tmp_path):
 
 
 def test_sound_may_end_before_the_picture(tmp_path):
-    path = write_media(tmp_path / "short_sound.mkv", seconds=5, sounds=[{"samples": tone(2.05)}])
+    path = write_media(tmp_path / "short_sound.mkv", seconds=5, audio_tracks=[{"samples": tone(2.05)}])
     chunks = list(open_media(path))
     assert [len(c.audio) for c in chunks] == [32000, 800, 0]
     assert [len(c.audio_after) for c in chunks] == [800, 0, 0]
@@ -420,7 +420,7 @@ def test_sound_may_end_before_the_picture(tmp_path):
 
 
 def test_late_sound_begins_with_silence(tmp_path):
-    path = write_media(tmp_path / "late_sound.mkv", sounds=[{"samples": tone(2.0), "start": 1.5}])
+    path = write_media(tmp_path / "late_sound.mkv", audio_tracks=[{"samples": tone(2.0), "start": 1.5}])
     info = probe(path)
     assert (info.video_offset, info.audio_offset) == (0, pytest.approx(1.5))
     sound = all_sound(path)
@@ -429,7 +429,7 @@ def test_late_sound_begins_with_silence(tmp_path):
 
 
 def test_late_picture_shows_its_first_frame_from_the_start(tmp_path):
-    path = write_media(tmp_path / "late.mkv", seconds=2, video_start=1.5, sounds=[{"samples": tone(3.5)}])
+    path = write_media(tmp_path / "late.mkv", seconds=2, video_start=1.5, audio_tracks=[{"samples": tone(3.5)}])
     assert probe(path).video_offset == pytest.approx(1.5)
     chunks, frames = collect(path, fps=2)
     assert [len(c.frames) for c in chunks] == [4, 3]
@@ -441,7 +441,7 @@ def test_late_picture_shows_its_first_frame_from_the_start(tmp_path):
 
 def test_start_of_both_streams_is_time_zero(tmp_path):
     path = write_media(
-        tmp_path / "shifted.mkv", seconds=2, video_start=10.0, sounds=[{"samples": tone(2.0), "start": 10.0}]
+        tmp_path / "shifted.mkv", seconds=2, video_start=10.0, audio_tracks=[{"samples": tone(2.0), "start": 10.0}]
     )
     chunks = list(open_media(path))
     assert probe(path).start == pytest.approx(10.0)
@@ -453,7 +453,7 @@ def test_gaps_become_silence_and_overlaps_are_cut(tmp_path, shift, extra):
     """A shift of the timestamps at 1 s moves the sound; one below 20 ms is taken for rounding."""
     samples = tone(2.0)
     path = tmp_path / "gap.mkv"
-    write_media(path, codec=None, sounds=[{"samples": samples, "cuts": [(16000, shift)]}])
+    write_media(path, codec=None, audio_tracks=[{"samples": samples, "cuts": [(16000, shift)]}])
     sound = all_sound(path)
     assert len(sound) == 32000 + extra
     plain = samples[0] / 32768
@@ -472,7 +472,7 @@ def test_padding_of_the_last_frame_is_trimmed(tmp_path):
     """An MP4 says how much of its last AAC frame counts, so 3 s stay 3 s."""
     path = write_media(
         tmp_path / "padded.m4a", codec=None, muxer="mp4",
-        sounds=[{"samples": tone(3.0, rate=48000), "rate": 48000, "codec": "aac"}],
+        audio_tracks=[{"samples": tone(3.0, rate=48000), "rate": 48000, "codec": "aac"}],
     )  # fmt: skip
     assert len(all_sound(path)) == 48000
 
@@ -481,7 +481,7 @@ def test_resampling_keeps_time(tmp_path):
     """A click at 1.25 s of 44.1 kHz is heard at sample 20000."""
     samples = np.zeros((1, 2 * 44100), np.int16)
     samples[0, round(1.25 * 44100)] = 30000
-    path = write_media(tmp_path / "click.wav", codec=None, sounds=[{"samples": samples, "rate": 44100}])
+    path = write_media(tmp_path / "click.wav", codec=None, audio_tracks=[{"samples": samples, "rate": 44100}])
     sound = all_sound(path)
     assert len(sound) == 32000
     assert np.abs(sound).argmax() == 20000
@@ -493,7 +493,7 @@ def test_surround_is_mixed_by_the_resamplers_matrix(tmp_path):
     frequencies = [300, 500, 700, 900, 1100, 1300]
     samples = np.concatenate([tone(2.0, f, rate) for f in frequencies])
     path = write_media(
-        tmp_path / "surround.wav", codec=None, sounds=[{"samples": samples, "rate": rate, "layout": "5.1"}]
+        tmp_path / "surround.wav", codec=None, audio_tracks=[{"samples": samples, "rate": rate, "layout": "5.1"}]
     )
     sound = all_sound(path)
     spectrum = np.abs(np.fft.rfft(sound)) / (len(sound) / 2)
@@ -507,11 +507,11 @@ def test_surround_is_mixed_by_the_resamplers_matrix(tmp_path):
 def test_track_flagged_default_is_chosen_then_the_best(tmp_path, caplog):
     low = {"samples": tone(2.0, 400, 8000), "rate": 8000}
     high = {"samples": tone(2.0, 600, 48000), "rate": 48000}
-    equal = write_media(tmp_path / "equal.mkv", sounds=[dict(low, default=False), dict(high, default=False)])
+    equal = write_media(tmp_path / "equal.mkv", audio_tracks=[dict(low, default=False), dict(high, default=False)])
     with caplog.at_level(logging.INFO, "omnimem.media"):
         assert open_media(equal).info.audio_index == 2
     assert "audio track 2" in caplog.text and "48000 Hz" in caplog.text and "audio_track=" in caplog.text
-    flagged = write_media(tmp_path / "flagged.mkv", sounds=[dict(low, default=True), dict(high, default=False)])
+    flagged = write_media(tmp_path / "flagged.mkv", audio_tracks=[dict(low, default=True), dict(high, default=False)])
     assert open_media(flagged).info.audio_index == 1
     reader = open_media(flagged, audio_track=2)
     assert reader.info.audio_index == 2
@@ -529,7 +529,7 @@ def test_multistream_clip_uses_the_larger_picture_and_the_better_sound():
 
 
 def test_damaged_sound_packets_become_silence(tmp_path, caplog):
-    path = write_media(tmp_path / "sound.mkv", codec=None, sounds=[{"samples": tone(3.0), "codec": "aac"}])
+    path = write_media(tmp_path / "sound.mkv", codec=None, audio_tracks=[{"samples": tone(3.0), "codec": "aac"}])
     with av.open(str(path)) as file:
         packets = [bytes(packet) for packet in file.demux(file.streams.audio[0]) if packet.size]
     content = path.read_bytes()
@@ -538,7 +538,7 @@ def test_damaged_sound_packets_become_silence(tmp_path, caplog):
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING, "omnimem.media"):
         sound = all_sound(path)
-    assert "damaged sound" in caplog.text
+    assert "damaged audio" in caplog.text
     assert len(sound) >= 3 * 16000
     assert np.abs(sound[-8000:-2000]).max() > 0.3
 
@@ -549,7 +549,7 @@ def test_damaged_sound_packets_become_silence(tmp_path, caplog):
 def test_stream_without_duration_header(tmp_path):
     sound = {"samples": tone(4.0, rate=48000), "rate": 48000, "codec": "libopus"}
     path = write_media(
-        tmp_path / "live.webm", codec="libvpx", options={"g": "20", "cpu-used": "8"}, sounds=[sound],
+        tmp_path / "live.webm", codec="libvpx", options={"g": "20", "cpu-used": "8"}, audio_tracks=[sound],
         muxer_options={"live": "1"},
     )  # fmt: skip
     assert probe(path).duration is None
@@ -562,7 +562,7 @@ def test_metadata_need_not_be_utf8(tmp_path):
     path = tmp_path / "latin.mkv"
     with av.open(str(path), "w") as file:
         file.metadata["title"] = "titleXXXX"
-        stream, frames = add_sound(file, samples=tone(1.0))
+        stream, frames = add_audio_track(file, samples=tone(1.0))
         for frame in frames:
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
@@ -627,7 +627,7 @@ def test_demuxers_that_stop_silently_are_noticed(tmp_path, name):
     codec = None if name.endswith("flac") else "libx264"
     if name != "tail.mkv":
         sounds[0]["codec"] = "aac" if name == "tail.mp4" else "flac"
-    path = write_media(tmp_path / name, seconds=20, codec=codec, sounds=sounds, muxer_options=muxer_options)
+    path = write_media(tmp_path / name, seconds=20, codec=codec, audio_tracks=sounds, muxer_options=muxer_options)
     content = path.read_bytes()
     assert list(open_media(path, fps=1))[-1].t1 == pytest.approx(20, abs=0.1)
     path.write_bytes(content[: round(len(content) * 0.8)])
@@ -736,7 +736,7 @@ def test_first_chunk_does_not_read_the_file_and_closing_frees_it(tmp_path, monke
 def test_memory_does_not_grow_with_the_file(tmp_path):
     path = write_media(
         tmp_path / "long.mp4", seconds=80, size=(320, 240), options={"preset": "ultrafast", "g": "50"},
-        sounds=[{"samples": tone(80.0), "codec": "aac"}],
+        audio_tracks=[{"samples": tone(80.0), "codec": "aac"}],
     )  # fmt: skip
     whole = 80 * (2 * 320 * 240 * 3 + 16000 * 4)
     tracemalloc.start()

@@ -119,7 +119,7 @@ def _spans(ids: Tensor, tokens: MediaTokens) -> Iterator[tuple[bool, Tensor]]:
 
 
 def _release_ids(ids: Tensor, videos: list[Tensor], tokens: MediaTokens) -> Tensor:
-    """Release layout: as many tokens as a grid has get its patch ids, from the first video token on; others are text."""
+    """Release layout: from the first video token on, as many tokens as a grid has get its ids; others are text."""
     found, start, assigned = [], 0, 0
     while videos:
         video = videos.pop(0)

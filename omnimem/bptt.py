@@ -1,19 +1,21 @@
 """Exact gradients through a stream of any length, in the device memory of one chunk: backpropagation through time.
 
-    bptt = ChunkwiseBPTT(Stream(backbone, cache), store=HostStore(device))
+    stream = Stream(backbone, cache)
+    bptt = ChunkwiseBPTT(stream, store=HostStore(device))
     bptt.forward(prefix)
     for chunk in reader:
         bptt.step(encoder.encode(chunk))
-        loss, *_ = bptt.add_loss(lambda: (cross_entropy(stream.answer_logits(…)),))
-    bptt.backward(weight=1 / targets)
+        loss, *_ = bptt.add_loss(lambda: (cross_entropy(*stream.answer_logits(…), reduction="sum"),))
+    bptt.backward(weight=1 / num_answer_tokens)
 
-The forward pass is the inference path (no autograd graph, in-place eviction) and logs every evicted token. The
+The forward pass is the inference path (no autograd graph, in-place eviction). It logs the evicted tokens that were
+stored before the step. The
 backward pass walks the steps in reverse: it restores the evicted tokens, recomputes the step with a graph and the
 logged evictions, and passes the gradient of the cache on to the previous step.
 
-Keys, values and features are stored once: in the cache or, once evicted, in the offload store. Tokens of a chunk that
-no layer retains are not stored at all, unless the straight-through gradient uses them in the next step
-(`omnimem.memory.margin`).
+Keys, values and features are stored once: in the cache or, once evicted, in the offload store. Tokens that a layer
+evicts in the step that appended them are recomputed, not stored, unless the straight-through gradient uses them in the
+next step (`omnimem.memory.margin`).
 
 On the device are the cache, one step with its graph, and the gradient of the cache in float32, whatever the dtype of
 the model: sums over thousands of steps and questions lose small summands in bfloat16. For a model in bfloat16 that
@@ -46,16 +48,15 @@ class Truncation:
     Attributes
     ----------
     window : int or None
-        W: the gradient of a question covers the W steps (chunks, and the text before the media) before it and treats
-        the cache before them as a constant, whatever else is asked; None: it covers all steps. As in TBPTT with k1 = 1
-        and k2 = W, gradients of questions after different steps end at different steps and are propagated separately:
-        with a question after every chunk, each step is recomputed W times. Steps that no gradient covers are not
-        recomputed.
+        W: the gradient of a question flows through the last W steps (chunks, and the text before the media); the older
+        cache is detached. None: through all steps. As in TBPTT with k1 = 1 and k2 = W, questions asked after different
+        steps need separate backward passes: with a question after every chunk, each step is recomputed W times. Steps
+        that no gradient reaches are not recomputed.
     detach_below_layer : int
-        First layer that gets gradients from chunks not directly followed by a question (18 in the paper's middle-layer
-        cut).
+        First layer that gets gradients from chunks not directly followed by a question (the paper: 18, the middle of
+        36).
     detach_from_layer : int or None
-        Layers from this one on get no gradients from such chunks; None: all above `detach_below_layer` do.
+        First layer above it that gets none from such chunks; None: no upper limit.
     """
 
     window: int | None = None
@@ -66,7 +67,7 @@ class Truncation:
 class _Record(NamedTuple):
     """What the backward pass needs of a step; kept in the offload store."""
 
-    random: Any
+    rng_state: Any
     inputs: ChunkInputs | None
     before: CacheSnapshot
     evictions: list[Eviction | None]
@@ -89,7 +90,7 @@ class _Pass:
     """
 
     loss: Loss
-    random: Any
+    rng_state: Any
     empty: bool = False
     repeated: bool = False
 
@@ -120,7 +121,7 @@ class ChunkwiseBPTT:
     truncation : Truncation, optional
         Where gradients end.
     call : callable, optional
-        Runs a function that runs the model (DeepSpeed's engine).
+        Wraps every call of the model (DeepSpeed: ``engine(function)``).
     backward : callable, optional
         Differentiates one number.
     record : bool
@@ -171,7 +172,7 @@ class ChunkwiseBPTT:
 
     @torch.no_grad()
     def _run_step(self, inputs: ChunkInputs, text: bool, encode_again: Callable[[], ChunkInputs] | None = None) -> None:
-        before, random = self.cache.snapshot().without_tokens, _random_state(self._device)
+        before, random = self.cache.snapshot().without_tokens, _rng_state(self._device)
         evictions = self._call(lambda: self._stream_step(inputs, text))
         if self._record:
             record = self.store.put(_Record(random, None if encode_again else inputs, before, evictions))
@@ -187,18 +188,18 @@ class ChunkwiseBPTT:
     def add_loss(self, loss: Loss) -> tuple[Tensor, ...]:
         """Compute a loss on the present cache; the backward pass computes it again, with its graph."""
         if self._record:
-            self._steps[-1].passes.append(_Pass(loss, _random_state(self._device)))
+            self._steps[-1].passes.append(_Pass(loss, _rng_state(self._device)))
         return self._call(loss)
 
     @torch.no_grad()
-    def empty_pass(self, text: ChunkInputs, probes: bool) -> None:
+    def empty_pass(self, text: ChunkInputs, matches_step: bool) -> None:
         """Run the model without effect while another process in lockstep runs a step (`probes`) or a question."""
         # Weights are gathered in the order of the first passes, so a call has as many as that of the others.
-        count = 1 + len(self.cache.method.probes) if probes else 1
+        count = 1 + len(self.cache.method.probes) if matches_step else 1
         self._call(lambda: self._without_effect(text, count))
         if self._record:
             once = _Pass(
-                lambda: self._without_effect(text, 1), _random_state(self._device), empty=True, repeated=probes
+                lambda: self._without_effect(text, 1), _rng_state(self._device), empty=True, repeated=matches_step
             )
             self._steps[-1].passes.append(once)
 
@@ -209,13 +210,13 @@ class ChunkwiseBPTT:
     # ---- backward ---------------------------------------------------------------------------------------
 
     def backward(self, weight: float = 1.0) -> None:
-        """Add the gradient of `weight` times the sum of all losses to the parameters; the stream is undone by it.
+        """Add the gradient of `weight` times the sum of all losses to the parameters; this empties the cache.
 
         On the device are one step with its graph, the cache, and the gradient of the cache: one where nothing is
         truncated, with a `Truncation.window` as many as there are steps at which the present gradients end (at most
         the window's).
         """
-        # By the step where they end: only gradients that end together may be summed.
+        # Keyed by the earliest step they reach: only gradients with the same end may be summed.
         gradients: dict[int, Gradients] = {}
         with torch.enable_grad(), torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             while self._steps:
@@ -234,7 +235,7 @@ class ChunkwiseBPTT:
             self.store.prefetch(self._steps[-1].record)
         self.cache.undo(record.before, record.evictions)
         for end in self._recomputations(sorted(gradients)):
-            _set_random_state(record.random, self._device)
+            _set_rng_state(record.rng_state, self._device)
             incoming = {} if end is None else gradients.pop(end)
             outgoing = self._recompute(step, record, incoming)
             if end is not None and end < number:
@@ -244,7 +245,7 @@ class ChunkwiseBPTT:
         """Gradient of a question's loss with respect to the cache."""
         found: Gradients = {}
         for _ in self._recomputations([]) if one.repeated else (None,):
-            _set_random_state(one.random, self._device)
+            _set_rng_state(one.rng_state, self._device)
             found = self._gradients(lambda: self._call(one.loss)[0] * weight)
         return found
 
@@ -298,7 +299,7 @@ class ChunkwiseBPTT:
 
 
 def _sum(total: Gradients, found: Gradients) -> Gradients:
-    """Add gradients to a sum in float32 at least, in place; both are used up."""
+    """Add gradients to a sum in float32 at least, in place; both are emptied."""
     for key in list(found):
         gradient = found.pop(key)
         if key in total:
@@ -308,11 +309,11 @@ def _sum(total: Gradients, found: Gradients) -> Gradients:
     return total
 
 
-def _random_state(device: torch.device) -> Any:
+def _rng_state(device: torch.device) -> Any:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def _set_random_state(state: Any, device: torch.device) -> None:
+def _set_rng_state(state: Any, device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)

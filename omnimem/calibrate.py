@@ -228,7 +228,7 @@ def calibrate_command(
             progress.advance(task)
             if clip is not None:
                 measured.append(clip)
-    selection = {"method": session.method, **session.memory.method.recorded()}
+    selection = {"method": session.method, **session.cache.method.recorded()}
     profile = profile_from(
         session.backbone, measured, session.settings, mean_budget, ratio, temperature, floor, selection
     )

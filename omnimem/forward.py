@@ -1,11 +1,12 @@
-"""The one forward path: chunks into a compressed cache, with gradients in training, without at inference.
+"""The single forward path: chunks into a compressed cache.
 
     stream = Stream(backbone, CompressedCache(profile, method))
     stream.forward(encoder.prefix(), text=True)
     for chunk in reader:
         stream.step(encoder.encode(chunk))
 
-Training (`omnimem.bptt`) and inference (`omnimem.stream`) both run through this class.
+Inference (`omnimem.stream`) and the forward pass of training (`omnimem.bptt`) run without autograd; the backward pass
+of training runs each step again with autograd. All of them run through this class.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Stream:
 
     @torch.no_grad()
     def _run_probe(self, probe: Probe, batch: int) -> None:
-        ids = self.backbone.question_ids(probe.text) if probe.turn else self.backbone.text_ids(probe.text)
+        ids = self.backbone.question_ids(probe.text) if probe.as_user_turn else self.backbone.text_ids(probe.text)
         embeds = self.backbone.embed(ids).expand(batch, -1, -1)
         assert self.cache.next_position_id is not None
         with self.cache.probing(probe, embeds):
@@ -110,9 +111,9 @@ class Stream:
         Parameters
         ----------
         closing : ChunkInputs
-            Tokens that end the media, one row a sample.
+            Tokens that end the media, one row per sample.
         question, answer : list of Tensor
-            Token ids ``[Q]`` and ``[A]`` of each sample; with an empty answer the sample is not asked.
+            Token ids ``[Q]`` and ``[A]`` of each sample; samples with an empty answer are skipped.
 
         Returns
         -------

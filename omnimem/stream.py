@@ -98,8 +98,8 @@ class StreamingSession:
         self.profile = profile
         self.settings = settings or StreamSettings.for_backbone(backbone)
         self.method = method
-        self.memory = CompressedCache(profile, build_selection(method, **options))
-        self._stream = Stream(backbone, self.memory)
+        self.cache = CompressedCache(profile, build_selection(method, **options))
+        self._stream = Stream(backbone, self.cache)
         self._encoder: StreamEncoder | None = None
 
     @classmethod
@@ -191,7 +191,7 @@ class StreamingSession:
         self, chunks: Iterable[Chunk], encoder: StreamEncoder, duration: float | None = None
     ) -> Iterator[StreamEvent]:
         """Like `watch`, for the chunks of an open file; `duration` in seconds is only reported in the events."""
-        self.memory.reset()
+        self.cache.reset()
         self._encoder = encoder
         self._stream.forward(encoder.prefix(), text=True)
         for chunk in prefetch(chunks, 1):
@@ -202,9 +202,9 @@ class StreamingSession:
                 seconds=chunk.t1,
                 duration=duration,
                 new_tokens=len(inputs),
-                retained=self.memory.mean_token_counts(),
-                bytes=self.memory.nbytes,
-                kv_bytes=self.memory.kv_nbytes,
+                retained=self.cache.mean_token_counts(),
+                bytes=self.cache.nbytes,
+                kv_bytes=self.cache.kv_nbytes,
                 last=chunk.last,
             )
 
@@ -273,13 +273,13 @@ class StreamingSession:
     def _question_inputs(self, question: str) -> Iterator[dict[str, Any]]:
         """Arguments of `generate` for a question about the cache, valid inside the context."""
         assert self._encoder is not None
-        with self.memory.scratch():
+        with self.cache.scratch():
             with torch.no_grad():
                 self._stream.forward(self._encoder.closing(), text=True)
-            self.backbone.set_rope_deltas(self.memory.rope_deltas)
+            self.backbone.set_rope_deltas(self.cache.rope_deltas)
             ids = self.backbone.question_ids(question).to(self.backbone.device)
-            stored = self.memory.get_seq_length()
+            stored = self.cache.get_seq_length()
             # `input_ids` holds only the question. The mask covers the cached tokens as well: generate() infers from its
             # length that the ids are new, and computes their position ids from it and the rope deltas.
             mask = torch.ones(1, stored + ids.shape[1], dtype=torch.int64, device=ids.device)
-            yield {"input_ids": ids, "attention_mask": mask, "past_key_values": self.memory}
+            yield {"input_ids": ids, "attention_mask": mask, "past_key_values": self.cache}

@@ -45,7 +45,7 @@ def check_answer_by_hand(backbone: Backbone, method: str, positions: str) -> Non
     handle = backbone.language_model.register_forward_pre_hook(
         lambda _model, _args, kwargs: received.append(kwargs["position_ids"].clone()), with_kwargs=True
     )
-    memory = session.memory
+    memory = session.cache
     for event in session.watch(WEBB):
         assert event.retained["visual"] <= 24
     tokens, used, flow = [], [], Stream(backbone, memory)

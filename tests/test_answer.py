@@ -135,7 +135,7 @@ def test_a_run_answers_with_the_settings_it_was_trained_with(tmp_path):
     session = StreamingSession.from_pretrained(run)
     assert session.settings.fps == 2.0 and session.settings.chunk_seconds == 4.0
     assert session.settings.short_side == 120 and session.settings.audio is False
-    assert session.memory.method.settings()["lambda"] == 0.5
+    assert session.cache.method.settings()["lambda"] == 0.5
     streamed = {sum(event.new_tokens for event in session.watch(MEDIA / clip)) for clip in (FLOWER, RABBIT)}
     assert streamed == {record["tokens"] for record in metrics(run)}
 

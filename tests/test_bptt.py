@@ -559,13 +559,13 @@ def test_in_lockstep_processes_make_the_same_passes_and_idle_ones_add_nothing(mo
     shorter, passes_of_shorter = tape_of(lambda here: (next(answers), here)[0])
     shorter.forward(parts[0])
     shorter.step(parts[1])
-    shorter.empty_pass(parts[0], probes=False)
+    shorter.empty_pass(parts[0], matches_step=False)
     shorter.step(parts[2])
     ask(shorter, 2)
     for _ in range(2):
         before = held(shorter.cache)
-        shorter.empty_pass(parts[0], probes=True)
-        shorter.empty_pass(parts[0], probes=False)
+        shorter.empty_pass(parts[0], matches_step=True)
+        shorter.empty_pass(parts[0], matches_step=False)
         assert same(before, held(shorter.cache))
     found = gradients_of(model, parts, shorter.backward)
     assert passes_of_shorter[1] == passes_of_longer[1] and next(answers, None) is None

@@ -37,7 +37,7 @@ def watch(session: StreamingSession, clip=WEBB) -> StreamingSession:
 
 
 def state(session: StreamingSession) -> list[torch.Tensor]:
-    layers = session.memory.layers
+    layers = session.cache.layers
     return [
         t.clone() for layer in layers for t in (layer.keys, layer.values, layer.metadata.index, layer.attention_scores)
     ]
@@ -46,7 +46,7 @@ def state(session: StreamingSession) -> list[torch.Tensor]:
 def assert_untouched(session: StreamingSession, before: list[torch.Tensor], seen: int) -> None:
     after = state(session)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert session.memory.get_seq_length() == seen == session.memory.lengths()[0]
+    assert session.cache.get_seq_length() == seen == session.cache.lengths()[0]
 
 
 class PositionRecorder:
@@ -69,7 +69,7 @@ class PositionRecorder:
 @torch.no_grad()
 def greedy_by_hand(session: StreamingSession, question: str, count: int) -> tuple[list[int], list[int]]:
     """Token by token with explicit position ids; returns the tokens and the position ids used after the media."""
-    backbone, memory = session.backbone, session.memory
+    backbone, memory = session.backbone, session.cache
     stream, end = Stream(backbone, memory), set(backbone.end_token_ids)
     tokens, used = [], []
     with memory.scratch():
@@ -90,8 +90,8 @@ def greedy_by_hand(session: StreamingSession, question: str, count: int) -> tupl
 @pytest.mark.parametrize("clip", [WEBB, RABBIT], ids=["webb", "rabbit"])
 def test_generate_equals_a_manual_greedy_loop_with_the_same_position_ids(tiny64, clip, method):
     session = watch(new_session(tiny64, method=method), clip)
-    seen = int(session.memory.token_metadata(0).index.max()) + 1
-    assert min(session.memory.lengths()) < seen, "this test is about a memory that has evicted"
+    seen = int(session.cache.token_metadata(0).index.max()) + 1
+    assert min(session.cache.lengths()) < seen, "this test is about a memory that has evicted"
     expected, positions = greedy_by_hand(session, QUESTION, TOKENS)
     assert len(expected) > 2, "the tiny model should say something"
     with session._question_inputs(QUESTION) as inputs, PositionRecorder(tiny64) as recorder:
@@ -112,8 +112,8 @@ def test_generate_equals_a_manual_greedy_loop_with_the_same_position_ids(tiny64,
 
 def test_position_ids_of_the_answer_follow_the_media_not_the_cache_length(tiny64):
     session = watch(new_session(tiny64))
-    after_media = int(session.memory.next_position_id[0])
-    assert after_media > max(session.memory.lengths())
+    after_media = int(session.cache.next_position_id[0])
+    assert after_media > max(session.cache.lengths())
     with PositionRecorder(tiny64) as recorder:
         session.ask(QUESTION, max_new_tokens=2)
     closing, question = recorder.ids[:2]
@@ -124,7 +124,7 @@ def test_position_ids_of_the_answer_follow_the_media_not_the_cache_length(tiny64
 
 def test_a_repeated_question_has_the_same_answer_and_leaves_the_cache_unchanged(tiny64):
     session = watch(new_session(tiny64))
-    before, seen = state(session), session.memory.get_seq_length()
+    before, seen = state(session), session.cache.get_seq_length()
     first = session.ask(QUESTION, max_new_tokens=TOKENS)
     assert_untouched(session, before, seen)
     session.ask(OTHER, max_new_tokens=TOKENS)
@@ -136,7 +136,7 @@ def test_questions_in_the_middle_of_the_stream_do_not_change_the_rest(tiny64):
     quiet = watch(new_session(tiny64))
     asked = new_session(tiny64)
     for _ in asked.watch(WEBB):
-        before, seen = state(asked), asked.memory.get_seq_length()
+        before, seen = state(asked), asked.cache.get_seq_length()
         answers = {asked.ask(QUESTION, max_new_tokens=TOKENS) for _ in range(2)}
         assert len(answers) == 1
         assert_untouched(asked, before, seen)
@@ -151,7 +151,7 @@ def test_position_ids_in_the_middle_equal_those_of_a_clip_that_ends_there(tiny64
             break
     for _ in cut.watch(WEBB, max_seconds=8):
         pass
-    assert cut.memory.get_seq_length() == session.memory.get_seq_length()
+    assert cut.cache.get_seq_length() == session.cache.get_seq_length()
     assert greedy_by_hand(cut, QUESTION, 2)[1][0] == greedy_by_hand(session, QUESTION, 2)[1][0]
 
 
@@ -181,7 +181,7 @@ def test_two_sessions_on_one_model_do_not_disturb_each_other(tiny64):
 
 def test_streamed_text_is_the_answer(tiny64):
     session = watch(new_session(tiny64))
-    before, seen = state(session), session.memory.get_seq_length()
+    before, seen = state(session), session.cache.get_seq_length()
     pieces = session.ask(QUESTION, stream=True, max_new_tokens=TOKENS)
     assert not isinstance(pieces, str)
     assert "".join(pieces) == session.ask(QUESTION, max_new_tokens=TOKENS)
@@ -235,7 +235,7 @@ def test_tensors_of_a_question_do_not_grow_with_the_stream(tiny64, monkeypatch):
 def test_closing_a_streamed_answer_early_stops_it_and_restores_the_cache(tiny64):
     session = watch(new_session(tiny64))
     expected = session.ask(QUESTION, max_new_tokens=TOKENS)
-    before, seen = state(session), session.memory.get_seq_length()
+    before, seen = state(session), session.cache.get_seq_length()
     with PositionRecorder(tiny64) as recorder:
         pieces = session.ask(QUESTION, stream=True, max_new_tokens=1000, min_new_tokens=1000)
         next(pieces)
@@ -247,7 +247,7 @@ def test_closing_a_streamed_answer_early_stops_it_and_restores_the_cache(tiny64)
 
 def test_an_error_in_generation_is_raised_and_the_cache_restored(tiny64):
     session = watch(new_session(tiny64))
-    before, seen = state(session), session.memory.get_seq_length()
+    before, seen = state(session), session.cache.get_seq_length()
     with pytest.raises((ValueError, TypeError)):
         session.ask(QUESTION, max_new_tokens=TOKENS, no_such_argument=1)
     assert_untouched(session, before, seen)
@@ -281,8 +281,8 @@ def test_teacher_forced_logits_equal_the_greedy_loop(tiny64):
     """Teacher forcing and generation use the same cache: its argmax is the next generated token."""
     session = watch(new_session(tiny64))
     tokens, _ = greedy_by_hand(session, QUESTION, TOKENS)
-    before, seen = state(session), session.memory.get_seq_length()
-    stream = Stream(tiny64, session.memory)
+    before, seen = state(session), session.cache.get_seq_length()
+    stream = Stream(tiny64, session.cache)
     with torch.no_grad():
         logits, targets = stream.answer_logits(
             session._encoder.closing(), [tiny64.question_ids(QUESTION)[0]], [torch.tensor(tokens)]

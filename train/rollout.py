@@ -124,7 +124,7 @@ class Rollout:
             self._run_teacher(lambda stream: stream.step(inputs))
         elif self._strategy.lockstep:
             # Student before teacher, as in the processes that stream a chunk.
-            self._bptt.empty_pass(self._prefix, probes=True)
+            self._bptt.empty_pass(self._prefix, matches_step=True)
             self._run_teacher(self._empty_pass)
 
     def answer(self, due: Due) -> None:
@@ -132,7 +132,7 @@ class Rollout:
         if not any(due):
             # Teacher before student, as in the processes that answer.
             self._run_teacher(self._empty_pass)
-            self._bptt.empty_pass(self._prefix, probes=False)
+            self._bptt.empty_pass(self._prefix, matches_step=False)
             return
         closing, recompute = self._encoders.closing()
         nothing = torch.zeros(0, dtype=torch.int64)

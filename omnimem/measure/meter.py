@@ -98,7 +98,7 @@ class Meter:
         self._step_started = self._now()
 
     def _after_forward(self, *_: object) -> None:
-        memory = self.session.memory
+        memory = self.session.cache
         self.kv_peak = max(self.kv_peak, memory.kv_nbytes)
         self.memory_peak = max(self.memory_peak, memory.nbytes)
 

@@ -35,7 +35,7 @@ def compressed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    memory: CompressedLayer | None = None,
+    cache_layer: CompressedLayer | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function registered with transformers; a hook passes `memory`, the layer of the cache.
@@ -56,7 +56,7 @@ def compressed_attention(
     tuple of Tensor and None
         ``[B, Q, H, D]``; no attention weights.
     """
-    if memory is None:
+    if cache_layer is None:
         return sdpa_attention_forward(
             module,
             query,
@@ -67,25 +67,25 @@ def compressed_attention(
             dropout=dropout,
             **kwargs,  # pyright: ignore
         )
-    assert memory.step is not None
+    assert cache_layer.step is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    valid, spec = memory.step.valid, memory.observed_scores
-    query, key = soft_attention_inputs(memory.state, query, key, scale)
-    if memory.probe is not None:
-        memory.observe_probe(probe_attention(query, key, valid, scale, memory.probe.attends))
+    valid, spec = cache_layer.step.valid, cache_layer.observed_scores
+    query, key = soft_attention_inputs(cache_layer.state, query, key, scale)
+    if cache_layer.probe is not None:
+        cache_layer.observe_probe(probe_attention(query, key, valid, scale, cache_layer.probe.softmax_over))
     if spec is None:
         output = lower_right_attention(query, key, value, valid, scale, dropout)
     elif spec.kind != "concat" and dropout == 0:
         output, scores = attention_with_scores(
-            query, key, value, valid, scale, spec.stride, spec.window, fused=not memory.learns_attention
+            query, key, value, valid, scale, spec.stride, spec.window, fused=not cache_layer.learns_attention
         )
-        memory.observe_attention(scores if spec.kind == "kv_heads" else scores.mean(1))
+        cache_layer.observe_attention(scores if spec.kind == "kv_heads" else scores.mean(1))
     else:
         output = lower_right_attention(query, key, value, valid, scale, dropout)
         scores = attention_scores(query, key, valid, scale, spec.kind, stride=spec.stride, window=spec.window)
-        memory.observe_attention(scores)
-    if memory.margin is not None and torch.is_grad_enabled():
-        output = memory.margin.attach_gradient(output, query, key, valid, scale)
+        cache_layer.observe_attention(scores)
+    if cache_layer.margin is not None and torch.is_grad_enabled():
+        output = cache_layer.margin.attach_gradient(output, query, key, valid, scale)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -109,7 +109,7 @@ def attach(language_model: PreTrainedModel) -> None:
     Raises
     ------
     OmniMemError
-        The decoder has sliding-window layers, which retain no token for good.
+        The decoder has sliding-window layers, which drop tokens outside their window.
     """
     if "sliding_attention" in (getattr(language_model.config, "layer_types", None) or ()):
         raise OmniMemError(
@@ -117,16 +117,16 @@ def attach(language_model: PreTrainedModel) -> None:
         )
     if language_model.config._attn_implementation != ATTENTION_NAME:
         language_model.set_attn_implementation(ATTENTION_NAME)
-    if _announce_tokens in language_model._forward_pre_hooks.values():
+    if _announce_tokens_hook in language_model._forward_pre_hooks.values():
         return
-    language_model.register_forward_pre_hook(_announce_tokens, with_kwargs=True)
+    language_model.register_forward_pre_hook(_announce_tokens_hook, with_kwargs=True)
     layers: Any = language_model.layers
     for index, layer in enumerate(layers):
-        layer.register_forward_pre_hook(_report_hidden(index), with_kwargs=True)
-        layer.self_attn.register_forward_pre_hook(_pass_layer(index), with_kwargs=True)
+        layer.register_forward_pre_hook(_layer_input_hook(index), with_kwargs=True)
+        layer.self_attn.register_forward_pre_hook(_inject_cache_layer(index), with_kwargs=True)
 
 
-def _announce_tokens(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def _announce_tokens_hook(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Hook of the decoder: tell the cache which tokens come."""
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, CompressedCache):
@@ -165,7 +165,7 @@ def _announce_tokens(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     return args, kwargs
 
 
-def _report_hidden(index: int) -> Any:
+def _layer_input_hook(index: int) -> Any:
     """Hook of a decoder layer: report its input, and replace it where the cache says so."""
 
     def hook(_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -188,13 +188,13 @@ def _report_hidden(index: int) -> Any:
     return hook
 
 
-def _pass_layer(index: int) -> Any:
+def _inject_cache_layer(index: int) -> Any:
     """Hook of an attention module: pass its layer of the cache to the attention function."""
 
     def hook(_attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, CompressedCache):
             return None
-        return args, {**kwargs, "memory": cache.layers[index]}
+        return args, {**kwargs, "cache_layer": cache.layers[index]}
 
     return hook

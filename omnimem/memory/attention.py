@@ -4,9 +4,9 @@ Pure functions on post-RoPE states:
 
 * `lower_right_attention`: the queries are the *last* tokens of the keys. Fused kernels call this "lower-right" causal;
   `is_causal=True` alone means upper-left as soon as there are earlier keys.
-* `attention_with_scores`: attention and attention scores in one pass over q·kᵀ, with its own backward. On the CPU exact
-  scores make it as expensive as fused attention. On CUDA fused attention returns the output and the row log-sum-exp,
-  and a Triton kernel sums the columns (`omnimem.memory.kernels`).
+* `attention_with_scores`: attention and attention scores in one pass over q·kᵀ, with its own backward. On the CPU,
+  attention plus exact scores costs about as much as fused attention alone. On CUDA fused attention returns the output
+  and the row log-sum-exp, and a Triton kernel sums the columns (`omnimem.memory.kernels`).
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def attention_with_scores(
     Parameters
     ----------
     query, key, value, valid, scaling, stride, window, tile
-        As in the two functions.
+        As in `lower_right_attention` and `omnimem.memory.scores.attention_scores`.
     fused : bool
         Whether a fused kernel may be used where there is one; its scores have no gradient.
 
@@ -107,8 +107,8 @@ def attention_with_scores(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     half = query.dtype in (torch.float16, torch.bfloat16)
     # Flash attention needs values as wide as keys; the soft gradient adds channels to keys alone.
-    even = query.shape[-1] % 8 == 0 and query.shape[-1] == value.shape[-1]
-    if fused and query.is_cuda and valid is None and half and even:
+    flash_shapes = query.shape[-1] % 8 == 0 and query.shape[-1] == value.shape[-1]
+    if fused and query.is_cuda and valid is None and half and flash_shapes:
         return _fused_with_scores(query, key, value, scale, stride, window)
     weight = query_weights(query, key.shape[2], valid, stride, window)
     return _AttentionWithScores.apply(query, key, value, valid, weight, scale, tile)  # pyright: ignore[reportReturnType]

@@ -63,11 +63,11 @@ class CompressedCache(Cache):
     Attributes
     ----------
     next_position_id : Tensor or None
-        int64 ``[B]``: the rotary position id of the next text token.
+        ``[B]``, dtype of the position ids: the rotary position id of the next text token.
     detach_below : int
-        Layer whose input is detached from the layers below; 0: none is.
+        Layer whose input is detached from the layers below; 0: nothing is detached.
     lockstep : bool
-        Whether the layers below are differentiated all the same, with a gradient of zero.
+        Whether the layers below still take part in the backward pass, with zero gradients.
 
     Raises
     ------
@@ -123,7 +123,7 @@ class CompressedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Turn an encoder's position ids, which grow with the stream, into those of this cache.
 
-        The same under the policy `original`; see `CompactPositionIds.assign` for the parameters.
+        Returns them unchanged under the policy `original`; see `CompactPositionIds.assign` for the parameters.
         """
         if self._compact_ids is None:
             return position_ids, next_position_id
@@ -185,7 +185,7 @@ class CompressedCache(Cache):
 
     @contextmanager
     def scratch(self) -> Iterator[CompressedCache]:
-        """Forget at the end whatever is appended inside: a question and its answer."""
+        """On exit, discard what was appended inside: a question and its answer."""
         before = self.snapshot()
         self._in_scratch = True
         try:
@@ -223,7 +223,7 @@ class CompressedCache(Cache):
         Returns
         -------
         list of (Eviction or None)
-            One a layer; None where nothing was evicted.
+            One per layer; None where nothing was evicted.
         """
         if self._in_scratch:
             raise RuntimeError("compress() inside scratch(): a question must not change the cache")
@@ -325,7 +325,7 @@ class CompressedCache(Cache):
     ) -> Gradients:
         """Gradients, before a step, of the tokens that the step did not change.
 
-        Parameters as for `step_outputs`; `gradients` is used up.
+        Parameters as for `step_outputs`; `gradients` is emptied.
         """
         found: Gradients = {}
         for i, (layer, eviction, (state, _)) in enumerate(zip(self.layers, evictions, before.layers, strict=True)):
@@ -338,18 +338,18 @@ class CompressedCache(Cache):
 
     @property
     def rope_deltas(self) -> Tensor:
-        """``[B, 1]``: what generate() adds to its count of tokens, from `get_seq_length` on, to get position ids."""
+        """``[B, 1]``: generate() computes position id = column + rope_delta, counting columns from `get_seq_length`."""
         if self.next_position_id is None:
             raise RuntimeError("the cache is empty: nothing has been streamed yet")
         following = self.next_position_id
         if following.is_floating_point():
-            following = following.double()  # beside the larger count float32 would round a fraction away
+            following = following.double()  # float32 could lose fractional ids for large counts
         return (following - self.get_seq_length())[:, None]
 
     def token_metadata(self, layer: int) -> TokenMetadata:
         """Metadata of the tokens stored in a layer: stream index, position ids, seconds, modality, validity.
 
-        One row a sample; one a sample and key-value head where the method retains tokens per head.
+        One row per sample, or per sample and key-value head where the method retains tokens per head.
         """
         metadata = self.layers[layer].metadata
         if metadata is None:
@@ -357,7 +357,7 @@ class CompressedCache(Cache):
         return metadata
 
     def token_counts(self) -> list[dict[str, list[int]]]:
-        """Stored text, visual and audio tokens of each layer, one number a sample of the batch."""
+        """Stored text, visual and audio tokens of each layer, one number per sample of the batch."""
         return [
             {name: [sample[name] for sample in layer.token_counts] or [0] for name in KINDS} for layer in self.layers
         ]
@@ -401,9 +401,9 @@ class CompressedCache(Cache):
 def _check_gradient(gradient: SelectionGradient, method: SelectionMethod) -> None:
     if not (method.differentiable and method.position_ids == "original"):
         raise OmniMemError(
-            f"no gradient can reach the selection of {type(method).__name__} as it is set: it takes "
-            "selection.method=omnimem or similarity_only with redundancy=hidden and position_ids=original, or "
-            "selection.gradient=none"
+            f"no gradient can reach the selection of {type(method).__name__} with these settings: use "
+            "selection.method=omnimem or similarity_only with selection.redundancy=hidden and "
+            "selection.position_ids=original, or set selection.gradient=none"
         )
     if gradient.through_attention and (method.attention_scores is None or method.attention_scores.kind == "concat"):
         raise OmniMemError(

@@ -1,12 +1,16 @@
 """The position id policy `compact`: after every compression retained tokens get consecutive position ids.
 
 A stream then never leaves the rotary range a model was trained on, however long it is, and retained tokens are close
-together, as in StreamingLLM (arXiv 2309.17453). In every layer, time ids without a retained media token are removed,
-and the remaining ones end right before the next chunk; equal ids stay equal, so video and audio stay aligned. Text
-before the media keeps its ids. So do the height and width ids of frames, which count from the start of the media;
-where they count from the current position instead, as in the Qwen3-VL family, they move with the time ids, and later
-tokens stay behind them. Nothing changes while nothing is evicted. Keys are stored without rotation and rotated to
-their present ids in every forward pass, so rounding errors do not accumulate.
+together, as in StreamingLLM (arXiv 2309.17453). In each layer the gaps that evicted tokens leave in the time ids are
+closed, and the ids are shifted so that all layers end at the same id, right before the next chunk. Equal ids stay
+equal, so video and audio stay aligned. Text before the media keeps its ids.
+
+Height and width ids of frames that count from the start of the media (Qwen2.5-Omni) are unchanged. Those that count
+from the current position (Qwen3-VL, `spatial_ids_advance`) are shifted along, and later tokens come after their
+maximum.
+
+Keys are stored without rotation and rotated to their present ids in every forward pass, so rounding errors do not
+accumulate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a compression evicts, as a value, and what it makes of a layer's state.
+"""Which tokens a layer retains and evicts, and how that changes its state.
 
 `select` decides from scores which tokens are retained, `apply` reduces the state to them. Both are pure functions of
 `LayerState`; training wraps them (`omnimem.memory.selection_gradient`) and undoes them (`omnimem.memory.undo`).
@@ -22,7 +22,7 @@ from omnimem.token_metadata import count_tokens
 
 
 class Eviction(NamedTuple):
-    """The result of a selection in one layer.
+    """The result of a selection in one layer: which columns it retains.
 
     Attributes
     ----------
@@ -31,9 +31,10 @@ class Eviction(NamedTuple):
     valid : Tensor
         bool ``[R, M]``: which of them are real.
     merged : MergedTokens or None
-        Tokens made of evicted ones; they are appended behind the retained ones.
+        Tokens made of evicted ones; they are appended after the retained ones.
     margin : Tensor or None
-        int64 ``[R, M]``: evicted columns that the next step still looks at in training.
+        int64 ``[R, M]``: in training, the evicted columns that the next step still uses; in the soft form, those it
+        retains beyond the budget.
     log : tuple or None
         Undo log: keys, values and features (None where there are none) of evicted tokens from before the step that are
         not in the margin.
@@ -85,8 +86,8 @@ def select(
     method : SelectionMethod
         Turns scores into a retained set.
     candidates, score : optional
-        The method's input and its score ``[R, N]``. Without them nothing is over budget: only padding between a shorter
-        sample and its new tokens is removed.
+        The method's input and its score ``[R, N]``. If omitted, only padding is removed: the layer
+        is not over budget.
     """
     if candidates is not None and score is not None:
         return Eviction.from_mask(*method.select(candidates, score))
@@ -148,7 +149,7 @@ def merge_states(state: LayerState, merged: MergedTokens, rotation: KeyRotation)
 
 
 def _without_empty_slots(merged: MergedTokens) -> MergedTokens | None:
-    """Drop merged tokens that no row has: a single stream is never masked, so it must hold no padding."""
+    """Drop merged tokens that no row has: batch size 1 runs without a padding mask."""
     filled = merged.metadata.valid.any(0)
     if bool(filled.all()):
         return merged

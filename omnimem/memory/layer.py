@@ -2,8 +2,8 @@
 
 A forward pass announces its tokens (`begin`), appends their states (`update`) and reports what the selection method
 observes (`observe_…`). Afterwards `select` decides what is retained and `apply` evicts the rest. What is stored is the
-value `LayerState`; selection, eviction, undo and the gradient of the selection are pure functions of it, in modules of
-their own.
+immutable `LayerState`; selection, eviction, undo and the gradient of the selection are pure functions of it, in
+modules of their own.
 
 Where every key-value head retains its own tokens, `update` turns each head into a row of one head: everything after it
 sees R = samples × heads rows.
@@ -25,7 +25,7 @@ from omnimem.memory import undo
 from omnimem.memory.eviction import Eviction
 from omnimem.memory.margin import Margin
 from omnimem.memory.rotary import KeyRotation, Rotary
-from omnimem.memory.selection_gradient import SelectionGradient, gate_eviction
+from omnimem.memory.selection_gradient import SelectionGradient, attach_selection_gradient
 from omnimem.memory.state import LayerState, Step
 from omnimem.modality import KINDS
 from omnimem.selection.base import AttentionScoreSpec, Candidates, Probe, SelectionMethod
@@ -73,7 +73,7 @@ class CompressedLayer(CacheLayerMixin):
         gradient: SelectionGradient | None = None,
     ) -> None:
         # Not super().__init__(): it would assign `keys` and `values`, which are properties here.
-        self.index, self.layers = index, layers
+        self.index, self.num_layers = index, layers
         self.budget = budget
         self.method = method
         self.gradient = gradient
@@ -98,7 +98,7 @@ class CompressedLayer(CacheLayerMixin):
         Parameters
         ----------
         new : TokenMetadata
-            The T new tokens, one row a sample.
+            The T new tokens, one row per sample.
         counts : list of dict
             How many of them are text, visual and audio, for each sample.
         ragged : bool
@@ -212,14 +212,14 @@ class CompressedLayer(CacheLayerMixin):
         """What the selection method may look at; only tensors that the selection learns from keep their graph."""
         return Candidates(
             layer=self.index,
-            layers=self.layers,
+            num_layers=self.num_layers,
             budget=self.budget,
-            old=self.state.num_settled,
+            num_previous=self.state.num_previous,
             values=self.values.detach(),
             keys=self.rotated_keys().detach() if self.method.reads_keys else None,
             metadata=self.metadata,
             attention_scores=self.attention_scores,
-            probes=tuple(self._probe_scores),
+            probe_scores=tuple(self._probe_scores),
             features=self.features,
         )
 
@@ -239,7 +239,7 @@ class CompressedLayer(CacheLayerMixin):
         if eviction is not None:
             if score is not None:
                 assert self.gradient is not None
-                state, eviction, statistics = gate_eviction(
+                state, eviction, statistics = attach_selection_gradient(
                     state, eviction, score, self.gradient, self.budget, start, self.rotation
                 )
                 if statistics is not None:
@@ -248,7 +248,7 @@ class CompressedLayer(CacheLayerMixin):
                 eviction = eviction._replace(log=undo.log_of(state, eviction, start))
             budget = None if self.method.keeps_everything else self.budget
             state = evictions.apply(state, eviction, budget, self.rotation)
-        self.state = replace(state, num_settled=len(state))
+        self.state = replace(state, num_previous=len(state))
         return eviction
 
     def add_gate_statistics(self, statistics: Tensor) -> None:
@@ -327,14 +327,14 @@ class CompressedLayer(CacheLayerMixin):
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search would need one cache a beam.
+        """Beam search is not supported.
 
         Raises
         ------
         NotImplementedError
             Always.
         """
-        raise NotImplementedError("a CompressedCache holds one memory a stream: generate with num_beams=1")
+        raise NotImplementedError("beam search is not supported with a CompressedCache: set num_beams=1")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset for transformers' mask builder; the attention function does not use that mask."""

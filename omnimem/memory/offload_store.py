@@ -16,13 +16,13 @@ from torch import Tensor
 from omnimem.files import explained_disk_errors
 
 ALIGNMENT = 64
-"""Bytes to whose multiples tensors are aligned in a block."""
+"""Byte alignment of tensors in a block."""
 
 
 class Handle(NamedTuple):
     """A stored record: its structure without tensors, and where the tensors are."""
 
-    skeleton: Any
+    structure: Any
     tensors: Any
 
 
@@ -46,8 +46,8 @@ class Store:
         """Start to load the record that is fetched next."""
 
     def fetch(self, handle: Handle) -> Any:
-        """Return a record, once."""
-        return handle.skeleton
+        """Return a record and release it; call once per handle."""
+        return handle.structure
 
 
 class _BlockStore(Store):
@@ -79,7 +79,7 @@ class _BlockStore(Store):
             size = slot.shape.numel() * slot.dtype.itemsize
             return block[slot.start : slot.start + size].view(slot.dtype).view(slot.shape).to(slot.device)
 
-        return _mapped(pickle.loads(handle.skeleton), _Slot, tensor)
+        return _mapped(pickle.loads(handle.structure), _Slot, tensor)
 
     @abstractmethod
     def _offload(self, block: Tensor) -> Any:
@@ -101,27 +101,27 @@ class HostStore(_BlockStore):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies = torch.Stream(device)
+        self._copy_stream = torch.Stream(device)
         self._prefetched: tuple[Tensor, Tensor] | None = None
 
     def _offload(self, block: Tensor) -> Tensor:
         host = torch.empty(block.shape, dtype=block.dtype, pin_memory=True)
-        self._copies.wait_stream(torch.accelerator.current_stream(self._device))
-        with self._copies:
+        self._copy_stream.wait_stream(torch.accelerator.current_stream(self._device))
+        with self._copy_stream:
             host.copy_(block, non_blocking=True)
         if block.device.type != "cpu":
             # Its memory may be reused only when the copy is done.
-            block.record_stream(self._copies)  # pyright: ignore[reportArgumentType]
+            block.record_stream(self._copy_stream)  # pyright: ignore[reportArgumentType]
         return host
 
     def prefetch(self, handle: Handle) -> None:
         """Start to copy a record back to the device."""
         # Allocated on the computing stream: the allocator does not reuse memory of the copying stream there.
         block = torch.empty(handle.tensors.shape, dtype=torch.uint8, device=self._device)
-        self._copies.wait_stream(torch.accelerator.current_stream(self._device))
-        with self._copies:
+        self._copy_stream.wait_stream(torch.accelerator.current_stream(self._device))
+        with self._copy_stream:
             block.copy_(handle.tensors, non_blocking=True)
-        block.record_stream(self._copies)  # pyright: ignore[reportArgumentType]
+        block.record_stream(self._copy_stream)  # pyright: ignore[reportArgumentType]
         self._prefetched = handle.tensors, block
 
     def _load(self, offloaded: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class HostStore(_BlockStore):
             self.prefetch(Handle(None, offloaded))
         assert self._prefetched is not None
         (_, block), self._prefetched = self._prefetched, None
-        torch.accelerator.current_stream(self._device).wait_stream(self._copies)
+        torch.accelerator.current_stream(self._device).wait_stream(self._copy_stream)
         return block
 
 

@@ -31,11 +31,11 @@ def attention_scores(
     query, key, valid, scaling
         As in `lower_right_attention`.
     kind : {"heads", "kv_heads", "concat"}
-        ``heads``: mean over the query heads of their softmax weights (the paper). ``groups``: the same for the query
-        heads of each key-value head by itself. ``concat``: one softmax over head-concatenated q·k / (√D · H) (the
-        release).
+        ``heads``: mean over the query heads of their softmax weights (the paper). ``kv_heads``: the same, for each
+        key-value head over the query heads that share it. ``concat``: one softmax over head-concatenated q·k / (√D ·
+        H) (the release).
     stride : int
-        1 is exact; above, only every stride-th query is used, with the weight of those left out.
+        1 is exact; above, only every stride-th query is used; its weight also covers the queries skipped.
     window : int, optional
         Use only the last `window` real queries of each sample, whatever `stride` is.
     tile : int
@@ -44,7 +44,7 @@ def attention_scores(
     Returns
     -------
     Tensor
-        ``[B, K]`` (``[B, G, K]`` for ``groups``), float32 (float64 for float64 inputs). Padded queries and keys
+        ``[B, K]`` (``[B, G, K]`` for ``kv_heads``), float32 (float64 for float64 inputs). Padded queries and keys
         have no part in it.
     """
     batch, heads, queries, dim = query.shape

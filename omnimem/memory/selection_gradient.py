@@ -1,13 +1,13 @@
 """How a gradient reaches the selection in training: wrapped around `select` and `apply`, absent at inference.
 
-Gates g (`omnimem.selection.gates`) say how nearly a token is retained and pass its gradient on to the scores.
+Gates g (`omnimem.selection.gates`) say how close a token is to being retained, and pass a gradient to its score.
 
 straight_through
-    The forward pass is the hard selection of inference. Evicted tokens stay one chunk longer as the *margin*
+    The forward pass is the hard selection of inference. Evicted tokens are kept for one more chunk as the *margin*
     (`omnimem.memory.margin`), whose term has the value zero and a gradient.
 soft
-    The next best tokens are retained beyond the budget, and Σ log g over the chunks so far is added to the attention
-    logits of every token: a forward pass of its own, close to that of inference at a low temperature.
+    The next-highest-scoring tokens are retained beyond the budget, and Σ log g over the chunks so far is added to the
+    attention logits of every token: a forward pass of its own, close to that of inference at a low temperature.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class SelectionGradient:
     form : {"straight_through", "soft"}
         See the module.
     temperature : float
-        T of the gates; low ones (0.3) teach best.
+        T of the gates; low values (0.3) train best.
     margin : int or None
         Evicted tokens of a layer that get a gradient, those nearest to being retained; None: all of them, or in the
-        soft form as many as the chunk brought.
+        soft form at most the number of new tokens.
     gradient_scale : float
-        Weight c of the term, or of the gradient of the soft gates (1: exact). 16 trains best in
-        `tests/benchmarks/streaming_recall.py`.
+        Weight c of the zero-valued term in `omnimem.memory.margin`, or of the gradient of the soft gates (1: exact).
+        16 trains best in `tests/benchmarks/streaming_recall.py`.
     threshold : {"boundary", "bisection"}
         See `omnimem.selection.gates`.
     through_attention : bool
@@ -69,7 +69,7 @@ class SelectionGradient:
                 raise OmniMemError(f"selection gradient: {name} must be {rule}, got {getattr(self, name)!r}")
 
 
-class Gated(NamedTuple):
+class EvictionWithGradient(NamedTuple):
     """A state and an eviction that carry the gradient of a selection.
 
     Attributes
@@ -87,7 +87,7 @@ class Gated(NamedTuple):
     statistics: Tensor | None
 
 
-def gate_eviction(
+def attach_selection_gradient(
     state: LayerState,
     eviction: Eviction,
     score: Tensor,
@@ -95,7 +95,7 @@ def gate_eviction(
     budget: LayerBudget,
     start: int,
     rotation: KeyRotation,
-) -> Gated:
+) -> EvictionWithGradient:
     """Attach the gradient of the selection to a state that is about to be reduced by `apply`.
 
     Parameters
@@ -103,7 +103,7 @@ def gate_eviction(
     state : LayerState
         Before the eviction.
     eviction : Eviction
-        Its result, or the logged one, with margin, that a recomputation repeats.
+        The new eviction or, when a step is recomputed, the logged one.
     score : Tensor
         ``[R, N]`` with its graph.
     gradient, budget
@@ -131,7 +131,7 @@ def gate_eviction(
         state = replace(state, bias=_soft_bias(state, gate, media, gradient.gradient_scale))
     elif eviction.margin.shape[1] > 0:
         state = replace(state, margin=_margin_of(state, gate * evicted, eviction.margin, gradient, rotation))
-    return Gated(state, eviction, statistics)
+    return EvictionWithGradient(state, eviction, statistics)
 
 
 def gate_statistics(gate: Tensor, retained: Tensor, evicted: Tensor) -> Tensor:

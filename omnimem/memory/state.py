@@ -1,6 +1,6 @@
 """The state of one layer between two forward passes, and what the running forward pass adds to it.
 
-`LayerState` is a value: a step of the stream makes a new one from the old one (`append`, then
+`LayerState` is immutable: a step of the stream makes a new one from the old one (`append`, then
 `omnimem.memory.eviction`), so a snapshot is a reference. Its tensors share one buffer at inference; see
 `omnimem.memory.token_buffer`.
 """
@@ -37,8 +37,8 @@ class LayerState:
         Stored text, visual and audio tokens of each sample.
     attention_scores : Tensor or None
         ``[R, M]``, M ≤ N: accumulated attention scores; tokens of later unobserved steps have none yet.
-    num_settled : int
-        Tokens that were there at the last compression; the others are new.
+    num_previous : int
+        Tokens that remained after the last compression; the others are new.
     margin : Margin or None
         Training with the straight-through gradient: tokens evicted by the last compression.
     bias : Tensor or None
@@ -51,7 +51,7 @@ class LayerState:
     metadata: TokenMetadata | None = None
     token_counts: tuple[dict[str, int], ...] = ()
     attention_scores: Tensor | None = None
-    num_settled: int = 0
+    num_previous: int = 0
     margin: Margin | None = None
     bias: Tensor | None = None
 
@@ -66,7 +66,7 @@ class LayerState:
         features: Tensor | None,
         capacity: Callable[[], int | None],
     ) -> LayerState:
-        """Add the tokens of a step behind the stored ones; `capacity` as in `TokenBuffer.append`."""
+        """Add the tokens of a step after the stored ones; `capacity` as in `TokenBuffer.append`."""
         return replace(
             self,
             keys=self.keys.append(keys, capacity),
@@ -107,7 +107,7 @@ class Step:
     Attributes
     ----------
     new : TokenMetadata
-        The new tokens, one row a sample.
+        The new tokens, one row per sample.
     start : int
         Tokens stored before the step.
     observe : bool

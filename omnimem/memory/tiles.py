@@ -55,7 +55,7 @@ def logit_tiles(
     dtype = compute_dtype(query)
     scaled = (query.to(dtype) * scale).view(batch, groups, heads // groups, len(rows), dim)
     for group in range(groups):
-        # One copy a head lets the product read keys in order: a quarter of its time.
+        # One copy per head lets the product read keys in order: a quarter of its time.
         group_key = key[:, group].to(dtype).transpose(-1, -2).contiguous()
         for start, stop, visible, mask in causal_tiles(rows, past, valid, tile, query.device):
             logits = scaled[:, group, :, start:stop].flatten(1, 2) @ group_key[..., :visible]

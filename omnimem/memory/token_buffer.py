@@ -1,6 +1,6 @@
 """A tensor of stored tokens that grows by appending and shrinks by compaction, in place or under autograd.
 
-At inference the tensor is a view of a preallocated buffer: new tokens are written behind the stored ones, and
+At inference the tensor is a view of a preallocated buffer: new tokens are written after the stored ones, and
 compaction moves retained tokens to the front. Under autograd the same calls concatenate and gather, so gradients flow
 and nothing that an earlier step still needs is overwritten. The caller sees one interface: every method returns the
 new value.
@@ -23,7 +23,7 @@ TILE = 1024
 class TokenBuffer:
     """Tokens along one dimension, batch first.
 
-    An older value stays readable until the next in-place `compact`, which overwrites the shared buffer.
+    An older object stays valid until the next in-place `compact`, which overwrites the shared buffer.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class TokenBuffer:
         return TokenBuffer(self.dim)
 
     def append(self, new: Tensor, capacity: Callable[[], int | None]) -> TokenBuffer:
-        """Add tokens behind the stored ones.
+        """Add tokens after the stored ones.
 
         Parameters
         ----------
@@ -66,7 +66,7 @@ class TokenBuffer:
         return self._view(storage, stop)
 
     def reserve(self, count: int) -> TokenBuffer:
-        """Make room for `count` tokens behind the stored ones, so that appending them copies nothing else."""
+        """Make room for `count` tokens after the stored ones, so that appending them copies nothing else."""
         if self.storage is None:
             return self
         stored = self.tensor.shape[self.dim]
@@ -80,7 +80,7 @@ class TokenBuffer:
             return self
         if self.storage is None:
             return TokenBuffer(self.dim, self._gather(self.tensor, columns))
-        # Column j moves from j or later, so a tile never overwrites what a later tile has to read.
+        # The source of column j is at least j, so a tile never overwrites what a later tile has to read.
         for start in range(0, columns.shape[1], TILE):
             tile = columns[:, start : start + TILE]
             self.storage.narrow(self.dim, start, tile.shape[1]).copy_(self._gather(self.storage, tile))
@@ -122,7 +122,7 @@ class TokenBuffer:
         return storage
 
     def _broadcast(self, values: Tensor, like: Tensor) -> Tensor:
-        """One value a token ``[R, N]``, shaped to broadcast over `like`."""
+        """One value per token ``[R, N]``, shaped to broadcast over `like`."""
         shape = [1] * like.ndim
         shape[0], shape[self.dim] = values.shape
         return values.view(shape)

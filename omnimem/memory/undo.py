@@ -90,7 +90,7 @@ def undo(state: LayerState, eviction: Eviction | None, before: LayerState) -> La
     eviction : Eviction or None
         Result of the compression, with its log; None if there was none.
     before : LayerState
-        The state before the step, whose tokens are not used (see `LayerState.without_tokens`).
+        Metadata and counters from before the step (see `LayerState.without_tokens`); the tokens are restored here.
     """
     buffers = {name: _restored(state, eviction, name, len(before)) for name in BUFFERS}
     return replace(before, **buffers)
@@ -131,7 +131,7 @@ def carried_gradients(
 ) -> LayerGradients:
     """Gradients of retained tokens at the columns where they stood before the step; 0 for those it evicted.
 
-    Parameters as for `step_outputs`; `gradients` is used up.
+    Parameters as for `step_outputs`; `gradients` is emptied.
     """
     found: LayerGradients = {}
     for name in BUFFERS if start > 0 else ():
@@ -154,7 +154,7 @@ def _restored(state: LayerState, eviction: Eviction | None, name: str, start: in
     position, count = _position_in(available, start), available.shape[1]
     missing = position < 0
     margin = [getattr(state.margin, name)] if count > retained else []
-    # Without merged tokens, which stand behind the retained ones.
+    # Without merged tokens, which follow the retained ones.
     parts = [buffer.tensor.narrow(buffer.dim, 0, retained), *margin, logged]
     columns = torch.where(missing, count + missing.cumsum(1) - 1, position)
     return TokenBuffer(buffer.dim, TokenBuffer(buffer.dim, torch.cat(parts, buffer.dim)).read(columns))
@@ -185,6 +185,6 @@ def _position_in(available: Tensor, start: int) -> Tensor:
 
 
 def _missing(position: Tensor) -> Tensor:
-    """Columns ``[R, G]`` whose position is -1, ascending; rows with fewer are filled up with other columns."""
+    """Columns ``[R, K]`` whose position is -1, ascending; rows with fewer are filled up with other columns."""
     missing = position < 0
     return torch.sort((~missing).to(torch.int8), dim=1, stable=True).indices[:, : int(missing.sum(1).max())]

@@ -1,4 +1,4 @@
-"""Which tokens are retained: one file a method. `SELECTION_METHODS` lists them by name. See README.md."""
+"""Which tokens are retained: one file per method. `SELECTION_METHODS` lists them by name. See README.md."""
 
 from __future__ import annotations
 

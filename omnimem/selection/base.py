@@ -1,8 +1,8 @@
 """The interface of a selection method: which tokens of a layer are retained.
 
 A method is one small class in one file. It declares what it needs (attention scores, probes, hidden states, keys) and
-computes one selection score a candidate; the cache retains the highest scores of each modality up to the layer's budget
-(`omnimem.selection.topk`). Only what is declared is computed.
+computes one selection score per candidate; the cache retains the highest scores of each modality up to the layer's
+budget (`omnimem.selection.topk`). Only what is declared is computed.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Probe:
     """
 
     text: str
-    turn: bool = False
-    attends: ProbeScope = "causal"
+    as_user_turn: bool = False
+    softmax_over: ProbeScope = "causal"
     propagates: bool = True
 
 
@@ -74,7 +74,7 @@ class Probe:
 class Candidates:
     """Input of a selection method: the retained and new tokens of one layer, in stored order.
 
-    R is the number of rows: one a sample, or under `SelectionMethod.per_head` one a sample and key-value head; G is
+    R is the number of rows: one per sample, or under `SelectionMethod.per_head` one per sample and key-value head; G is
     then 1.
 
     Attributes
@@ -84,7 +84,7 @@ class Candidates:
     budget : LayerBudget
         Visual and audio tokens to retain.
     old : int
-        How many of the N tokens were there at the last compression; the others are new.
+        How many of the N tokens remained after the last compression; the others are new.
     values : Tensor
         ``[R, G, N, D]``.
     keys : Tensor or None
@@ -93,21 +93,21 @@ class Candidates:
         Index in the stream, position ids, time, modality, validity of each candidate.
     attention_scores : Tensor or None
         ``[R, N]`` accumulated attention scores (float32) if the method declares `attention_scores`.
-    probes : tuple of Tensor
+    probe_scores : tuple of Tensor
         ``[R, N]`` mean attention of each of the method's `probes`.
     features : Tensor or None
         ``[R, N, F]`` what `SelectionMethod.features` computed from the layer's input hidden states.
     """
 
     layer: int
-    layers: int
+    num_layers: int
     budget: LayerBudget
-    old: int
+    num_previous: int
     values: Tensor
     keys: Tensor | None
     metadata: TokenMetadata
     attention_scores: Tensor | None
-    probes: tuple[Tensor, ...]
+    probe_scores: tuple[Tensor, ...]
     features: Tensor | None
 
 

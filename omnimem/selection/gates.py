@@ -1,4 +1,4 @@
-"""A soft top-K: gates between 0 and 1 that say how nearly a candidate is retained and pass a gradient to its score.
+"""A soft top-K: gates between 0 and 1 that say how close a candidate is to being retained.
 
 g_k = sigmoid((x_k − τ)/T) over the candidates of one modality, x = log ψ. The threshold τ moves with all scores, and
 without its gradient dτ/dx_k = w_k = g_k(1 − g_k) / Σ_j g_j(1 − g_j) training loses most of its effect.
@@ -41,7 +41,7 @@ def gates(score: Tensor, member: Tensor, count: int, temperature: float, thresho
     fixed = x.detach()
     over_count = member.sum(1, keepdim=True) > count
     tau = (_boundary if threshold == "boundary" else _bisected)(fixed, member, count, temperature)
-    # softmax of log g(1 − g), which stays finite where g(1 − g) does not.
+    # Computed in log space, because g(1 − g) underflows to 0.
     u = ((fixed - tau) / temperature).abs()
     weight = (-u - 2 * torch.log1p(torch.exp(-u))).masked_fill(~member, -torch.inf).softmax(1).nan_to_num(0)
     moving = tau + (weight * (x - fixed)).sum(1, keepdim=True)

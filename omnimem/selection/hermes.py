@@ -58,13 +58,13 @@ class Hermes(SelectionMethod):
 
     def _band(self, candidates: Candidates) -> tuple[float, float, Tensor]:
         """ω, k and the attention of a layer."""
-        globally, mixed = (probe.to(compute_dtype(probe)) for probe in candidates.probes)
-        band = band_of(candidates.layer, candidates.layers)
+        globally, mixed = (probe.to(compute_dtype(probe)) for probe in candidates.probe_scores)
+        band = band_of(candidates.layer, candidates.num_layers)
         if band == "shallow":
             return 1.0, 20.0, mixed
         if band == "deep":
             return 0.0, 0.0, globally
-        first, last = int(candidates.layers * SHALLOW), int(candidates.layers * DEEP)
+        first, last = int(candidates.num_layers * SHALLOW), int(candidates.num_layers * DEEP)
         depth = (candidates.layer - first) / (last - first)
         return 0.75 - 0.6 * depth, 20.0 - 12.0 * depth, mixed
 
@@ -80,7 +80,7 @@ class Hermes(SelectionMethod):
 
     def align(self, here: Candidates, score: Tensor, below: Candidates, deeper: Tensor) -> Tensor:
         """The deeper layer's score of the same tokens; the layer's own score where the deeper one has evicted them."""
-        wanted, known = _token_ids(here), _token_ids(below)
+        wanted, known = _stream_indices(here), _stream_indices(below)
         ordered, order = known.sort(dim=1)
         place = torch.searchsorted(ordered, wanted).clamp_max(ordered.shape[1] - 1)
         return torch.where(ordered.gather(1, place) == wanted, deeper.gather(1, order.gather(1, place)), score)
@@ -88,7 +88,7 @@ class Hermes(SelectionMethod):
     def select(self, candidates: Candidates, score: Tensor) -> tuple[Tensor, MergedTokens | None]:
         """Top scores; in deep layers one token of each modality is the mean of the evicted ones."""
         table, budget = candidates.metadata, candidates.budget
-        if band_of(candidates.layer, candidates.layers) != "deep":
+        if band_of(candidates.layer, candidates.num_layers) != "deep":
             return keep_mask(score, table, budget), None
         counts = {name: ((table.modality == kind) & table.valid).sum(1) for name, kind in EVICTABLE.items()}
         reserved = {name: (count > getattr(budget, name)).long() for name, count in counts.items()}
@@ -108,7 +108,7 @@ class Hermes(SelectionMethod):
 class HermesReleased(Hermes):
     """As the authors' code: questions do not run through the model, scores of layers are matched by column."""
 
-    probes = tuple(replace(probe, attends="all", propagates=False) for probe in Hermes.probes)
+    probes = tuple(replace(probe, softmax_over="all", propagates=False) for probe in Hermes.probes)
 
     def align(self, here: Candidates, score: Tensor, below: Candidates, deeper: Tensor) -> Tensor:
         """The deeper layer's scores in stored order, stretched linearly to this layer's length."""
@@ -135,7 +135,7 @@ def _minmax(values: Tensor, member: Tensor) -> Tensor:
     return ((values - least) / (most - least + EPSILON)).nan_to_num(0)
 
 
-def _token_ids(candidates: Candidates) -> Tensor:
+def _stream_indices(candidates: Candidates) -> Tensor:
     """Stream index of every token ``[R, N]``; padding gets unique numbers."""
     table = candidates.metadata
     own = torch.iinfo(torch.int64).max - candidates.layer % 2 * 2**40 - torch.arange(table.index.shape[1])

@@ -8,7 +8,7 @@ from omnimem.selection.omnimem import OmniMem
 
 
 class SimilarityOnly(OmniMem):
-    """Dissimilarity to neighbouring tokens alone, the 1 − s of ψ = a^λ · (1 − s), as the release trains.
+    """Dissimilarity to neighbouring tokens alone, the 1 − s of ψ = a^λ · (1 − s), used for the paper's fine-tuning.
 
     Parameters
     ----------

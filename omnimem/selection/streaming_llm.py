@@ -16,7 +16,7 @@ from omnimem.selection.base import Candidates, SelectionMethod
 
 
 class StreamingLLM(SelectionMethod):
-    """The first tokens of the stream (sinks) and the most recent ones, in each modality.
+    """The first tokens of the whole stream (sinks, often text) and the most recent ones of each modality.
 
     Parameters
     ----------

@@ -20,24 +20,24 @@ GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 class Uniform(SelectionMethod):
     """Tokens evenly spaced over everything seen, to a factor of two.
 
-    Retained are the tokens that were first in the largest cells of the stream. Cut the stream (token index, all
-    modalities counted) into aligned cells of w = 1, 2, 4, … tokens. The priority of a token is the largest w in
-    whose cell it was the first of its modality; equal priorities are ordered by the golden-ratio sequence, any
-    number of whose first members is spread evenly.
+    The level of a token is the size w of the largest aligned block of w = 1, 2, 4, … stream indices (all modalities
+    counted) in which it is the first of its modality. The highest levels are retained; ties are ordered by the
+    golden-ratio (low-discrepancy) sequence.
 
-    With a budget of B, and s tokens of stream between the first and the latest token of a modality, there is a w below
-    2·s/(B − 1) so that in every cell of w tokens the first of that modality is retained, and of the others only such as
-    are the first in one half of a cell. So
+    With a budget of B, and s stream indices between the first and the latest token of a modality, there is a w below
+    2·s/(B − 1) so that the first token of every block of w is retained, and of the others only first tokens of blocks
+    of w/2. Therefore
 
-    - every token seen is less than w behind a retained one: at most twice the distance of B evenly spaced tokens;
-    - where a modality fills the stream, the gaps between retained tokens are between w/2 and w (the first gap aside:
-      the stream may begin inside a cell).
+    - every token seen is less than w after a retained one: at most twice the distance of B evenly spaced tokens;
+    - where a modality fills the stream, gaps between retained tokens are between w/2 and w (except the first gap,
+    because
+      the stream may begin inside a block).
 
-    The kept set depends on the stream alone, not on how it is cut into chunks.
+    The retained set depends on the stream alone, not on how it is split into chunks.
     """
 
     def score(self, candidates: Candidates) -> Tensor:
-        """Base-2 logarithm of the cell, and a fraction that orders equals; float64."""
+        """Base-2 logarithm of the level, plus a fraction that orders ties; float64."""
         table = candidates.metadata
         score = torch.zeros(table.index.shape, dtype=torch.float64, device=table.index.device)
         for kind in EVICTABLE.values():
@@ -49,9 +49,9 @@ class Uniform(SelectionMethod):
 def _priority(index: Tensor, member: Tensor) -> Tensor:
     """Priority of each member among all members ever seen; `index` ``[R, N]`` increases over the members of a row.
 
-    A token shares all cells of at least 2^level tokens with the member before it, where level is the bit length of the
-    exclusive or of the two indices, and is the first in the next smaller one. The retained member before it says the
-    same as the one that arrived before it: whoever is first in the larger cell has a higher priority and is retained.
+    A token shares all blocks of at least 2^level indices with the member before it, where level is the bit length of
+    the exclusive or of the two indices. Comparing with the previous *retained* member gives the same level as
+    comparing with the previous member *seen*, because any evicted member between them has a lower level.
     """
     latest = index.masked_fill(~member, -1).cummax(1).values
     before = torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1)

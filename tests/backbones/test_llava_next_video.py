@@ -193,7 +193,7 @@ def test_reindexed_positions_stay_in_the_trained_range(path):
     for positions, last in (("original", 12 * PER_FRAME), ("compact", 8)):
         session = session_of(backbone, mean=12, position_ids=positions)
         list(session.watch(WEBB))
-        assert following(session.memory) == backbone.prompt_prefix_ids.shape[1] + last
+        assert following(session.cache) == backbone.prompt_prefix_ids.shape[1] + last
 
 
 def test_sound_alone_and_smaller_frames_are_refused(llava):

@@ -133,7 +133,7 @@ def test_original_ids_leave_the_trained_range_and_say_so_and_reindexed_ones_stay
         session = session_of(backbone, mean=12, position_ids=positions)
         prefix = len(session.settings.open(WEBB, backbone)[1].prefix())
         with caplog.at_level(logging.WARNING):
-            ends[positions] = [following(session.memory) for _ in session.watch(WEBB)]
+            ends[positions] = [following(session.cache) for _ in session.watch(WEBB)]
         assert positions == "compact" or sum("trained range" in record.message for record in caplog.records) == 1
     assert ends["original"] == [prefix + 3 * PER_FRAME * (number + 1) for number in range(4)]
     # Eight of the twelve are the budget of pictures; a memory that is full stays where it is.

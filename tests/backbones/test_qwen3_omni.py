@@ -372,14 +372,14 @@ def test_an_answer_goes_on_as_reference_generate_does(backbone, path, fps):
     for _ in session.watch(RABBIT):
         pass
     assert session.ask(QUESTION, **count) == backbone.tokenizer.decode(given, skip_special_tokens=True) != ""
-    assert (session.memory.next_position_id % 1 != 0).item() == (fps > 2)
+    assert (session.cache.next_position_id % 1 != 0).item() == (fps > 2)
 
 
 def test_a_fraction_is_not_rounded_away_beside_the_count_of_a_long_stream(backbone):
     session = StreamingSession(backbone, BudgetProfile.uniform(backbone.config, 40))
-    session.memory.next_position_id = torch.tensor([46_000 + 1 / 3])
-    session.memory.get_seq_length = lambda: 443_000  # one hour
-    assert torch.equal((session.memory.rope_deltas + 443_000).float()[:, 0], session.memory.next_position_id)
+    session.cache.next_position_id = torch.tensor([46_000 + 1 / 3])
+    session.cache.get_seq_length = lambda: 443_000  # one hour
+    assert torch.equal((session.cache.rope_deltas + 443_000).float()[:, 0], session.cache.next_position_id)
 
 
 @pytest.mark.parametrize("positions", ["original", "compact"])

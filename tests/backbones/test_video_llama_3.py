@@ -182,7 +182,7 @@ def test_reindexed_positions_stay_in_the_trained_range(path):
     ends = {}
     for positions in ("original", "compact"):
         session = session_of(backbone, mean=12, position_ids=positions)
-        ends[positions] = [following(session.memory) for _ in session.watch(WEBB)]
+        ends[positions] = [following(session.cache) for _ in session.watch(WEBB)]
     # What stays is text, and of the pictures eight positions.
     assert ends["original"][-1] > 120 and ends["compact"][-1] - ends["compact"][-2] < 40
 

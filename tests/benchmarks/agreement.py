@@ -59,7 +59,7 @@ class Recorder(OmniMem):
 
     def observe(self, module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The attention function, which also computes attention scores from every n-th query."""
-        memory = kwargs.get("memory")
+        memory = kwargs.get("cache_layer")
         if memory is not None and memory.observed_scores is not None:
             for method in self.others.values():
                 stride = method.options.query_stride
@@ -101,7 +101,7 @@ def stream(session: StreamingSession, clip: Path, seconds: float) -> list[set[in
     """Stream a clip; the visual and audio tokens every layer retains at the end."""
     for _ in session.watch(clip, max_seconds=seconds):
         pass
-    tables = [session.memory.token_metadata(layer) for layer in range(len(session.memory.layers))]
+    tables = [session.cache.token_metadata(layer) for layer in range(len(session.cache.layers))]
     return [set(table.index[0][table.modality[0] > 0].tolist()) for table in tables]
 
 
@@ -124,8 +124,8 @@ def main() -> int:
 
     def session(method: OmniMem) -> StreamingSession:
         made = StreamingSession(base.backbone, profile, "omnimem", base.settings)
-        made.memory.method = method
-        for layer in made.memory.layers:
+        made.cache.method = method
+        for layer in made.cache.layers:
             layer.method = method
         return made
 

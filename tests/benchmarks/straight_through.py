@@ -45,7 +45,7 @@ def run(backbone: Any, gradient: str, folder: Path) -> int:
         def put(self, record: Any) -> Any:
             nonlocal stored
             handle = super().put(record)
-            stored += handle.tensors.stat().st_size + len(handle.skeleton)
+            stored += handle.tensors.stat().st_size + len(handle.structure)
             return handle
 
     budget = LayerBudget(BUDGET * 5 // 8, BUDGET * 3 // 8)

@@ -136,13 +136,13 @@ def test_the_score_of_an_answer_equals_that_of_generation(tiny):
     for event in session.watch(WEBB):
         if event.chunk == 1:
             break
-    before = session.memory.kv_nbytes
+    before = session.cache.kv_nbytes
     tokens = tiny.answer_ids("A telescope mirror.")[0].tolist()
     forced = Forced(tokens)
     session.ask("What is seen?", max_new_tokens=len(tokens), logits_processor=[forced])
     score = session.score_answer("What is seen?", "A telescope mirror.")
     assert score == pytest.approx(-sum(forced.log) / len(tokens), abs=1e-4) and len(forced.log) == len(tokens)
-    assert session.memory.kv_nbytes == before
+    assert session.cache.kv_nbytes == before
 
 
 def test_finished_cells_are_reused_and_others_added(compared, tiny_path, questions, capsys):

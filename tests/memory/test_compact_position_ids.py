@@ -726,8 +726,8 @@ def test_a_session_watches_and_answers_at_the_memorys_own_ids(session, tiny64):
     )
     answers = []
     for event in session.watch(WEBB):
-        before = held(session.memory)
-        encoder, memory = session._encoder, session.memory
+        before = held(session.cache)
+        encoder, memory = session._encoder, session.cache
         assert encoder is not None and memory.next_position_id is not None
         after = int(memory.next_position_id)
         assert after == max(int(memory.token_metadata(layer).position_ids.max()) for layer in range(3)) + 1
@@ -749,7 +749,7 @@ def test_a_session_watches_and_answers_at_the_memorys_own_ids(session, tiny64):
 def test_a_generated_answer_is_the_greedy_one(session, tiny64):
     for _ in session.watch(WEBB):
         pass
-    memory = session.memory
+    memory = session.cache
     flow = Stream(tiny64, memory)
     with torch.no_grad(), memory.scratch():
         flow.forward(session._encoder.closing(), text=True)

@@ -351,7 +351,7 @@ def test_generate_equals_a_greedy_loop_by_hand(tiny64, method):
     session = StreamingSession(tiny64, budgets, method, StreamSettings(chunk_seconds=4, max_seconds=8))
     for _ in session.watch(WEBB):
         pass
-    memory, flow, encoder = session.memory, Stream(tiny64, session.memory), session._encoder
+    memory, flow, encoder = session.cache, Stream(tiny64, session.cache), session._encoder
     assert encoder is not None and memory.token_metadata(0).index.shape[0] == 2
     assert any(kept(memory, layer, 0) != kept(memory, layer, 1) for layer in range(3))
     before, tokens = held(memory), []

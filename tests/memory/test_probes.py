@@ -52,7 +52,7 @@ class Asking(SelectionMethod):
         self.told: dict[int, list[tuple[Tensor, ...]]] = {}
 
     def score(self, candidates: Candidates) -> Tensor:
-        self.told.setdefault(candidates.layer, []).append(candidates.probes)
+        self.told.setdefault(candidates.layer, []).append(candidates.probe_scores)
         return candidates.metadata.index.double()
 
 
@@ -194,7 +194,7 @@ def test_a_probe_leaves_no_trace(model, method, grad, samples, length):
     cache = memory(build_selection(method))
     parts = streams(samples)
     embeds = text_part(length, 0, seed=3).embeds.expand(samples, -1, -1)
-    probes = [Probe("", attends=reach, propagates=propagates) for reach in REACHES for propagates in (True, False)]
+    probes = [Probe("", softmax_over=reach, propagates=propagates) for reach in REACHES for propagates in (True, False)]
     with torch.set_grad_enabled(grad):
         stream(model, cache, parts[:4])
         before, room = held(cache), []
@@ -213,7 +213,7 @@ def test_a_probe_leaves_no_trace(model, method, grad, samples, length):
 @GRAD
 @pytest.mark.parametrize("samples", [1, 2])
 def test_a_stream_that_is_probed_is_the_stream_that_is_not(model, grad, samples):
-    probed = Asking(Probe(""), Probe("", attends="all", propagates=False), Probe("", attends="memory"))
+    probed = Asking(Probe(""), Probe("", softmax_over="all", propagates=False), Probe("", softmax_over="memory"))
     silent = Asking()
     outputs, memories = [], []
     for method in (probed, silent):
@@ -274,7 +274,7 @@ class Calls:
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_a_stream_asks_every_probe_behind_every_chunk(model, samples, positions):
-    method = Asking(Probe("where?"), Probe("and now?", turn=True, attends="all"))
+    method = Asking(Probe("where?"), Probe("and now?", as_user_turn=True, softmax_over="all"))
     method.position_ids = positions
     cache = memory(method)
     backbone = offline(model)

@@ -799,9 +799,9 @@ def test_equal_neighbours_do_not_blow_up_the_gradient():
         features[0, 1, 0] += size
         features.requires_grad_()
         candidates = Candidates(
-            layer=0, layers=1, budget=LayerBudget(1, 1), old=0, values=torch.zeros(1, 1, 3, 1), keys=None,
+            layer=0, num_layers=1, budget=LayerBudget(1, 1), num_previous=0, values=torch.zeros(1, 1, 3, 1), keys=None,
             metadata=table,
-            attention_scores=None, probes=(), features=features,
+            attention_scores=None, probe_scores=(), features=features,
         )  # fmt: skip
         score = method.score(candidates)
         # The value is that of inference.

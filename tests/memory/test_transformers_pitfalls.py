@@ -294,8 +294,8 @@ def test_row_14_generate_after_eviction_feeds_only_the_question_at_positions_aft
     session = session_of(tiny64)
     for _ in session.watch(RABBIT):
         pass
-    assert int(session.memory.token_metadata(0).index.max()) >= max(session.memory.lengths()), "something was evicted"
-    after = int(session.memory.next_position_id[0])
+    assert int(session.cache.token_metadata(0).index.max()) >= max(session.cache.lengths()), "something was evicted"
+    after = int(session.cache.next_position_id[0])
     with session._question_inputs("What is seen?") as inputs:
         question = inputs["input_ids"].shape[1]
         calls = recorded(

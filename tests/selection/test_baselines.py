@@ -472,7 +472,7 @@ def drive(method, options, *, seed, batch, budgets, per_group):
             hidden = torch.randn(batch, width, 6, dtype=torch.float64, generator=generator)
             memory.observe_hidden(hidden)
             attended = memory.update(turned(key, placed), value)
-            compressed_attention(torch.nn.Identity(), query, *attended, None, memory=memory)
+            compressed_attention(torch.nn.Identity(), query, *attended, None, cache_layer=memory)
             for sample, row in enumerate(facts):
                 new = [
                     Held(
@@ -498,7 +498,7 @@ def drive(method, options, *, seed, batch, budgets, per_group):
                 for layer, memory in enumerate(cache.layers):
                     query, key = (turned(random_states(n, length), asked) for n in (heads, GROUPS))
                     attended = memory.update(key, torch.zeros_like(key))
-                    compressed_attention(torch.nn.Identity(), query, *attended, None, memory=memory)
+                    compressed_attention(torch.nn.Identity(), query, *attended, None, cache_layer=memory)
                     for sample in range(batch):
                         simulated.ask(layer, sample, which, query[sample], key[sample])
         cache.compress()
@@ -697,7 +697,7 @@ def test_the_stream_asks_the_probes_texts_where_the_media_end(tiny64, method, mo
     assert len(asked) == len(texts)
     for text, (probe, embeds, lengths) in zip(texts, asked, strict=True):
         assert torch.equal(embeds, tiny64.embed(tiny64.tokenizer(text, return_tensors="pt").input_ids))
-        assert probe.attends == REACHES[method][0]
+        assert probe.softmax_over == REACHES[method][0]
         # The prefix and the whole chunk, no other probe.
         assert lengths == [3 + 11] * layers
     assert cache.lengths() == [3 + 3 + 2] * layers

@@ -39,7 +39,7 @@ def prefilled(method: str, **options) -> CompressedCache:
     with torch.no_grad():
         for number, layer in enumerate(cache.layers):
             query, key, value = (RECORDED[f"layer{number}.{part}"] for part in ("query", "key", "value"))
-            compressed_attention(torch.nn.Identity(), query, *layer.update(key, value), None, memory=layer)
+            compressed_attention(torch.nn.Identity(), query, *layer.update(key, value), None, cache_layer=layer)
             layer.pad_scores()
     return cache
 

@@ -173,7 +173,7 @@ def drive(method, options, *, seed, batch, budgets, pause=None):
             key, value = torch.randn(2, batch, GROUPS, width, DIM, dtype=torch.float64, generator=generator)
             hidden = torch.randn(batch, width, WIDTH, dtype=torch.float64, generator=generator)
             layer.observe_hidden(hidden)
-            compressed_attention(None, query, *layer.update(key, value), None, memory=layer)
+            compressed_attention(None, query, *layer.update(key, value), None, cache_layer=layer)
             for sample, length in enumerate(lengths):
                 new = [
                     Position(
@@ -254,10 +254,10 @@ def random_candidates(*, visual: int, audio: int, text: int, budget: LayerBudget
     shape = (1, GROUPS, len(kinds), DIM)
     return Candidates(
         layer=layer,
-        layers=5,
+        num_layers=5,
         budget=budget,
-        old=0,
-        probes=(),
+        num_previous=0,
+        probe_scores=(),
         keys=torch.randn(shape, generator=generator),
         values=torch.randn(shape, generator=generator),
         metadata=table_of(kinds),

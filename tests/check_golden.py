@@ -2,10 +2,10 @@
 
     python tests/check_golden.py tests/data/golden/*.safetensors
 
-Each file holds the weights of a small Qwen3-VL text model, a stream with deepstack inputs, the positions kept after
-every chunk in every layer and the hidden states of a question, all in float64. The model here is the stock
+Each file holds the weights of a small Qwen3-VL text model, a stream with deepstack inputs, the tokens kept after
+every chunk in every layer and the hidden states of a question, all in float64. The model here is the transformers'
 transformers class with our cache under `variant=release`. Prints the largest error of each file; exit code 1 when
-a kept set differs or a hidden state is off by more than 2e-6 (the models normalise in float32 inside).
+a retained sets differs or a hidden state is off by more than 2e-6 (the models normalise in float32 inside).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOLERANCE = 2e-6
 
 @dataclass
 class Comparison:
-    """Outcome for one file: kept sets that differ, of how many, and the largest hidden-state error."""
+    """Outcome for one file: retained sets that differ, of how many, and the largest hidden-state error."""
 
     wrong_sets: list[str]
     sets: int
@@ -59,7 +59,7 @@ def build_model(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Qwen3VL
     weights = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert missing == ["embed_tokens.weight"] and not unexpected, (missing, unexpected)
-    # The rotary frequencies are float32 in the stock class and in the release alike.
+    # The rotary frequencies are float32 in the transformers' class and in the release alike.
     attach(model)
     return model.eval()
 

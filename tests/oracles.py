@@ -21,7 +21,7 @@ WIDTH = 32
 
 
 def text_model(layers: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64) -> Qwen2_5OmniThinkerTextModel:
-    """A stock Qwen2.5-Omni decoder of width 32 with 4 heads and 2 key-value heads, random weights, nothing attached."""
+    """A Qwen2.5-Omni decoder of transformers, of width 32 with 4 heads and 2 key-value heads, random weights, nothing attached."""
     config = Qwen2_5OmniTextConfig(
         vocab_size=64,
         hidden_size=WIDTH,
@@ -54,7 +54,7 @@ def text_part(length: int, start: int, seed: int = 0, dtype: torch.dtype = torch
 def media_part(
     visual: int, audio: int, start: int, time: float = 0.0, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> ChunkInputs:
-    """A chunk of one sample: visual and audio positions shuffled together, with gapped three-row rotary ids."""
+    """A chunk of one sample: visual and audio tokens shuffled together, with gapped three-row rotary ids."""
     generator = torch.Generator().manual_seed(seed)
     length = visual + audio
     kinds = torch.tensor([VISUAL] * visual + [AUDIO] * audio, dtype=torch.int8)
@@ -74,7 +74,7 @@ def media_part(
 
 
 def idle_part(next_position_id: int, dtype: torch.dtype = torch.float64) -> ChunkInputs:
-    """No positions, for a stream that has ended."""
+    """No tokens, for a stream that has ended."""
     inputs = text_part(0, 0, dtype=dtype)
     return ChunkInputs(
         inputs.embeds, inputs.position_ids, inputs.modality, inputs.time, torch.tensor([next_position_id])
@@ -84,7 +84,7 @@ def idle_part(next_position_id: int, dtype: torch.dtype = torch.float64) -> Chun
 def stream_parts(
     sizes: list[tuple[int, int]], prefix: int = 3, seed: int = 0, dtype=torch.float64
 ) -> list[ChunkInputs]:
-    """A prefix of text and chunks of (visual, audio) positions, each starting where the last one ended."""
+    """A prefix of text and chunks of (visual, audio) tokens, each starting where the last one ended."""
     parts = [text_part(prefix, 0, seed, dtype)]
     for number, (visual, audio) in enumerate(sizes):
         start = int(parts[-1].next_position_id[0])
@@ -128,7 +128,7 @@ def probe_embeds(number: int, batch: int, dtype=torch.float64) -> Tensor:
 
 
 def stream(model, cache, parts: list[ChunkInputs]) -> list[Tensor]:
-    """Prefix, then every chunk with compression behind it; the hidden states of each."""
+    """Prefix, then every chunk with compression after it; the hidden states of each."""
     cache.assign_position_ids(
         parts[0].position_ids, parts[0].modality, parts[0].valid, parts[0].next_position_id, text=True
     )
@@ -189,7 +189,7 @@ def offline(model) -> Any:
 
 
 def held(cache) -> list[Tensor]:
-    """Copies of everything a memory holds: states, facts, mass, features, counters of all layers."""
+    """Copies of everything a memory holds: states, facts, attention scores, features, counters of all layers."""
     tensors = []
     for layer in cache.layers:
         table = layer.metadata
@@ -211,7 +211,7 @@ def same(before: list[Tensor], after: list[Tensor]) -> bool:
 
 
 def dense_weights(query: Tensor, key: Tensor, valid: Tensor | None, scaling: float | None = None) -> Tensor:
-    """Whole attention matrix ``[B, H, Q, K]`` of the last Q positions; a padded query attends to nothing."""
+    """Whole attention matrix ``[B, H, Q, K]`` of the last Q tokens; a padded query attends to nothing."""
     heads, dim = query.shape[1], query.shape[3]
     key = key.repeat_interleave(heads // key.shape[1], dim=1)
     logits = query @ key.transpose(-1, -2) * (dim**-0.5 if scaling is None else scaling)
@@ -254,12 +254,12 @@ def largest_tensor() -> Iterator[list[int]]:
         yield largest
 
 
-# ---- the selection methods, one position at a time -----------------------------------------------------------------
+# ---- the selection methods, one token at a time -----------------------------------------------------------------
 
 
 @dataclass
 class Position:
-    """One stored position of one sample in one layer, as plain Python numbers."""
+    """One stored token of one sample in one layer, as plain Python numbers."""
 
     index: int
     kind: int
@@ -278,7 +278,7 @@ def cosine(a: list[float], b: list[float]) -> float:
 
 
 def observed_mass(queries: list[list[list[float]]], stored: list[Position], kind: str, stride: int = 1) -> list[float]:
-    """Mass each stored position receives from the queries ``[H][Q][D]``, the last Q: every `stride`-th from the end."""
+    """Mass each stored token receives from the queries ``[H][Q][D]``, the last Q: every `stride`-th from the end."""
     heads, count, dim = len(queries), len(queries[0]), len(queries[0][0])
     groups = len(stored[0].key)
     mass = [0.0] * len(stored)
@@ -319,7 +319,7 @@ def splitmix(x: int) -> int:
 
 
 def best_of(scores: list[float], stored: list[Position], visual: int, audio: int) -> list[int]:
-    """Places of all text and of the best `visual` and `audio` positions; the later one wins a tie."""
+    """Places of all text and of the best `visual` and `audio` tokens; the later one wins a tie."""
     keep = {k for k, position in enumerate(stored) if position.kind == TEXT}
     for kind, budget in ((VISUAL, visual), (AUDIO, audio)):
         places = [k for k, position in enumerate(stored) if position.kind == kind]

@@ -24,7 +24,7 @@ EVERY = SelectionGradient()
 
 
 class ExactNorm(torch.nn.Module):
-    """RMS normalisation all in float64: the stock one rounds to float32 inside, which differences would see."""
+    """RMS normalisation all in float64: that of transformers rounds to float32 inside, which differences would see."""
 
     def __init__(self, stock):
         super().__init__()

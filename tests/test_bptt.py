@@ -108,7 +108,7 @@ def new_tape(model, cache, **options: Any) -> ChunkwiseBPTT:
 
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize(("method", "options", "gradient"), SETTINGS)
-def test_the_way_back_gives_the_gradient_of_plain_autograd(model, samples, method, options, gradient):
+def test_the_backward_pass_gives_the_gradient_of_plain_autograd(model, samples, method, options, gradient):
     """With respect to every weight and every input, through evictions, merges, margins and re-numbered ids."""
     parts = parts_of(samples)
     loss, expected = plain(model, cache_of(method, options, gradient), parts)
@@ -119,7 +119,7 @@ def test_the_way_back_gives_the_gradient_of_plain_autograd(model, samples, metho
 
 
 @pytest.mark.parametrize("method", ["omnimem", "streammem"])
-def test_losses_on_the_way_there_are_those_of_inference(model, method):
+def test_losses_of_the_forward_pass_are_those_of_inference(model, method):
     parts = parts_of(2)
     tape, cache = new_tape(model, cache_of(method, {}, None)), cache_of(method, {})
     flow = Stream(offline(model), cache)
@@ -150,7 +150,7 @@ def test_a_stream_nobody_asks_about_has_no_gradient(model):
     assert gradients_of(model, parts, tape.backward) == [None] * (len(lora_weights(model)) + len(parts))
 
 
-def test_dropout_falls_the_same_way_on_the_way_back(model):
+def test_dropout_is_the_same_in_the_recomputation(model):
     layers = [module for module in model.modules() if hasattr(module, "lora_dropout")]
     for layer in layers:
         layer.lora_dropout["default"] = torch.nn.Dropout(0.3)
@@ -201,7 +201,7 @@ def test_random_states_are_those_of_the_device_of_the_model(model, monkeypatch):
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-def test_decisions_are_replayed_and_never_taken_again(model, monkeypatch, samples):
+def test_evictions_are_replayed_and_never_selected_again(model, monkeypatch, samples):
     """Scores and gates may come out differently the second time (rounding); who stays and who is watched may not."""
     gradient, parts = SelectionGradient(margin=2), parts_of(samples)
     _, expected = plain(model, cache_of("omnimem", {}, gradient), parts)
@@ -258,7 +258,7 @@ def test_a_step_is_undone_to_the_bit(model, samples, method, options, gradient):
 
 
 def real_states(cache: CompressedCache) -> list[Tensor]:
-    """Copies of what is stored of real positions."""
+    """Copies of what is stored of real tokens."""
     found = []
     for layer in cache.layers:
         valid = layer.metadata.valid
@@ -336,7 +336,7 @@ def test_records_on_disk_give_the_same_bits_and_are_gone_afterwards(model, tmp_p
     assert written == len(parts) and not list(tmp_path.iterdir())
 
 
-def test_what_waits_for_a_step_does_not_grow_with_the_stream(model):
+def test_the_record_of_a_step_does_not_grow_with_the_stream(model):
     """Each state is stored once: a record holds evicted tokens, not the cache."""
     sizes = []
 
@@ -353,7 +353,7 @@ def test_what_waits_for_a_step_does_not_grow_with_the_stream(model):
     for part in parts[1:] * 3:
         tape.step(part)
     held_at_once = cache.kv_nbytes
-    # Steps of at most ten positions: what goes of the memory is never more than came.
+    # Steps of at most ten tokens: what goes of the memory is never more than came.
     assert len(sizes) == 13 and max(sizes[2:]) < held_at_once
     streamed = sum(len(part) for part in parts[1:] * 3) + len(parts[0])
     assert sum(sizes) + held_at_once <= streamed * 3 * 2 * 2 * 8 * 8
@@ -362,7 +362,7 @@ def test_what_waits_for_a_step_does_not_grow_with_the_stream(model):
 @pytest.mark.parametrize(
     ("gradient", "exactly"), [(None, False), (SelectionGradient(), True), (SelectionGradient(margin=2), False)]
 )
-def test_a_state_is_stored_once_whatever_still_looks_at_it(model, gradient, exactly):
+def test_a_token_is_stored_once_whatever_still_uses_it(model, gradient, exactly):
     """In the cache, the margin or one record; tokens evicted on arrival and outside the margin are nowhere."""
     stored = [0, 0, 0]
 
@@ -428,7 +428,7 @@ def test_a_record_comes_back_as_it_was(tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_pinned_host_memory_gives_back_what_it_took():
+def test_pinned_host_memory_returns_what_was_offloaded():
     device = torch.device("cuda")
     store = HostStore(device)
     records = [{"a": torch.randn(1000, 100, device=device), "b": (torch.arange(5), i)} for i in range(20)]

@@ -285,7 +285,7 @@ def _row_lse_kernel(
     key += batch * key_b + group * key_g
     query += batch * query_b + group * SHARE * query_h
     tile = _tile_of_queries(query, folded, rows, query_h, query_r, query_d, SHARE, DIM, WIDTH)
-    position = first + folded // SHARE * step
+    row_index = first + folded // SHARE * step
     top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
 
@@ -300,7 +300,7 @@ def _row_lse_kernel(
         index = start + tl.arange(0, KEYS)
         tile_keys = _tile_of_keys(key, index, keys, key_k, key_d, DIM, WIDTH)
         logits = _dot(tile, tile_keys) * scale
-        visible = index[None, :] <= position[:, None]
+        visible = index[None, :] <= row_index[:, None]
         # Every row sees key 0, so that none has -inf for its top after the first tile.
         top, total = _add(top, total, tl.where(visible, logits, float("-inf")))
     offset = (tl.program_id(1).to(tl.int64) * SHARE + folded % SHARE) * rows + folded // SHARE

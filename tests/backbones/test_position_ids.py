@@ -160,7 +160,7 @@ def skip_towers(backbone, monkeypatch) -> None:
 
 
 def test_golden_positions_of_a_small_clip(tiny):
-    """Written out by hand: get_rope_index has changed between releases (transformers.md row 10), this must not."""
+    """Written out by hand: get_rope_index has changed between releases ; this must not."""
     encoder = tiny.stream_encoder(video=True, audio=True, fps=1.0)
     prefix = encoder.prefix()
     text = prefix.position_ids.shape[2] - 2

@@ -1,4 +1,4 @@
-"""Attention of a chunk over memory and itself is exact, and its mass is, without the attention matrix ever existing."""
+"""Attention of a chunk over cache and itself, and its attention scores, are exact without an attention matrix."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_gradients_equal_those_of_dense_attention(tile, padded):
 @TILES
 @HEADS
 @pytest.mark.parametrize("padded", [False, True])
-def test_mass_is_the_column_sum_averaged_over_heads(queries, keys, tile, heads, groups, dtype, padded):
+def test_attention_scores_are_the_column_sum_averaged_over_heads(queries, keys, tile, heads, groups, dtype, padded):
     query, key, _ = states(queries, keys, heads, groups, dtype)
     valid = padding(queries, keys) if padded else None
     mass = attention_scores(query, key, valid, tile=tile)
@@ -116,7 +116,9 @@ def test_mass_is_the_column_sum_averaged_over_heads(queries, keys, tile, heads, 
 @TILES
 @HEADS
 @pytest.mark.parametrize("padded", [False, True])
-def test_concat_mass_is_one_softmax_over_concatenated_heads(queries, keys, tile, heads, groups, dtype, padded):
+def test_concat_attention_scores_are_one_softmax_over_concatenated_heads(
+    queries, keys, tile, heads, groups, dtype, padded
+):
     query, key, _ = states(queries, keys, heads, groups, dtype)
     valid = padding(queries, keys) if padded else None
     mass = attention_scores(query, key, valid, kind="concat", tile=tile)
@@ -129,7 +131,7 @@ def test_concat_mass_is_one_softmax_over_concatenated_heads(queries, keys, tile,
     assert (mass - expected).abs().max() <= MASS_TOLERANCE[dtype]
 
 
-def test_mass_of_all_keys_is_the_number_of_real_queries():
+def test_attention_scores_of_all_keys_is_the_number_of_real_queries():
     query, key, _ = states(7, 29, 4, 2, torch.float64)
     valid = padding(7, 29)
     for kind in ("heads", "concat"):
@@ -138,7 +140,7 @@ def test_mass_of_all_keys_is_the_number_of_real_queries():
         assert (mass[~valid] == 0).all()
 
 
-def test_mass_of_low_precision_states_is_summed_in_float32():
+def test_attention_scores_of_low_precision_states_are_summed_in_float32():
     query, key, _ = states(7, 29, 4, 2, torch.bfloat16)
     mass = attention_scores(query, key)
     assert mass.dtype == torch.float32
@@ -170,7 +172,7 @@ def test_no_operation_makes_a_tensor_of_queries_times_keys(padded, backward):
 
 @pytest.mark.parametrize("stride", [2, 3, 4, 7, 100])
 @pytest.mark.parametrize("padded", [False, True])
-def test_sampled_mass_asks_every_so_many_th_query_for_all(stride, padded):
+def test_sampled_attention_scores_use_every_so_many_th_query_for_all(stride, padded):
     generator = torch.Generator().manual_seed(stride)
     query = torch.randn(2, 4, 23, 8, generator=generator, dtype=torch.float64)
     key = torch.randn(2, 2, 40, 8, generator=generator, dtype=torch.float64)

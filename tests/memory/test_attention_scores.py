@@ -1,4 +1,4 @@
-"""Output and mass from one pass: equal to attention and to dense column sums, and both have exact gradients."""
+"""Output and attention scores from one pass equal attention and dense column sums, with exact gradients."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def real_rows(valid: Tensor | None, output: Tensor) -> Tensor:
 @TILES
 @HEADS
 @PADDED
-def test_output_is_dense_attention_and_mass_its_column_sums(queries, keys, tile, heads, groups, dtype, padded):
+def test_output_is_dense_attention_and_attention_scores_its_column_sums(
+    queries, keys, tile, heads, groups, dtype, padded
+):
     query, key, value = states(queries, keys, heads, groups, dtype)
     valid = padding(queries, keys) if padded else None
     output, mass = attention_with_scores(query, key, value, valid, tile=tile)
@@ -104,7 +106,7 @@ def test_output_is_dense_attention_and_mass_its_column_sums(queries, keys, tile,
 @pytest.mark.parametrize("options", [{"stride": 2}, {"stride": 3}, {"stride": 100}, {"window": 1}, {"window": 4}])
 @PADDED
 @pytest.mark.parametrize("tile", [3, 256])
-def test_sampled_and_windowed_mass(options, padded, tile):
+def test_sampled_and_windowed_attention_scores(options, padded, tile):
     """Every so many-th real query from the last back counts for those left out; a window is the last real queries."""
     query, key, value = states(11, 40)
     valid = padding(11, 40) if padded else None
@@ -112,7 +114,7 @@ def test_sampled_and_windowed_mass(options, padded, tile):
     expected = group_mass(query, key, valid, **options)
     assert (mass - expected).abs().max() <= 1e-10
     assert (attention_scores(query, key, valid, kind="kv_heads", tile=tile, **options) - expected).abs().max() <= 1e-10
-    # Whom the mass asks changes nothing of the output.
+    # Whom the attention scores asks changes nothing of the output.
     assert torch.equal(output, attention_with_scores(query, key, value, valid, tile=tile)[0])
 
 
@@ -185,7 +187,7 @@ def test_states_in_the_layout_of_a_decoder_are_read_as_they_are():
 @PADDED
 @pytest.mark.parametrize("tile", [2, 256])
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"window": 2}], ids=["all", "stride", "window"])
-def test_gradients_of_output_and_mass_equal_finite_differences(padded, tile, options):
+def test_gradients_of_output_and_attention_scores_equal_finite_differences(padded, tile, options):
     leaves = trainable(4, 7, heads=4, groups=2, dim=2)
     valid = padding(4, 7) if padded else None
     assert torch.autograd.gradcheck(
@@ -261,7 +263,7 @@ def test_gradients_survive_a_non_reentrant_checkpoint(padded):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_mass_is_there_without_gradients_too():
+def test_attention_scores_exist_without_gradients_too():
     query, key, value = states(7, 29)
     with torch.no_grad():
         output, mass = attention_with_scores(query.requires_grad_(), key, value)
@@ -289,7 +291,7 @@ def saved_bytes(queries: int, keys: int, padded: bool, function) -> int:
 
 
 @PADDED
-def test_what_is_kept_for_the_backward_is_the_inputs_alone(padded):
+def test_only_the_inputs_are_saved_for_the_backward_pass(padded):
     def in_one_pass(*arguments):
         return attention_with_scores(*arguments, tile=16)
 

@@ -128,7 +128,7 @@ def test_budgets_hold_for_every_sample_of_a_ragged_batch(model, method, options,
 
 
 def test_what_is_stored_is_what_was_fed_in(model):
-    """Rotary ids, seconds, modality and place in the stream of every retained position read back unchanged."""
+    """Rotary ids, seconds, modality and place in the stream of every retained token read back unchanged."""
     for samples in ([stream_parts(SIZES)], [stream_parts(SIZES), stream_parts(OTHER_SIZES, prefix=6, seed=2)]):
         cache = new_cache()
         with torch.no_grad():
@@ -150,7 +150,7 @@ def test_what_is_stored_is_what_was_fed_in(model):
 
 
 @METHODS
-def test_text_in_the_middle_of_the_stream_is_always_kept(model, method, options):
+def test_text_in_the_middle_of_the_stream_is_always_retained(model, method, options):
     cache = new_cache(method=method, **options)
     parts = stream_parts(SIZES)
     texts, seen = [0, 1, 2], 3
@@ -171,7 +171,7 @@ def test_text_in_the_middle_of_the_stream_is_always_kept(model, method, options)
 
 
 def test_text_between_a_chunk_and_its_compression_does_not_lose_the_chunks_attention(model):
-    """The mass a chunk's queries gave belongs to the chunk, whatever is appended before it is compressed."""
+    """Attention scores come from the queries of a chunk, whatever is appended before it is compressed."""
     parts = stream_parts([(8, 4), (9, 3)])
     after_compression, before_compression = new_cache(lambda_=1.0), new_cache(lambda_=1.0)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_text_between_a_chunk_and_its_compression_does_not_lose_the_chunks_atten
         run(model, after_compression, note, text=True)
         run(model, before_compression, note, text=True)
         before_compression.compress()
-    # The text is one more neighbour of the last position, so only what both kept can be compared.
+    # The text is one more neighbour of the last token, so only what both kept can be compared.
     for layer in range(3):
         ours, theirs = (
             dict(zip(kept(cache, layer), cache.layers[layer].attention_scores[0].tolist(), strict=False))
@@ -234,7 +234,7 @@ def test_in_place_and_functional_memories_are_equal(model, method, options, samp
             assert (a - b).abs().max() <= 1e-12
 
 
-def test_a_memory_can_change_between_the_two_ways(model):
+def test_a_cache_can_change_between_forward_and_backward(model):
     parts = stream_parts(SIZES)
     expected, cache = new_cache(), new_cache()
     with torch.no_grad():
@@ -254,7 +254,7 @@ def test_a_memory_can_change_between_the_two_ways(model):
 
 
 @pytest.mark.parametrize("method", sorted(set(SELECTION_METHODS) - {"full"}))
-def test_bytes_are_flat_and_buffers_stay_put_over_a_twenty_times_longer_stream(model, method):
+def test_bytes_and_buffers_are_constant_over_a_twenty_times_longer_stream(model, method):
     budgets = profile((6, 3), (20, 9), (12, 1))
     cache = new_cache(budgets, method=method)
     with torch.no_grad():
@@ -270,13 +270,13 @@ def test_bytes_are_flat_and_buffers_stay_put_over_a_twenty_times_longer_stream(m
                 assert cache.nbytes == nbytes
     assert cache.get_seq_length() == cache.lengths()[0] < 3 + 120 * 8
     assert kv_nbytes == sum(lengths) * 2 * 2 * 8 * 8
-    # The buffers hold the budget, the text and one chunk, no more; for probing methods the probe behind it.
+    # The buffers hold the budget, the text and one chunk, no more; for probing methods the probe after it.
     probe = 4 if cache.method.probes else 0
     for layer, budget in zip(cache.layers, budgets.layers, strict=True):
         assert layer.state.keys.storage.shape[2] <= 3 + budget.total + 8 + probe
 
 
-def test_the_functional_memory_is_as_small(model):
+def test_the_functional_cache_is_as_small(model):
     cache = new_cache()
     stream(model, cache, stream_parts(SIZES))
     for layer, budget in zip(cache.layers, BUDGETS.layers, strict=True):
@@ -340,7 +340,7 @@ def test_scratches_can_be_nested(model):
         assert_same(before, snapshot(cache))
 
 
-def test_a_question_must_not_compress_the_memory(model):
+def test_a_question_must_not_compress_the_cache(model):
     cache = new_cache()
     with torch.no_grad():
         stream(model, cache, stream_parts(SIZES))
@@ -419,7 +419,7 @@ def compare_with_alone(model, streams, budgets, method, options, grad):
 
 
 def stock_calls():
-    """Arguments of a stock decoder without our cache, as generate() and users make them."""
+    """Arguments of a transformers decoder without our cache, as generate() and users make them."""
     generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(2, 9, WIDTH, generator=generator, dtype=torch.float64)
     left = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
@@ -436,7 +436,7 @@ def stock_calls():
 
 
 @pytest.mark.parametrize("call", stock_calls())
-def test_without_a_compressed_cache_an_attached_model_is_the_stock_model(model, call):
+def test_without_a_compressed_cache_an_attached_model_is_the_transformers_model(model, call):
     stock = text_model()
     arguments = stock_calls()[call]
     assert stock.config._attn_implementation == "sdpa"
@@ -444,7 +444,7 @@ def test_without_a_compressed_cache_an_attached_model_is_the_stock_model(model, 
         assert torch.equal(model(**arguments).last_hidden_state, stock(**arguments).last_hidden_state)
 
 
-def test_with_a_dynamic_cache_an_attached_model_is_the_stock_model(model):
+def test_with_a_dynamic_cache_an_attached_model_is_the_transformers_model(model):
     stock = text_model()
     embeds = torch.randn(2, 12, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     caches = [DynamicCache(config=stock.config), DynamicCache(config=stock.config)]
@@ -505,7 +505,7 @@ def test_a_cache_on_a_model_without_hooks_says_what_to_do():
 
 
 def test_gradient_checkpointing_of_transformers_is_refused(model):
-    """In training mode it would drop the cache from every layer without an error (transformers.md row 15)."""
+    """In training mode it would drop the cache from every layer without an error."""
     checkpointed = text_model()
     attach(checkpointed)
     checkpointed.gradient_checkpointing_enable()

@@ -1,4 +1,4 @@
-"""Under the position policy `compact` retained positions are numbered densely, exactly, and for ever in range."""
+"""Under the position id policy `compact` retained tokens are given consecutive ids, exactly, and for ever in range."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_rotation_taken_off_leaves_what_was_there(build, dtype, tolerance):
 
 
 @pytest.mark.parametrize("build", [text_model, yarn_model], ids=["default", "yarn"])
-def test_keys_are_rotated_as_the_stock_decoder_rotates_them(build):
+def test_keys_are_rotated_as_the_decoder_rotates_them(build):
     model = build()
     states, ids = rotary_states(torch.float64)
     cos, sin = model.rotary_emb(states, ids.permute(2, 0, 1))
@@ -177,7 +177,7 @@ def numbered(rows: list[list[tuple[tuple[int, int, int], int]]], start: int) -> 
 
 
 def facts(table: TokenMetadata, row: int) -> list[tuple[tuple[int, int, int], int]]:
-    """Ids and kind of the real positions of a row."""
+    """Ids and kind of the real tokens of a row."""
     real = table.valid[row]
     return [
         (tuple(ids), kind)
@@ -201,7 +201,7 @@ def random_table(generator: torch.Generator, rows: int, length: int, prefix: int
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("heads", [1, 2], ids=["samples", "per-head"])
 @pytest.mark.parametrize("seed", range(5))
-def test_numbers_are_those_of_a_list(batch, heads, seed):
+def test_ids_are_those_of_a_list(batch, heads, seed):
     """Layers of different lengths, samples that start at different ids, padding anywhere, rows per head."""
     generator = torch.Generator().manual_seed(seed)
     prefix = 4
@@ -220,7 +220,7 @@ def test_numbers_are_those_of_a_list(batch, heads, seed):
         assert all(torch.equal(getattr(old, name), getattr(new, name)) for name in ("index", "modality", "valid"))
 
 
-def test_numbers_that_are_dense_already_stay():
+def test_ids_that_are_consecutive_do_not_change():
     numbering = CompactPositionIds()
     numbering.start = torch.tensor([4])
     (once,) = numbering.renumber([random_table(torch.Generator().manual_seed(1), 1, 30, 4)], 1)
@@ -232,7 +232,7 @@ def test_numbers_that_are_dense_already_stay():
 
 @METHODS
 @pytest.mark.parametrize("samples", [1, 2])
-def test_after_every_chunk_all_layers_are_numbered_by_the_book(model, method, samples):
+def test_after_every_chunk_ids_of_all_layers_follow_the_definition(model, method, samples):
     """Whatever the method keeps or merges; text in the middle of the stream is numbered with the media around it."""
     cache = new_cache(method)
     rows = [stream_parts(SIZES), stream_parts(OTHER_SIZES, prefix=5, seed=1)]
@@ -277,7 +277,7 @@ def test_after_every_chunk_all_layers_are_numbered_by_the_book(model, method, sa
 
 
 def interleaved(start: int, seed: int) -> ChunkInputs:
-    """Two pictures of 2×2 and four sounds, one of them at the time id of each picture; heights and widths from 5."""
+    """Two frames of 2×2 and four audio tokens, one of them at the time id of each frame; heights and widths from 5."""
     time = [0, 0, 0, 0, 0, 2, 4, 4, 4, 4, 4, 6]
     kind = [VISUAL] * 4 + [AUDIO] * 2 + [VISUAL] * 4 + [AUDIO] * 2
     place = [(0, 0), (0, 1), (1, 0), (1, 1), None, None] * 2
@@ -295,8 +295,8 @@ def interleaved(start: int, seed: int) -> ChunkInputs:
 
 
 @torch.no_grad()
-def test_picture_and_sound_of_one_moment_stay_at_one_id(model):
-    """Spelt out: prefix 0…4 and two chunks of two pictures and four sounds, of which the most recent stay."""
+def test_video_and_audio_of_one_moment_keep_one_id(model):
+    """Spelt out: prefix 0…4 and two chunks of two frames and four audio tokens, of which the most recent stay."""
     cache = new_cache("streaming_llm", profile((4, 2), (8, 4), (4, 1)), num_sink_tokens=0)
     parts = [text_part(5, 0), interleaved(5, 0), interleaved(15, 1)]
     stream(model, cache, parts)
@@ -315,7 +315,7 @@ def test_picture_and_sound_of_one_moment_stay_at_one_id(model):
         [7] * 3,
         [8] * 3,
     ]
-    # The first: one picture with its sound, and the sound after it; the third: the last sound without its picture's.
+    # The first: one frame with its audio, and the audio after it; the third: the last audio without its frame's.
     assert cache.token_metadata(0).position_ids[0].tolist() == [*text, *picture(7), [7] * 3, [8] * 3]
     assert cache.token_metadata(2).position_ids[0].tolist() == [*text, *picture(7), [8] * 3]
     assert cache.next_position_id.tolist() == [9]
@@ -325,7 +325,7 @@ def test_picture_and_sound_of_one_moment_stay_at_one_id(model):
 
 
 def dense_parts(count: int, length: int = 6) -> list[ChunkInputs]:
-    """A stream whose time ids are consecutive already, two positions of picture and sound on each."""
+    """A stream whose time ids are consecutive already, two tokens of frame and audio on each."""
     parts = [text_part(3, 0)]
     for number in range(count):
         start = int(parts[-1].next_position_id[0])
@@ -404,7 +404,7 @@ def test_the_decoder_attends_to_the_keys_at_their_present_ids(model):
         run(model, cache, replace(last, position_ids=positions, next_position_id=following))
     finally:
         handle.remove()
-    # The chunk stands right behind the memory, its own spacing unchanged.
+    # The chunk stands right after the memory, its own spacing unchanged.
     assert positions[0, 0, 0] == table.position_ids[..., 0].max() + 1
     assert torch.equal(positions[0] - positions[0, 0, 0], last.position_ids[0] - last.position_ids[0, 0, 0])
     layer, shape = model.layers[0], (-1, 8)
@@ -499,7 +499,7 @@ def test_streams_side_by_side_equal_each_alone(model, method, grad):
 
 @METHODS
 @GRAD
-def test_a_stream_that_begins_late_and_pauses_is_numbered_as_if_it_had_not(model, method, grad):
+def test_a_stream_that_begins_late_and_pauses_has_the_ids_of_one_that_does_not(model, method, grad):
     steady, halting = stream_parts(SIZES[:4]), stream_parts(OTHER_SIZES[:2], prefix=5, seed=1)
     waiting = [idle_part(int(part.next_position_id[0])) for part in halting]
     together, alone = new_cache(method), new_cache(method)
@@ -547,7 +547,7 @@ def test_in_place_and_functional_memories_are_equal(model, method, samples):
 @SOME
 @GRAD
 @pytest.mark.parametrize("samples", [1, 2])
-def test_questions_leave_no_trace_and_continue_behind_the_memory(model, method, grad, samples):
+def test_questions_leave_no_trace_and_continue_after_the_cache(model, method, grad, samples):
     rows = [stream_parts(SIZES), stream_parts(OTHER_SIZES, prefix=5, seed=1)][:samples]
     parts = batch_parts(*rows) if samples > 1 else rows[0]
     asked, untouched = new_cache(method), new_cache(method)
@@ -606,7 +606,7 @@ def test_a_question_between_two_chunks_and_their_compression_changes_nothing(mod
 
 
 @torch.no_grad()
-def test_a_forgotten_stream_leaves_no_numbers_behind(model):
+def test_a_reset_cache_has_no_ids_left(model):
     used, fresh = new_cache(), new_cache()
     stream(model, used, stream_parts(OTHER_SIZES, prefix=7, seed=3))
     used.reset()
@@ -615,7 +615,7 @@ def test_a_forgotten_stream_leaves_no_numbers_behind(model):
     assert same(held(used), held(fresh))
 
 
-def test_a_memory_that_does_not_know_the_rotation_says_so():
+def test_a_cache_without_the_rotation_raises():
     cache = new_cache()
     one = torch.zeros(1, 1, dtype=torch.int64)
     cache.begin(one.expand(3, 1, 1))
@@ -718,7 +718,7 @@ def session(tiny64) -> StreamingSession:
     return StreamingSession(tiny64, budgets, "streaming_llm", StreamSettings(chunk_seconds=4, max_seconds=12))
 
 
-def test_a_session_watches_and_answers_at_the_memorys_own_ids(session, tiny64):
+def test_a_session_watches_and_answers_at_the_ids_of_the_cache(session, tiny64):
     """generate() goes on at `next_position_id`, which is that of the memory and not of the clip."""
     recorded: list[Tensor] = []
     handle = tiny64.language_model.register_forward_pre_hook(

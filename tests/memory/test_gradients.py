@@ -46,7 +46,7 @@ def model():
 
 
 def answer_loss(model, cache, parts: list[ChunkInputs]) -> Tensor:
-    """Cross-entropy of an answer read behind the stream, inside `scratch` as in training."""
+    """Cross-entropy of an answer read after the stream, inside `scratch` as in training."""
     stream(model, cache, parts)
     return question_loss(model, cache, parts)
 
@@ -108,7 +108,7 @@ def test_without_eviction_gradients_equal_those_of_one_full_forward(model, metho
         [stream_parts(SIZES)] if samples == 1 else [stream_parts(SIZES), stream_parts(SIZES[1:3], prefix=5, seed=1)]
     )
     for sample, rows in enumerate(singles):
-        # The stock path: no cache at all, one causal forward over stream and question.
+        # The path of transformers: no cache at all, one causal forward over stream and question.
         question = text_part(6, int(rows[-1].next_position_id[0]), seed=50 + sample)
         everything = [*rows, question]
         hidden = model(

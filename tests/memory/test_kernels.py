@@ -1,4 +1,4 @@
-"""Attention mass by the Triton kernels is that of dense attention, read in place, without the attention matrix.
+"""Attention scores of the Triton kernels are those of dense attention, without the attention matrix.
 
 Without a GPU the kernels run in Triton's interpreter. Triton decides on that when it is first imported, which has
 already happened here, so a process of its own measures all cases at once; on CUDA this process measures them too.
@@ -30,7 +30,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-4, "float16": 1e-4}
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of a chunk, `stride` positions apart, that ends with the last key."""
+    """Rows of a chunk, `stride` tokens apart, that ends with the last key."""
 
     rows: int
     keys: int
@@ -48,7 +48,7 @@ class Case:
         return name + "-packed" * self.packed + ("" if self.scaling is None else f"-scaling{self.scaling}")
 
 
-# A single key, a single query, no past, whole tiles, broken tiles, a long past, sampled rows with keys behind the last.
+# A single key, a single query, no past, whole tiles, broken tiles, a long past, sampled rows with keys after the last.
 SHAPES = [(1, 1, 1), (1, 150, 1), (70, 70, 1), (64, 128, 1), (37, 150, 1), (5, 500, 1), (20, 200, 4), (33, 131, 4)]
 FEW = [(1, 70, 1), (21, 90, 1), (9, 100, 4)]
 CASES = {
@@ -87,7 +87,7 @@ def inside(states: Tensor) -> Tensor:
 
 
 def states(case: Case, groups: int = 2) -> tuple[Tensor, Tensor, int]:
-    """Queries, keys, and the position of the first query."""
+    """Queries, keys, and the token of the first query."""
     generator = torch.Generator().manual_seed(case.rows * 1000 + case.keys)
     dtype = getattr(torch, case.dtype)
     chunk = min(case.rows * case.stride, case.keys)
@@ -129,7 +129,7 @@ def moved(tensor: Tensor, device: str) -> Tensor:
 
 
 def measure_far_batch(device: str) -> dict[str, Any]:
-    """Whether a sample more than 2^31 numbers behind the first gets what it gets beside it."""
+    """Whether a sample more than 2^31 numbers after the first gets what it gets beside it."""
     from omnimem.memory.kernels import column_sums, row_lse
 
     query, key, first = states(Case(7, 40, batch=3, dim=16, dtype="float16", packed=True))
@@ -184,7 +184,7 @@ each_case = pytest.mark.parametrize("name", CASES)
 
 
 @each_case
-def test_mass_is_the_column_sum_of_dense_attention_averaged_over_a_groups_heads(measured, name):
+def test_attention_scores_are_the_column_sum_of_dense_attention_averaged_over_a_groups_heads(measured, name):
     found = result(measured, name)
     assert found["dtypes"] == ["torch.float32", "torch.float32"]
     assert found["mass"] <= TOLERANCE[CASES[name].dtype] * max(1.0, found["largest"])
@@ -196,12 +196,12 @@ def test_lse_is_the_logsumexp_of_every_row(measured, name):
 
 
 @each_case
-def test_every_row_gives_a_mass_of_one(measured, name):
+def test_every_row_gives_a_attention_scores_of_one(measured, name):
     assert result(measured, name)["total"] <= TOLERANCE[CASES[name].dtype]
 
 
 @each_case
-def test_a_key_behind_the_last_row_gets_nothing(measured, name):
+def test_a_key_after_the_last_row_gets_nothing(measured, name):
     assert result(measured, name)["unseen"] == 0.0
 
 
@@ -229,7 +229,7 @@ except ImportError as error:
 
 @pytest.fixture
 def large() -> tuple[Tensor, Tensor, int]:
-    """One sample's chunk of 500 behind 5,000 stored keys."""
+    """One sample's chunk of 500 after 5,000 stored keys."""
     query, key, first = states(Case(500, 5500, dim=128, dtype="bfloat16"))
     return moved(query, "cuda"), moved(key, "cuda"), first
 

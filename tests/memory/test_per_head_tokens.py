@@ -1,4 +1,4 @@
-"""Where every key-value head keeps its own positions, each holds exactly its budget and is attended to by itself."""
+"""Where every key-value head keeps its own tokens, each holds exactly its budget and is attended to by itself."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def new_cache(method: str, budgets: BudgetProfile = BUDGETS, **options) -> Any:
 
 
 class Striped(SelectionMethod):
-    """Head g keeps the most recent positions whose place in the stream leaves the remainder g, then the others."""
+    """Head g keeps the most recent tokens whose place in the stream leaves the remainder g, then the others."""
 
     per_head = True
 
@@ -71,7 +71,7 @@ def striped() -> Any:
     return CompressedCache(BUDGETS, Striped())
 
 
-def test_these_are_the_methods_that_keep_positions_per_head():
+def test_these_methods_retain_tokens_per_head():
     assert {name for name in SELECTION_METHODS if build_selection(name).per_head} == {name for name, _ in ROWS}
 
 
@@ -173,8 +173,8 @@ def test_every_head_holds_its_own_states_and_its_queries_see_them_alone(model):
 
 
 @torch.no_grad()
-def test_the_mass_of_a_head_is_what_its_own_queries_gave(model):
-    """H2O's mass in the first layer, summed chunk by chunk from the states themselves."""
+def test_the_attention_scores_of_a_head_is_what_its_own_queries_gave(model):
+    """H2O's attention scores in the first layer, summed chunk by chunk from the states themselves."""
     cache, parts = new_cache("h2o"), stream_parts(SIZES)
     run(model, cache, parts[0], text=True)
     query, key, _ = first_layer(model, parts)
@@ -228,7 +228,7 @@ def test_a_stream_in_a_ragged_batch_equals_the_stream_alone(model, method, optio
 
 
 def ask(cache, samples: int) -> ChunkInputs:
-    """Four tokens behind the memory."""
+    """Four tokens after the memory."""
     embeds = text_part(4, 0, seed=7).embeds.expand(samples, -1, -1)
     return ChunkInputs.text(embeds, cache.next_position_id)
 
@@ -298,7 +298,7 @@ def test_scratch_leaves_no_trace(model, method, options, grad, samples, question
 
 
 @METHODS
-def test_a_functional_memory_returns_to_any_of_its_moments(model, method, options):
+def test_a_functional_cache_returns_to_any_snapshot(model, method, options):
     parts = stream_parts(SIZES)
     cache = new_cache(method, **options)
     stream(model, cache, parts[:3])
@@ -314,7 +314,7 @@ def test_a_functional_memory_returns_to_any_of_its_moments(model, method, option
 
 
 @METHODS
-def test_gradients_reach_what_each_head_kept_and_nothing_it_dropped(model, method, options):
+def test_gradients_reach_what_each_head_retains_and_nothing_it_evicts(model, method, options):
     """In the last layer a dropped state is needed by nobody; what head 0 dropped head 1 may still hold."""
     parts = stream_parts(SIZES)
     cache = new_cache(method, profile((6, 3), (6, 3), (6, 3)), **options)

@@ -45,7 +45,7 @@ def model():
 
 
 class Asking(SelectionMethod):
-    """Keeps the most recent positions and writes down what its probes were told."""
+    """Keeps the most recent tokens and writes down what its probes were told."""
 
     def __init__(self, *probes: Probe) -> None:
         self.probes = probes
@@ -110,7 +110,7 @@ def test_what_a_probe_reaches(attends, heads, groups, padded, dtype):
     assert valid is None or (found[~valid[:, :11]] == 0).all()
 
 
-def test_a_probe_that_looks_at_the_memory_alone_spends_all_of_itself_there():
+def test_a_probe_over_stored_tokens_alone_has_all_its_attention_there():
     query, key = probe_states(4, 2, 11, 4)
     total = {attends: probe_attention(query, key, None, None, attends).sum(1) for attends in REACHES}
     assert (total["memory"] - 1).abs().max() <= 1e-12
@@ -120,8 +120,8 @@ def test_a_probe_that_looks_at_the_memory_alone_spends_all_of_itself_there():
 # ---- in the model ----------------------------------------------------------------------------------------------------
 
 
-def test_a_probe_is_told_what_the_stock_model_would_attend_to(model):
-    """Against the stock model in one forward over prefix, chunk and probe, with its own eager attention."""
+def test_a_probe_measures_what_the_transformers_model_attends_to(model):
+    """Against the transformers model in one forward over prefix, chunk and probe, with its own eager attention."""
     probe = Probe("what is here?")
     method = Asking(probe)
     cache = memory(method)
@@ -273,7 +273,7 @@ class Calls:
 
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("positions", ["original", "compact"])
-def test_a_stream_asks_every_probe_behind_every_chunk(model, samples, positions):
+def test_a_stream_runs_every_probe_after_every_chunk(model, samples, positions):
     method = Asking(Probe("where?"), Probe("and now?", as_user_turn=True, softmax_over="all"))
     method.position_ids = positions
     cache = memory(method)

@@ -97,7 +97,7 @@ def test_gates_lie_between_0_and_1_in_the_order_of_the_scores(threshold):
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
-def test_where_there_is_room_for_all_gates_are_open_and_teach_nothing(threshold):
+def test_where_the_budget_suffices_gates_are_one_without_a_gradient(threshold):
     score, member = crowd()
     score.requires_grad_()
     gate = gates(score, member, 5, 0.3, threshold)
@@ -169,7 +169,7 @@ def test_cold_gates_are_the_hard_top_k(threshold, count):
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.3, 3.0])
-def test_what_is_kept_by_rank_is_what_has_a_gate_of_at_least_one_half(temperature):
+def test_retained_candidates_have_gates_of_at_least_one_half(temperature):
     for seed in range(20):
         score, member = crowd(seed=seed)
         stays = topk_mask(score, member, 3)
@@ -247,7 +247,7 @@ def watched(model, gradient, samples: int, **options) -> tuple[list[Tensor], lis
 def test_the_forward_pass_is_bit_for_bit_that_of_inference(model, gradient, method, samples):
     options: dict[str, Any] = {"method": method}
     if method != "omnimem":
-        gradient = replace(gradient, through_attention=False)  # there is no mass it could go through
+        gradient = replace(gradient, through_attention=False)  # there is no attention scores it could go through
     if method != "similarity_only":
         options = {"lambda": 1.0} if method == "omnimem" else {"variant": "release"}
     learning = watched(model, gradient, samples, **options)
@@ -273,7 +273,7 @@ def test_without_a_selection_gradient_nothing_of_it_exists(model, grad):
 
 
 def test_the_margin_is_that_of_the_last_step(model):
-    """Without a graph too: the way there notes what the way back will look at; it is never more than the margin."""
+    """Without a graph too: the forward pass records the margin for the backward pass."""
     parts = streams(1)
     with torch.no_grad():
         cache = new_cache(SelectionGradient(margin=3))
@@ -338,7 +338,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale
 
 
 def explicit_change(output, lse, query, keys, values, scale) -> Tensor:
-    """σ(s − ℓ)·(v − o) of every query and margin position: ``[B, H, Q, M, D]``."""
+    """σ(s − ℓ)·(v − o) of every query and margin token: ``[B, H, Q, M, D]``."""
     repeat = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
     weight = torch.sigmoid(query @ keys.transpose(-1, -2) * scale - lse[..., None])
@@ -385,8 +385,8 @@ def test_the_zero_valued_term_has_the_gradient_of_its_formula(monkeypatch, batch
     assert torch.autograd.grad(loss(reached), [keys, values], allow_unused=True) == (None, None)
 
 
-def test_a_gate_learns_by_how_much_the_output_changes_when_its_position_is_kept():
-    """Against attention done again with the one position put back, no formula in between."""
+def test_the_gradient_of_a_gate_is_the_change_of_the_output_had_its_token_been_retained():
+    """Against attention done again with the one token put back, no formula in between."""
     given = attention_inputs(1, 6, 5, 4, seed=1)
     query, key, value = given.query.detach(), given.key.detach(), given.value.detach()
     scale = 8**-0.5
@@ -402,7 +402,7 @@ def test_a_gate_learns_by_how_much_the_output_changes_when_its_position_is_kept(
         assert abs(float(slope[0, k] - ((restored - output.detach()) * upstream).sum())) <= 1e-10
 
 
-def test_a_position_that_every_query_would_have_looked_at_gives_a_bounded_gradient():
+def test_a_token_that_every_query_would_attend_to_gives_a_bounded_gradient():
     """σ saturates where the tangent exp(s − ℓ) would explode: the change is v − o, no more."""
     given = attention_inputs(1, 6, 5, 1, seed=1)
     query = given.query.detach().abs()
@@ -484,7 +484,7 @@ class Surrogate:
 def test_gradients_equal_finite_differences_of_what_the_term_stands_for(
     model, monkeypatch, samples, method, options, gradient
 ):
-    """Kept sets and brackets frozen, gates free: through scores, thresholds, attention mass and several evictions."""
+    """Kept sets and brackets frozen, gates free: through scores, thresholds, attention scores and several evictions."""
     parts, weights = streams(samples), lora_weights(model)
     ours = weight_gradients(model, new_cache(gradient, method, **options), parts)
     replay, surrogate = Replay(monkeypatch), Surrogate(monkeypatch)
@@ -513,7 +513,7 @@ def test_gradients_equal_finite_differences_of_what_the_term_stands_for(
 
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("attention", [False, True])
-def test_the_state_of_a_memory_names_all_that_gradients_flow_through(model, samples, attention):
+def test_the_state_of_a_cache_names_all_that_gradients_flow_through(model, samples, attention):
     """Finite differences of the gates after a compression with respect to what was held before it."""
     gradient = SelectionGradient(threshold="bisection", through_attention=attention)
     cache, parts = new_cache(gradient, lambda_=1.0), streams(samples)
@@ -547,7 +547,7 @@ def test_the_state_of_a_memory_names_all_that_gradients_flow_through(model, samp
 
 
 @pytest.mark.parametrize("attention", [False, True])
-def test_the_gradient_differs_from_the_hard_one_by_the_gain(model, attention):
+def test_the_gradient_differs_from_the_hard_one_by_the_scale(model, attention):
     parts = streams(1)
     options = {"method": "omnimem", "lambda": 1.0}
     hard = weight_gradients(model, new_cache(None, **options), parts)
@@ -560,7 +560,7 @@ def test_the_gradient_differs_from_the_hard_one_by_the_gain(model, attention):
 
 
 @pytest.mark.parametrize("attention", [False, True])
-def test_gates_of_one_eviction_teach_in_proportion_to_the_gain(model, attention):
+def test_gradients_of_the_gates_are_proportional_to_the_scale(model, attention):
     parts = streams(1)[:2]
 
     def at(gain: float) -> list[Tensor]:
@@ -573,13 +573,13 @@ def test_gates_of_one_eviction_teach_in_proportion_to_the_gain(model, attention)
     assert distance([4 * one for one in steps[0]], steps[1]) <= 1e-10
 
 
-def test_without_eviction_there_is_nothing_to_teach(model):
+def test_without_eviction_the_selection_has_no_gradient(model):
     ample = profile((99, 99), (99, 99), (99, 99))
     taught, hard = (weight_gradients(model, new_cache(one, budgets=ample), streams(2)) for one in (EVERY, None))
     assert all(map(torch.equal, taught, hard))
 
 
-def test_a_gradient_through_the_attention_mass_reaches_further(model):
+def test_a_gradient_through_the_attention_attention_scores_reaches_further(model):
     parts = streams(2)
     found = {}
     for attention in (False, True):
@@ -597,7 +597,7 @@ def test_a_gradient_through_the_attention_mass_reaches_further(model):
     assert not any(layer.attention_scores.requires_grad for layer in cache.layers)
 
 
-def test_a_still_picture_gives_finite_gradients(model):
+def test_identical_frames_give_finite_gradients(model):
     """Identical neighbours: 1 − s is nothing but rounding, inside a logarithm."""
     parts = streams(1)
     still = [replace(part, embeds=part.embeds[:, :1].expand(-1, len(part), -1)) for part in parts]
@@ -610,7 +610,7 @@ def test_a_still_picture_gives_finite_gradients(model):
 
 
 def evicted(cache, layer: int, sample: int, candidates) -> list[int]:
-    """Columns of media positions among the candidates that a compression did not keep."""
+    """Columns of media tokens among the candidates that a compression did not keep."""
     stays = set(kept(cache, layer, sample))
     return [
         column
@@ -624,7 +624,7 @@ def evicted(cache, layer: int, sample: int, candidates) -> list[int]:
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize("limit", [1, 3, None])
-def test_the_margin_holds_the_evicted_positions_nearest_to_being_kept(model, samples, threshold, limit):
+def test_the_margin_holds_the_evicted_tokens_nearest_to_being_retained(model, samples, threshold, limit):
     gradient = SelectionGradient(temperature=0.4, margin=limit, threshold=threshold)
     cache = new_cache(gradient, lambda_=1.0)
     parts = streams(samples)
@@ -761,7 +761,7 @@ def test_a_selection_that_no_gradient_can_reach_is_refused(method, options):
 
 
 @pytest.mark.parametrize("options", [{"variant": "release"}, {"lambda": 0.0}], ids=str)
-def test_a_gradient_through_a_mass_that_has_none_is_refused(options):
+def test_a_gradient_through_a_attention_scores_that_has_none_is_refused(options):
     with pytest.raises(OmniMemError, match=r"needs selection\.lambda above 0 and selection\.attention_scores=heads"):
         new_cache(SelectionGradient(through_attention=True), **options)
 

@@ -26,7 +26,7 @@ def soft_cache(gradient: SelectionGradient | None = None, **options: Any) -> Com
 
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("margin", [1, 3, None])
-def test_the_memory_holds_the_budget_and_the_margin_and_no_more(model, samples, margin):
+def test_the_cache_holds_the_budget_and_the_margin_and_no_more(model, samples, margin):
     cache, parts = soft_cache(SelectionGradient("soft", margin=margin)), streams(samples)
     for number, part in enumerate(parts):
         run(model, cache, part, text=number == 0)
@@ -44,7 +44,7 @@ def test_the_memory_holds_the_budget_and_the_margin_and_no_more(model, samples, 
 
 
 def test_biases_are_the_logarithms_of_the_gates_summed_over_the_chunks(model):
-    """Followed by hand, position by position, from the scores the method gives."""
+    """Followed by hand, token by token, from the scores the method gives."""
     gradient = SelectionGradient("soft", temperature=0.5, margin=4)
     cache, parts = soft_cache(gradient), streams(1)
     known: list[dict[int, float]] = [{} for _ in cache.layers]
@@ -96,7 +96,7 @@ def test_the_gradient_of_the_whole_path_equals_finite_differences(model, samples
     parts, weights = streams(samples), lora_weights(model)
     options = {"lambda": 1.0 if attention else 0.02}
     if not attention:
-        options = {"lambda": 0.0}  # else the forward moves with a mass that no gradient goes through
+        options = {"lambda": 0.0}  # else the forward moves with a attention scores that no gradient goes through
     decisions: list[Any] = []
 
     def loss(replay: bool) -> Tensor:
@@ -125,8 +125,8 @@ def test_the_gradient_of_the_whole_path_equals_finite_differences(model, samples
 
 @torch.no_grad()
 @pytest.mark.parametrize("samples", [1, 2])
-def test_a_cold_soft_memory_is_the_hard_one(model, samples):
-    """After one eviction; at the next, the margin stands between positions and makes other neighbours of them."""
+def test_the_soft_form_at_temperature_zero_is_the_hard_one(model, samples):
+    """After one eviction; at the next, the margin stands between tokens and makes other neighbours of them."""
     parts, losses = streams(samples), []
     for gradient in (SelectionGradient("soft", temperature=1e-6, margin=3), None, SelectionGradient("soft")):
         cache = CompressedCache(BUDGETS, build_selection("omnimem", lambda_=0.0), gradient)

@@ -12,7 +12,7 @@ from small_decoder import answer, distance, model, new_cache, streams, weight_gr
 
 
 @pytest.mark.parametrize("attention", [False, True])
-def test_soft_gates_of_one_eviction_teach_in_proportion_to_the_gain(model, attention):
+def test_soft_gradients_of_the_gates_are_proportional_to_the_scale(model, attention):
     parts = streams(1)[:2]
 
     def at(gain: float) -> list[Tensor]:

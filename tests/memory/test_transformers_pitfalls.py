@@ -1,6 +1,6 @@
 """What breaks a bounded cache inside transformers, one test a pitfall; the numbers are the rows of the list kept in
-the design notes. Where it is cheap, the stock behaviour that bites is shown first, so that a release that mends it is
-noticed.
+the pitfalls. Where it is cheap, the transformers' behaviour that bites is shown first, so that a release that mends it
+is noticed.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def test_row_01_the_cache_counts_what_it_has_seen_itself(model):
 
 
 @torch.no_grad()
-def test_row_02_positions_after_eviction_go_on_after_the_stream(model):
-    # Stock: left-out positions restart at the stored length.
+def test_row_02_position_ids_after_eviction_go_on_after_the_stream(model):
+    # Stock: left-out tokens restart at the stored length.
     stock, evicted = text_model(), DynamicCache()
     stock(inputs_embeds=text_part(8, 0).embeds, past_key_values=evicted)
     for layer in evicted.layers:
@@ -115,7 +115,7 @@ def test_row_02_positions_after_eviction_go_on_after_the_stream(model):
 
 
 @torch.no_grad()
-def test_row_03_no_position_of_a_chunk_sees_a_later_one(model):
+def test_row_03_no_token_of_a_chunk_attends_to_a_later_one(model):
     parts = stream_parts(SIZES)
     changed = replace(parts[-1], embeds=parts[-1].embeds.clone())
     changed.embeds[:, -1] += 10
@@ -149,7 +149,7 @@ def test_row_04_layers_of_unequal_length_work(model):
 
 
 @torch.no_grad()
-def test_row_05_a_chunk_behind_a_past_is_lower_right_causal():
+def test_row_05_a_chunk_after_a_past_is_lower_right_causal():
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 2, 3, 4, generator=generator, dtype=torch.float64)
     key, value = torch.randn(2, 1, 2, 8, 4, generator=generator, dtype=torch.float64)
@@ -164,7 +164,7 @@ def test_row_05_a_chunk_behind_a_past_is_lower_right_causal():
 
 
 @torch.no_grad()
-def test_row_06_the_stock_path_still_gets_its_mask(model):
+def test_row_06_the_transformers_path_still_gets_its_mask(model):
     assert ATTENTION_NAME in ALL_ATTENTION_FUNCTIONS and ATTENTION_NAME in ALL_MASK_ATTENTION_FUNCTIONS
     embeds = text_part(6, 0).embeds
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
@@ -177,7 +177,7 @@ def test_row_06_the_stock_path_still_gets_its_mask(model):
 
 @torch.no_grad()
 def test_row_07_no_mask_of_the_whole_chunk_is_built(model):
-    """The stock mask for the same step has a row for every position of the chunk; ours only one for each of a tile."""
+    """The mask of transformers has a row for every token of the chunk; ours only one for each token of a tile."""
     cache = new_cache(profile((900, 100), (900, 100), (900, 100)))
     parts = stream_parts([(450, 50), (650, 50)])
     stream(model, cache, parts[:2])
@@ -189,7 +189,7 @@ def test_row_07_no_mask_of_the_whole_chunk_is_built(model):
 
 
 @torch.no_grad()
-def test_row_08_gapped_positions_are_never_taken_for_packed_sequences(model):
+def test_row_08_gapped_position_ids_are_never_taken_for_packed_sequences(model):
     """Packing is guessed from 2-D position ids; the attention modules must not see any."""
     gapped = torch.tensor([[0, 1, 5, 5, 0, 9]])
     for positions in (gapped, gapped.expand(3, 1, -1), gapped.expand(4, 1, -1)):
@@ -240,8 +240,8 @@ def encoded(backbone, frames, samples, seconds, fps, **options):
     return encoder, encoder.encode(chunk_of(frames, samples, seconds))
 
 
-def test_row_10_positions_and_the_text_behind_them_do_not_depend_on_get_rope_index(tiny, monkeypatch):
-    """Golden values: picture 6 s, sound 3 s. The text starts one past the last *piece*, here the last picture."""
+def test_row_10_position_ids_and_the_text_after_them_do_not_depend_on_get_rope_index(tiny, monkeypatch):
+    """Golden values: frame 6 s, audio 3 s. The text starts one past the last *piece*, here the last frame."""
     monkeypatch.setattr(type(tiny.model.model), "get_rope_index", None)
     monkeypatch.setattr(type(tiny.model), "get_rope_index", None, raising=False)
     encoder, inputs = encoded(tiny, 6, 3 * RATE, 6, 1.0)
@@ -278,7 +278,7 @@ def test_row_12_every_step_of_a_stream_passes_its_positions(tiny64):
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_row_13_deepstack_streams_equal_the_released_code(path):
-    """Qwen3-VL with each chunk's slice of the deepstack maps: the authors' kept sets, and hidden states within 2e-6."""
+    """Qwen3-VL with each chunk's deepstack maps: the authors' retained sets, and hidden states within 2e-6."""
     result = check_golden.compare(path)
     assert result.wrong_sets == []
     assert result.sets > 0
@@ -290,7 +290,7 @@ def test_there_are_golden_files():
 
 
 @torch.no_grad()
-def test_row_14_generate_after_eviction_feeds_only_the_question_at_positions_after_the_media(tiny64):
+def test_row_14_generate_after_eviction_feeds_only_the_question_at_position_ids_after_the_media(tiny64):
     session = session_of(tiny64)
     for _ in session.watch(RABBIT):
         pass
@@ -485,7 +485,7 @@ def test_row_20_an_export_that_merged_nothing_is_not_written(adapter, tmp_path, 
 
 
 @torch.no_grad()
-def test_row_21_sound_beyond_300_seconds_is_not_cut(tiny):
+def test_row_21_audio_beyond_300_seconds_is_not_cut(tiny):
     seconds = 304
     encoder, inputs = encoded(tiny, 0, seconds * RATE, seconds, 1.0)
     assert len(inputs) == seconds * 25 > 7500
@@ -501,7 +501,7 @@ def test_row_22_the_sampled_rate_has_no_default(tiny):
         assert rate.default is inspect.Parameter.empty
     with pytest.raises(TypeError, match="fps"):
         tiny.stream_encoder(video=True, audio=False)
-    # Stock: a rate left out is taken for 2, so pictures at 1 a second are put at half their time.
+    # Stock: a rate left out is taken for 2, so frames at 1 a second are put at half their time.
     encoder, inputs = encoded(tiny, 8, None, 8, 1.0)
     times = (inputs.position_ids[0, 0].reshape(-1, 16)[:, 0] - encoder.start).tolist()
     assert times == [0, 50, 100, 150]
@@ -516,7 +516,7 @@ def test_row_22_the_sampled_rate_has_no_default(tiny):
     assert (inputs.modality == VISUAL).all()
 
 
-def test_a_ragged_batch_of_chunks_needs_no_position_of_its_padding():
+def test_a_ragged_batch_of_chunks_needs_no_token_for_its_padding():
     """Whatever ids stand in the padding of a row, the next text must not care."""
     rows = [stream_parts([(4, 2)])[1], stream_parts([(9, 5)], seed=1)[1]]
     batch = ChunkInputs.batch(rows)

@@ -1,6 +1,6 @@
 """The rival methods keep, and merge, exactly what their descriptions say.
 
-`Simulated` holds every stream as a list of `Held` positions whose keys are complex numbers without rotation: pair j is
+`Simulated` holds every stream as a list of `Held` tokens whose keys are complex numbers without rotation: pair j is
 coordinate j plus i times coordinate j + D/2, and a rotation is a product with e^(iφ). Attention is dense.
 """
 
@@ -107,7 +107,7 @@ FREQUENCIES = [10_000 ** (-2 * pair / DIM) for pair in range(DIM // 2)]
 
 @dataclass
 class Held:
-    """One stored position of one row: a sample, or one of its key-value heads."""
+    """One stored token of one row: a sample, or one of its key-value heads."""
 
     index: int
     kind: int
@@ -166,7 +166,7 @@ class Simulated:
     # ---- rotary ids --------------------------------------------------------------------------------------
 
     def assign_position_ids(self, sample, facts, following, text):
-        """Ids of a chunk and of the text behind it, moved to where the memory ends."""
+        """Ids of a chunk and of the text after it, moved to where the memory ends."""
         if not self.compact:
             return [ids for _, ids, _ in facts], following
         first = min([ids[0] for _, ids, _ in facts] + [following])
@@ -197,7 +197,7 @@ class Simulated:
     # ---- a step ------------------------------------------------------------------------------------------
 
     def step(self, layer, sample, new, queries, observe):
-        """Append positions, and note the mass that everything receives from the queries ``[H, Q, D]``."""
+        """Append tokens, and note the attention scores that everything receives from the queries ``[H, Q, D]``."""
         rows = self.memory[layer][sample]
         for head, row in enumerate(rows):
             mine = slice(head, head + 1) if self.rows > 1 else slice(None)
@@ -239,7 +239,7 @@ class Simulated:
             self.renumber(sample)
 
     def merge(self, layer, row, score):
-        """What stays of a row, and behind it what is made of others."""
+        """What stays of a row, and after it what is made of others."""
         budget: dict[int, int] = dict(zip((VISUAL, AUDIO), self.budgets[layer], strict=True))
         over_budget = [kind for kind in budget if sum(p.kind == kind for p in row) > budget[kind]]
         made = []
@@ -306,7 +306,7 @@ class Simulated:
     infinipot_v_released = infinipot_v
 
     def grid(self, row, kind):
-        """Frame and patch of every position of one modality."""
+        """Frame and patch of every token of one modality."""
         if self.method == "infinipot_v":
             return [p.time for p in row], [p.ids[1:] if kind == VISUAL else None for p in row]
         size = sum(p.time == max(other.time for other in row) for p in row)
@@ -342,7 +342,7 @@ class Simulated:
             scores[layer] = [(1 - weight) * a + weight * b for a, b in zip(scores[layer], below, strict=True)]
 
     def deeper(self, row, score, row_below, score_below):
-        """Score in the next layer of the same position, or of what stands at the same part of the media there."""
+        """Score in the next layer of the same token, or of what stands at the same part of the media there."""
         if self.method == "hermes":
             known = dict(zip([p.index for p in row_below], score_below, strict=True))
             return [known.get(p.index, own) for p, own in zip(row, score, strict=True)]
@@ -380,7 +380,7 @@ def scaled(values):
 
 
 def mean_of(members: list[Held], weights: list[float], ids: tuple[float, ...]) -> Held:
-    """One position made of several: keys without rotation and values weighted, times and beginning not."""
+    """One token made of several: keys without rotation and values weighted, times and beginning not."""
     total = sum(weights)
     return Held(
         index=-1 - min(p.origin for p in members),
@@ -403,7 +403,7 @@ class Source:
         self.rng, self.next, self.clock, self.origin = rng, 0, 0.0, None
 
     def read(self, what):
-        """(modality, rotary ids, seconds) of the positions of one step."""
+        """(modality, rotary ids, seconds) of the tokens of one step."""
         facts = []
         if what in ("prefix", "text"):
             facts = [(TEXT, (self.next + i,) * 3, math.nan) for i in range(self.rng.randint(3, 6))]
@@ -508,7 +508,7 @@ def drive(method, options, *, seed, batch, budgets, per_group):
 
 
 def assert_same(cache: CompressedCache, simulated: Simulated) -> int:
-    """Every row of every layer holds the same positions, with the same facts, keys, values and mass."""
+    """Every row of every layer holds the same tokens, with the same facts, keys, values and attention scores."""
     rows = 0
     for layer, (memory, expected) in enumerate(zip(cache.layers, simulated.memory, strict=True)):
         table = cache.token_metadata(layer)
@@ -543,7 +543,7 @@ def name(value) -> str:
 
 @pytest.mark.parametrize(("method", "options"), METHODS, ids=name)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_kept_sets_and_merged_positions_equal_the_description(method, options, batch):
+def test_retained_sets_and_merged_tokens_equal_the_description(method, options, batch):
     """Also with 1, 2 and 4 query heads a key-value head."""
     budgets = budgets_of(method)
     compared = 0
@@ -594,7 +594,7 @@ def decoder():
 
 
 def counted(cache, layer: int) -> list[tuple[int, ...]]:
-    """Text, visual and audio positions in every row of a layer."""
+    """Text, visual and audio tokens in every row of a layer."""
     table = cache.token_metadata(layer)
     rows = zip(table.modality, table.valid, strict=True)
     return [tuple(int((kinds[real] == kind).sum()) for kind in (TEXT, VISUAL, AUDIO)) for kinds, real in rows]
@@ -602,7 +602,7 @@ def counted(cache, layer: int) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize(("method", "options"), EVERY, ids=name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_exactly_the_budget_stays_in_every_row(method, options, dtype):
+def test_exactly_the_budget_is_retained_in_every_row(method, options, dtype):
     model = text_model(layers=10, dtype=dtype)
     attach(model)
     cache = CompressedCache(profile(*TEN_BUDGETS), build_selection(method, **options))

@@ -1,6 +1,6 @@
 """Rivals that NVIDIA's kvpress has too score and keep what it does: recorded in `kvpress/scores.safetensors`.
 
-`kvpress/make_scores.py` says how. Every layer's post-RoPE states go through our memory as one chunk of picture.
+`kvpress/make_scores.py` says how. Every layer's post-RoPE states go through our memory as one chunk of frame.
 """
 
 from __future__ import annotations
@@ -104,19 +104,19 @@ def test_streaming_llm_keeps_what_kvpress_keeps():
     assert cache.token_metadata(0).index[0].tolist() == expected
 
 
-def test_accumulated_mass_is_the_column_sum_of_the_models_attention():
+def test_accumulated_attention_scores_are_the_column_sum_of_the_models_attention():
     cache = prefilled("h2o")
     for layer in cache.layers:
         assert layer.attention_scores is not None
         expected = recorded(layer, "accumulated_attention", "score")
         torch.testing.assert_close(layer.attention_scores, expected, rtol=0, atol=1e-5)
-        # kvpress divides by the number of queries that see a key; H2O does not (old positions gain).
+        # kvpress divides by the number of queries that see a key; H2O does not (old tokens gain).
         observed = recorded(layer, "observed_attention", "score")
         seen_by = torch.arange(TOKENS, 0, -1)
         torch.testing.assert_close(layer.attention_scores / seen_by, observed, rtol=0, atol=1e-5)
 
 
-def test_the_heaviest_positions_are_the_same():
+def test_the_heavy_hitters_are_the_same():
     cache = prefilled("h2o")
     for layer in cache.layers:
         assert layer.attention_scores is not None

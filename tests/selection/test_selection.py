@@ -1,4 +1,4 @@
-"""Every selection method keeps exactly what its formula says, computed here position by position in plain Python."""
+"""Every selection method keeps exactly what its formula says, computed here token by token in plain Python."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Simulated:
         self.stored[layer][sample] = [stored[k] for k in best_of(scores, stored, visual, audio)]
 
     def uniform(self, layer, stored, seen):
-        """Of every position the cells of 2, 4, 8, … positions that it was the first to enter, of all ever seen."""
+        """Of every token the cells of 2, 4, 8, … tokens that it was the first to enter, of all ever seen."""
         scores = []
         for position in stored:
             before = [other.index for other in seen if other.kind == position.kind and other.index < position.index]
@@ -148,7 +148,7 @@ def random_kinds(rng, length, mixed_text):
 
 
 def drive(method, options, *, seed, batch, budgets, pause=None):
-    """Run random chunks through the cache and the simulation; yields both kept sets of every layer after each.
+    """Run random chunks through the cache and the simulation; yields both retained sets of every layer after each.
 
     The last sample of a batch ends two steps early, or sits out step `pause`.
     """
@@ -203,7 +203,7 @@ def drive(method, options, *, seed, batch, budgets, pause=None):
 
 @pytest.mark.parametrize(("method", "options"), METHODS, ids=lambda x: x if isinstance(x, str) else str(x or ""))
 @pytest.mark.parametrize("batch", [1, 2])
-def test_kept_sets_equal_the_formula_position_by_position(method, options, batch):
+def test_retained_sets_equal_the_formula_token_by_token(method, options, batch):
     # Budgets far below, about and above what a few chunks bring.
     budgets = [(2, 1), (5, 4), (40, 2), (60, 60)]
     compared = 0
@@ -217,7 +217,7 @@ def test_kept_sets_equal_the_formula_position_by_position(method, options, batch
 
 @pytest.mark.parametrize("accumulation", ["sum", "mean", "ema"])
 def test_a_stream_that_sits_out_a_chunk_of_its_batch_keeps_what_it_keeps_alone(accumulation):
-    """No chunk of its own was read, so nothing is averaged into the mass of what it holds."""
+    """No chunk of its own was read, so nothing is averaged into the attention scores of what it holds."""
     options = {"lambda": 1.0, "accumulation": accumulation}
     for seed in range(6):
         with torch.no_grad():
@@ -227,7 +227,7 @@ def test_a_stream_that_sits_out_a_chunk_of_its_batch_keeps_what_it_keeps_alone(a
 
 @pytest.mark.parametrize("method", ["uniform", "random", "omnimem"])
 @pytest.mark.parametrize(("visual", "audio"), [(1, 1), (5, 3), (6, 4), (7, 50)])
-def test_exactly_the_budget_stays_when_there_is_as_much(method, visual, audio):
+def test_exactly_the_budget_is_retained_when_there_is_as_much(method, visual, audio):
     candidates = random_candidates(visual=6, audio=4, text=3, budget=LayerBudget(visual, audio))
     keep = keep_mask(build_selection(method).score(candidates), candidates.metadata, candidates.budget)[0]
     kinds = candidates.metadata.modality[0][keep]
@@ -275,8 +275,8 @@ def test_ties_go_to_the_more_recent():
     assert keep[0].nonzero().flatten().tolist() == [0, 3, 6, 7]
 
 
-def test_a_still_picture_keeps_its_latest_positions():
-    """All states equal and λ = 0: every score of the middle is the same, and the latest positions stay."""
+def test_identical_frames_keep_their_latest_tokens():
+    """All states equal and λ = 0: every score of the middle is the same, and the latest tokens stay."""
     candidates = random_candidates(visual=9, audio=0, text=0, budget=LayerBudget(3, 1))
     still = torch.zeros(1, 9, WIDTH)
     still[..., 0] = 1.0
@@ -309,7 +309,7 @@ def test_more_attention_and_more_novelty_score_higher():
 
 
 def test_the_release_ranks_like_the_paper_with_twice_its_lambda():
-    """√(1 − s) halves the second term, so λ = 0.02 there is 0.04 here (method.md §2)."""
+    """√(1 − s) halves the second term, so λ = 0.02 there is 0.04 here."""
     candidates = random_candidates(visual=30, audio=10, text=0, budget=LayerBudget(3, 1))
     sqrt = build_selection("omnimem", factor="sqrt", lambda_=0.02).score(candidates)
     linear = build_selection("omnimem", factor="linear", lambda_=0.04).score(candidates)
@@ -350,7 +350,7 @@ def watch(cache: CompressedCache, chunks: list[list[int]]) -> None:
 @pytest.mark.parametrize("pattern", ["video", "mixed", "blocks"])
 @pytest.mark.parametrize("budget", [2, 3, 17, 64, 100, 127])
 def test_uniform_is_even_over_everything_seen_after_every_chunk(pattern, budget):
-    """No position seen is further behind a retained one than twice the distance of as many evenly spaced ones."""
+    """No token seen is further after a retained one than twice the distance of as many evenly spaced ones."""
     rng = random.Random(budget)
     cache = CompressedCache(profile((budget, budget)), build_selection("uniform"))
     seen = {VISUAL: [], AUDIO: []}
@@ -393,7 +393,7 @@ def test_samples_of_the_stream_do_not_depend_on_the_chunking(method):
 
 
 def test_random_is_uniform_over_the_stream():
-    """Over many seeds every position is kept equally often, and neighbours independently of each other."""
+    """Over many seeds every token is kept equally often, and neighbours independently of each other."""
     seeds, count, budget = 3000, 40, 8
     times_kept = torch.zeros(count)
     pairs = 0

@@ -21,7 +21,7 @@ WIDTH = 32
 
 
 def text_model(layers: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64) -> Qwen2_5OmniThinkerTextModel:
-    """A Qwen2.5-Omni decoder of transformers, of width 32 with 4 heads and 2 key-value heads, random weights, nothing attached."""
+    """A random Qwen2.5-Omni decoder of width 32 with 4 heads and 2 key-value heads, nothing attached."""
     config = Qwen2_5OmniTextConfig(
         vocab_size=64,
         hidden_size=WIDTH,

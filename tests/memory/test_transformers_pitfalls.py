@@ -1,6 +1,7 @@
-"""What breaks a bounded cache inside transformers, one test a pitfall; the numbers are the rows of the list kept in
-the pitfalls. Where it is cheap, the transformers' behaviour that bites is shown first, so that a release that mends it
-is noticed.
+"""What breaks a bounded cache inside transformers, one test per pitfall.
+
+Where it is cheap, the behaviour of transformers that causes the pitfall is shown first, so that a release that fixes it is
+noticed.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def recorded(module, run_it, *names):
 
 
 @torch.no_grad()
-def test_row_01_the_cache_counts_what_it_has_seen_itself(model):
+def test_pitfall_01_the_cache_counts_what_it_has_seen_itself(model):
     parts, cache = stream_parts(SIZES), new_cache()
     calls = recorded(
         model.layers[0].self_attn, lambda: stream(model, cache, parts), "cache_position", "past_key_values"
@@ -98,7 +99,7 @@ def test_row_01_the_cache_counts_what_it_has_seen_itself(model):
 
 
 @torch.no_grad()
-def test_row_02_position_ids_after_eviction_go_on_after_the_stream(model):
+def test_pitfall_02_position_ids_after_eviction_go_on_after_the_stream(model):
     # Stock: left-out tokens restart at the stored length.
     stock, evicted = text_model(), DynamicCache()
     stock(inputs_embeds=text_part(8, 0).embeds, past_key_values=evicted)
@@ -115,7 +116,7 @@ def test_row_02_position_ids_after_eviction_go_on_after_the_stream(model):
 
 
 @torch.no_grad()
-def test_row_03_no_token_of_a_chunk_attends_to_a_later_one(model):
+def test_pitfall_03_no_token_of_a_chunk_attends_to_a_later_one(model):
     parts = stream_parts(SIZES)
     changed = replace(parts[-1], embeds=parts[-1].embeds.clone())
     changed.embeds[:, -1] += 10
@@ -130,7 +131,7 @@ def test_row_03_no_token_of_a_chunk_attends_to_a_later_one(model):
 
 
 @torch.no_grad()
-def test_row_04_layers_of_unequal_length_work(model):
+def test_pitfall_04_layers_of_unequal_length_work(model):
     # Stock: one mask, built for the first layer, meets keys of another length.
     stock, uneven = text_model(), DynamicCache()
     stock(inputs_embeds=text_part(8, 0).embeds, past_key_values=uneven)
@@ -149,7 +150,7 @@ def test_row_04_layers_of_unequal_length_work(model):
 
 
 @torch.no_grad()
-def test_row_05_a_chunk_after_a_past_is_lower_right_causal():
+def test_pitfall_05_a_chunk_after_a_past_is_lower_right_causal():
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 2, 3, 4, generator=generator, dtype=torch.float64)
     key, value = torch.randn(2, 1, 2, 8, 4, generator=generator, dtype=torch.float64)
@@ -164,7 +165,7 @@ def test_row_05_a_chunk_after_a_past_is_lower_right_causal():
 
 
 @torch.no_grad()
-def test_row_06_the_transformers_path_still_gets_its_mask(model):
+def test_pitfall_06_the_transformers_path_still_gets_its_mask(model):
     assert ATTENTION_NAME in ALL_ATTENTION_FUNCTIONS and ATTENTION_NAME in ALL_MASK_ATTENTION_FUNCTIONS
     embeds = text_part(6, 0).embeds
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
@@ -176,7 +177,7 @@ def test_row_06_the_transformers_path_still_gets_its_mask(model):
 
 
 @torch.no_grad()
-def test_row_07_no_mask_of_the_whole_chunk_is_built(model):
+def test_pitfall_07_no_mask_of_the_whole_chunk_is_built(model):
     """The mask of transformers has a row for every token of the chunk; ours only one for each token of a tile."""
     cache = new_cache(profile((900, 100), (900, 100), (900, 100)))
     parts = stream_parts([(450, 50), (650, 50)])
@@ -189,7 +190,7 @@ def test_row_07_no_mask_of_the_whole_chunk_is_built(model):
 
 
 @torch.no_grad()
-def test_row_08_gapped_position_ids_are_never_taken_for_packed_sequences(model):
+def test_pitfall_08_gapped_position_ids_are_never_taken_for_packed_sequences(model):
     """Packing is guessed from 2-D position ids; the attention modules must not see any."""
     gapped = torch.tensor([[0, 1, 5, 5, 0, 9]])
     for positions in (gapped, gapped.expand(3, 1, -1), gapped.expand(4, 1, -1)):
@@ -212,7 +213,7 @@ def session_of(backbone, **settings) -> StreamingSession:
     return StreamingSession(backbone, budgets, "omnimem", StreamSettings(chunk_seconds=4, max_seconds=8, **settings))
 
 
-def test_row_09_what_an_earlier_video_left_on_the_model_does_not_matter(tiny64):
+def test_pitfall_09_what_an_earlier_video_left_on_the_model_does_not_matter(tiny64):
     answers, positions = [], []
     for left_behind in (None, torch.tensor([[12345]]), torch.tensor([[-7]])):
         tiny64.model.model.rope_deltas = left_behind
@@ -240,7 +241,7 @@ def encoded(backbone, frames, samples, seconds, fps, **options):
     return encoder, encoder.encode(chunk_of(frames, samples, seconds))
 
 
-def test_row_10_position_ids_and_the_text_after_them_do_not_depend_on_get_rope_index(tiny, monkeypatch):
+def test_pitfall_10_position_ids_and_the_text_after_them_do_not_depend_on_get_rope_index(tiny, monkeypatch):
     """Golden values: frame 6 s, audio 3 s. The text starts one past the last *piece*, here the last frame."""
     monkeypatch.setattr(type(tiny.model.model), "get_rope_index", None)
     monkeypatch.setattr(type(tiny.model), "get_rope_index", None, raising=False)
@@ -251,14 +252,14 @@ def test_row_10_position_ids_and_the_text_after_them_do_not_depend_on_get_rope_i
     assert inputs.next_position_id.tolist() == [encoder.start + 101]
 
 
-def test_row_11_above_two_frames_a_second_time_still_passes(tiny):
+def test_pitfall_11_above_two_frames_a_second_time_still_passes(tiny):
     """A second-per-grid cut to a whole number would be 0 here, and every frame at the same time."""
     for fps, expected in ((3.0, [0, 16, 33]), (4.0, [0, 12, 25, 37]), (8.0, [0, 6, 12, 18, 25, 31, 37, 43])):
         encoder, inputs = encoded(tiny, int(2 * fps), None, 2, fps)
         assert (inputs.position_ids[0, 0].reshape(-1, 16)[:, 0] - encoder.start).tolist() == expected
 
 
-def test_row_12_every_step_of_a_stream_passes_its_positions(tiny64):
+def test_pitfall_12_every_step_of_a_stream_passes_its_positions(tiny64):
     """Positions left out are silently wrong for media; nothing we call leaves them to the model."""
     session = session_of(tiny64)
     steps = []
@@ -277,7 +278,7 @@ def test_row_12_every_step_of_a_stream_passes_its_positions(tiny64):
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_row_13_deepstack_streams_equal_the_released_code(path):
+def test_pitfall_13_deepstack_streams_equal_the_released_code(path):
     """Qwen3-VL with each chunk's deepstack maps: the authors' retained sets, and hidden states within 2e-6."""
     result = check_golden.compare(path)
     assert result.wrong_sets == []
@@ -290,7 +291,7 @@ def test_there_are_golden_files():
 
 
 @torch.no_grad()
-def test_row_14_generate_after_eviction_feeds_only_the_question_at_position_ids_after_the_media(tiny64):
+def test_pitfall_14_generate_after_eviction_feeds_only_the_question_at_position_ids_after_the_media(tiny64):
     session = session_of(tiny64)
     for _ in session.watch(RABBIT):
         pass
@@ -311,7 +312,7 @@ def test_row_14_generate_after_eviction_feeds_only_the_question_at_position_ids_
     assert positions[0, 0].tolist() == list(range(after + closing, after + closing + question + 2))
 
 
-def test_row_15_transformers_checkpointing_is_refused_where_it_would_drop_the_cache():
+def test_pitfall_15_transformers_checkpointing_is_refused_where_it_would_drop_the_cache():
     stock, cache = text_model().train(), DynamicCache()
     stock.gradient_checkpointing_enable()
     stock(inputs_embeds=text_part(4, 0).embeds.requires_grad_(), past_key_values=cache, use_cache=True)
@@ -324,7 +325,7 @@ def test_row_15_transformers_checkpointing_is_refused_where_it_would_drop_the_ca
         run(ours, new_cache(), text_part(4, 0), text=True)
 
 
-def test_row_16_nothing_is_reallocated_at_inference_and_nothing_overwritten_in_training(model):
+def test_pitfall_16_nothing_is_reallocated_at_inference_and_nothing_overwritten_in_training(model):
     parts = stream_parts([(6, 3)] * 12)
     cache = new_cache(profile((4, 3), (5, 2), (6, 6)))
     pointers = set()
@@ -346,7 +347,7 @@ def test_row_16_nothing_is_reallocated_at_inference_and_nothing_overwritten_in_t
 
 
 @torch.no_grad()
-def test_row_17_each_stored_key_can_be_rotated_again_from_its_own_position(model):
+def test_pitfall_17_each_stored_key_can_be_rotated_again_from_its_own_position(model):
     """The cache is not told cos and sin; the three-row ids it keeps must give exactly the stored keys."""
     parts, cache = stream_parts(SIZES), new_cache()
     stream(model, cache, parts)
@@ -368,7 +369,7 @@ def copy_of(tiny_path: Path, folder: Path, change) -> Path:
 
 
 @pytest.mark.parametrize("part", ["audio_tower", "visual", "model.layers", "lm_head"])
-def test_row_18_a_checkpoint_without_some_of_its_weights_does_not_load(tiny_path, tmp_path, part):
+def test_pitfall_18_a_checkpoint_without_some_of_its_weights_does_not_load(tiny_path, tmp_path, part):
     def renamed(weights):
         name = sorted(key for key in weights if key.startswith(f"thinker.{part}"))[0]
         weights[name.replace("thinker.", "thinker.old_")] = weights.pop(name)
@@ -379,7 +380,7 @@ def test_row_18_a_checkpoint_without_some_of_its_weights_does_not_load(tiny_path
     assert "\n" not in str(error.value)
 
 
-def test_row_18_a_checkpoint_with_weights_nobody_uses_does_not_load(tiny_path, tmp_path):
+def test_pitfall_18_a_checkpoint_with_weights_nobody_uses_does_not_load(tiny_path, tmp_path):
     def more(weights):
         return {**weights, "thinker.audio.extra.weight": torch.zeros(3)}
 
@@ -425,7 +426,7 @@ def adapter(tiny_path, tmp_path):
     return folder
 
 
-def test_row_18_an_adapter_with_older_key_names_does_not_load_as_a_no_op(tiny_path, adapter):
+def test_pitfall_18_an_adapter_with_older_key_names_does_not_load_as_a_no_op(tiny_path, adapter):
     load_adapter(load_backbone(tiny_path, dtype=torch.float32, device="cpu"), adapter)
     file = adapter / "adapter_model.safetensors"
     older = {name.replace("model.language_model.", "model."): t for name, t in load_file(file).items()}
@@ -442,7 +443,7 @@ def test_row_18_an_adapter_with_older_key_names_does_not_load_as_a_no_op(tiny_pa
     assert "\n" not in str(error.value)
 
 
-def test_row_19_lora_targets_are_the_language_models_alone(tiny):
+def test_pitfall_19_lora_targets_are_the_language_models_alone(tiny):
     names = [name for name, module in tiny.model.named_modules() if isinstance(module, torch.nn.Linear)]
     wanted = ["q_proj", "k_proj", "v_proj"]
     plain = [name for name in names if name.split(".")[-1] in wanted]
@@ -458,7 +459,7 @@ def test_row_19_lora_targets_are_the_language_models_alone(tiny):
 
 
 @pytest.mark.parametrize("factor", [0.1, 1.0, 10.0], ids=["small", "moderate", "large"])
-def test_row_20_an_export_has_the_logits_of_base_and_adapter(tiny_path, adapter, tmp_path, factor):
+def test_pitfall_20_an_export_has_the_logits_of_base_and_adapter(tiny_path, adapter, tmp_path, factor):
     rescale_saved(adapter, factor)
     checked = export_run(adapter, tmp_path / "merged", dtype="float32")
     ids = torch.arange(3, 30)[None]
@@ -475,7 +476,7 @@ def test_row_20_an_export_has_the_logits_of_base_and_adapter(tiny_path, adapter,
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("factor", [0.3, 1.0], ids=["small", "moderate"])
-def test_row_20_an_export_that_merged_nothing_is_not_written(adapter, tmp_path, monkeypatch, dtype, factor):
+def test_pitfall_20_an_export_that_merged_nothing_is_not_written(adapter, tmp_path, monkeypatch, dtype, factor):
     """Whatever the precision allows, it must be less than what the adapter itself changes."""
     rescale_saved(adapter, factor)
     monkeypatch.setattr(LoraLinear, "merge", lambda self, **_: None)
@@ -485,7 +486,7 @@ def test_row_20_an_export_that_merged_nothing_is_not_written(adapter, tmp_path, 
 
 
 @torch.no_grad()
-def test_row_21_audio_beyond_300_seconds_is_not_cut(tiny):
+def test_pitfall_21_audio_beyond_300_seconds_is_not_cut(tiny):
     seconds = 304
     encoder, inputs = encoded(tiny, 0, seconds * RATE, seconds, 1.0)
     assert len(inputs) == seconds * 25 > 7500
@@ -495,7 +496,7 @@ def test_row_21_audio_beyond_300_seconds_is_not_cut(tiny):
     assert (tail.diff(dim=0).abs().amax(-1) > 0).all(), "the end is sound, not padding"
 
 
-def test_row_22_the_sampled_rate_has_no_default(tiny):
+def test_pitfall_22_the_sampled_rate_has_no_default(tiny):
     for cls in (Qwen2_5Omni, type(tiny)):
         rate = inspect.signature(cls.stream_encoder).parameters["fps"]
         assert rate.default is inspect.Parameter.empty

@@ -1,8 +1,8 @@
 """Load saved LoRA adapters: find their base model, translate their keys, check that every weight is used.
 
 Adapters saved by other code or older libraries have the key names of published checkpoints, list target modules by
-bare names that also match modules of the encoders, and lack bare parameters of saved modules. They are converted before
-loading.
+their last name component, which also matches modules of the encoders, and lack `nn.Parameter`s held directly by saved
+modules. They are converted before loading.
 """
 
 from __future__ import annotations
@@ -140,6 +140,6 @@ def _convert(saved: dict[str, Tensor], config: Any, backbone: Backbone) -> dict[
         for key in base:
             _, inside, rest = f".{key}".partition(f".{name}.")
             if inside and "." not in rest and PREFIX + key not in converted:
-                # A bare parameter of the module, which other code does not save: take it from the base.
+                # A parameter held directly by the module, which other code does not save: take it from the base.
                 converted[PREFIX + key] = base[key]
     return converted

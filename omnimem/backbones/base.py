@@ -1,6 +1,6 @@
-"""Interface of a backbone and of its stream encoder: streaming and training code never asks which model it runs.
+"""Interface that streaming and training code uses, whichever model it runs; `QwenBackbone` adds loading.
 
-Each backbone has its own folder: loading and module names (`backbone.py`), chunks of media to decoder inputs
+A backbone's folder holds loading and module names (`backbone.py`), unless shared, chunks of media to decoder inputs
 (`stream_encoder.py`) and a tiny random model for tests (`tiny.py`). How to add one is in the README of this folder.
 """
 
@@ -21,7 +21,7 @@ from omnimem.media import Chunk
 class StreamEncoder(ABC):
     """Encode one media file chunk by chunk into decoder inputs.
 
-    An encoder has state: the next position id, and the numbers of video and audio tokens it has produced so far.
+    An encoder has state: the next position id, how much it has encoded, and what a later chunk needs of earlier ones.
     """
 
     @abstractmethod
@@ -56,7 +56,7 @@ class Backbone(ABC):
     Attributes
     ----------
     name : str
-        Name of the backbone: its folder, and ``model.backbone`` in recipes.
+        Name of the backbone: its key in `BACKBONES`, and ``model.backbone`` in recipes.
     model_id : str
         Folder or hub id the model was loaded from.
     model : PreTrainedModel
@@ -70,8 +70,8 @@ class Backbone(ABC):
     supports_audio : bool
         Whether the model accepts audio; the audio track is ignored otherwise.
     spatial_ids_advance : bool
-        Height and width ids of a frame are relative to the current position id and so advance with the stream (True),
-        or to the position id of the start of the media (False).
+        True: height and width ids of a frame start at the current position id, so they grow along the stream. False:
+        they start at the same id in every frame.
     model_types : tuple of str
         Values of ``model_type`` in the configuration files of this backbone's checkpoints.
     """
@@ -131,7 +131,7 @@ class Backbone(ABC):
             Upper limit for the pixels of a resized frame; default: the model's own limit.
         position_layout : {"train", "release"}
             Position ids as in training or as in the released inference code, for models where the two differ
-            (video-SALMONN 2+ 3B and 7B).
+            (video-SALMONN 2+ 3B, 7B and 72B).
         timestamps : int, optional
             Maximum number of timestamps written between frames, for models that write them; default: one per temporal
             patch.
@@ -139,12 +139,13 @@ class Backbone(ABC):
         Raises
         ------
         OmniMemError
-            Neither video nor audio, or a setting that the model does not support.
+            Neither video nor audio, audio only for a model without audio support, or a value that the model
+            cannot apply. Options that do not concern the model are ignored.
         """
 
     @abstractmethod
     def chunk_alignment(self, fps: float, audio: bool = True) -> float:
-        """Seconds; with multiples of it as chunk length, encoding chunk by chunk equals encoding the whole clip."""
+        """Seconds of which the chunk length must be a multiple: then encoding by chunks equals encoding the clip."""
 
     @abstractmethod
     def tokens_per_chunk(

@@ -66,7 +66,8 @@ def load_pretrained(
     device : torch.device or str
         Device to load to; on ``meta`` no weights are read.
     skip_quantization_modules : sequence of str, optional
-        If given, quantize linear layers to NF4 (double quantization), except below these modules.
+        None: no quantization. Otherwise linear layers are quantized to NF4 (double quantization), except below these
+        modules.
 
     Returns
     -------

@@ -25,7 +25,7 @@ class ChunkInputs:
     modality : Tensor
         int8 ``[B, T]``, see `omnimem.modality`.
     time : Tensor
-        float32 ``[B, T]`` seconds since the start of the media; NaN for text.
+        float32 ``[B, T]`` seconds since the start of the media; NaN for text and for closing tokens.
     next_position_id : Tensor
         ``[B]``, dtype of `position_ids`: id of the text token that follows.
     valid : Tensor or None
@@ -48,7 +48,7 @@ class ChunkInputs:
 
     @classmethod
     def text(cls, embeds: Tensor, start: int | Tensor) -> ChunkInputs:
-        """Inputs for text embeddings ``[B, T, C]``; position ids count up from `start` (an int, or int64 ``[B]``)."""
+        """Inputs for text embeddings ``[B, T, C]``; position ids count up from `start` (an int, or ``[B]``)."""
         batch, length, _ = embeds.shape
         first = torch.as_tensor(start, device=embeds.device).expand(batch)
         ids = first[:, None] + torch.arange(length, device=embeds.device)

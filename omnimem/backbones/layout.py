@@ -168,7 +168,7 @@ class LayoutEncoder(StreamEncoder):
         if chosen < 1:
             logger.info(
                 "%.0f s of media exceed the trained range of %d position ids: using %.3g ids per second instead of %g; "
-                "set time_scale=1 to keep the trained rate",
+                "set data.time_scale=1 to keep the trained rate",
                 self.duration, self.position_limit, ids_per_second * chosen, ids_per_second,
             )  # fmt: skip
         return chosen
@@ -177,7 +177,8 @@ class LayoutEncoder(StreamEncoder):
         if position_id > self.position_limit and not self._warned:
             self._warned = True
             logger.warning(
-                "position ids exceed the trained range of %d; answers may degrade (time_scale below 1 or "
+                "position ids exceed the trained range of %d; answers may degrade (for models with "
+                "time ids data.time_scale below 1, or "
                 "selection.position_ids=compact keep them in range)",
                 self.position_limit,
             )
@@ -201,7 +202,7 @@ def common_multiple(*seconds: float) -> float:
     return float(reduce(lambda a, b: Fraction(lcm(a.numerator, b.numerator), gcd(a.denominator, b.denominator)), parts))
 
 
-def patch_ids(numbers: Tensor, height: int, width: int, ids_per_patch: Tensor | float = 1) -> Tensor:
+def patch_position_ids(numbers: Tensor, height: int, width: int, ids_per_patch: Tensor | float = 1) -> Tensor:
     """Position ids ``[3, P * height * width]`` (time, height, width) of temporal patches, row by row.
 
     Parameters

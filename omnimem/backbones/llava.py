@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from omnimem.backbones.chunk_inputs import ChunkInputs
-from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_ids
+from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_position_ids
 from omnimem.backbones.rope_1d import Rope1DBackbone
 from omnimem.errors import OmniMemError
 from omnimem.media import Chunk
@@ -69,7 +69,7 @@ class LlavaStreamEncoder(LayoutEncoder):
         processor = self.backbone.processor.video_processor
         pixels = processor(videos=[video], do_sample_frames=False, return_tensors="pt")["pixel_values_videos"]
         embeds, side = self.frame_embeds(pixels.to(self.backbone.device)), self.backbone.frame_side
-        ids = patch_ids(torch.arange(len(video)), side, side)
+        ids = patch_position_ids(torch.arange(len(video)), side, side)
         ids[0] = torch.arange(ids.shape[1]) + int(self.next_position_id)
         seconds = torch.from_numpy(chunk.frame_times).float().repeat_interleave(side**2)
         self.next_position_id += ids.shape[1]

@@ -1,4 +1,4 @@
-"""Streaming log-mel features, equal to those that Whisper's feature extractor computes from the whole clip.
+"""Streaming log-mel features: those of Whisper's feature extractor on the whole clip, up to the clamp of quiet values.
 
 The extractor pads the clip by reflection at the start, with zeros at the end (by reflection where the processor does
 not pad to full length), and clamps values 8 decades below the *maximum* of the clip. A stream does not know its
@@ -29,7 +29,7 @@ class MelStream:
     block_frames : int
         Frames per block: frames of a block are computed together and share the running maximum.
     floor : "running" or float
-        Reference of the clamp: the maximum log10 power so far, or this number.
+        Maximum log10 power, from which the clamp is 8 below: the maximum so far, or this number.
     reflect_end : bool
         Set for processors that do not pad clips: pad by reflection at the end, drop the frame of an incomplete hop.
     """
@@ -60,7 +60,8 @@ class MelStream:
         Returns
         -------
         Tensor
-            float32 ``[mel bins, F]``, one frame per started (with `reflect_end`: complete) hop of 160 samples.
+            float32 ``[mel bins, F]``, one frame per hop of 160 samples, a partial last hop included (excluded with
+            `reflect_end`).
         """
         assert chunk.audio is not None
         samples = len(chunk.audio)

@@ -132,7 +132,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Hub id → (backbone, arguments of its configuration class that differ from the defaults)."""
+"""Model name (hub id, if any) → (backbone, arguments of its configuration class that differ from the defaults)."""
 
 VIDEO_PROCESSORS = {"video_llama_3": {"size": {"shortest_edge": 16 * 28**2, "longest_edge": 16_384 * 28**2}}}
 """Backbone → arguments of its video processor class that differ from the defaults."""

@@ -1,4 +1,4 @@
-"""Shared by all backbones built on Qwen-VL parts: loading, ChatML prompts, frame sizes, module names."""
+"""Base class of all backbones; the defaults (ChatML prompts, frame sizes, module names) are those of Qwen-VL models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ANSWER_END = "<|im_end|>"
 
 
 class QwenBackbone(Backbone):
-    """A model with ChatML prompts and a vision tower that encodes temporal patches.
+    """A transformers model; by default with ChatML prompts and a vision tower that encodes temporal patches.
 
     Parameters
     ----------

@@ -118,6 +118,6 @@ def write_tiny(
 
 
 def mrope_section(head_dim: int) -> list[int]:
-    """Number of M-RoPE frequencies for time, height and width: a quarter for time, as in the published models."""
+    """Number of M-RoPE frequencies for time, height and width: a quarter for time (as Qwen2.5)."""
     time = head_dim // 8
     return [time, (head_dim // 2 - time) // 2, (head_dim // 2 - time) // 2]

@@ -1,7 +1,7 @@
 """Decode an audio stream to one timeline of 16 kHz mono samples, aligned with the video by timestamps.
 
-Audio tracks start late, have gaps and overlaps, and change their layout midway. Here sample ``n`` always plays
-``n / 16000`` seconds after the clip's time zero: gaps become silence, overlaps are cut.
+Audio tracks may start late, have gaps and overlaps, and change their sample format midway. Here sample ``n`` always
+plays ``n / 16000`` seconds after the clip's time zero: gaps become silence, overlaps are cut.
 
     python -c "from omnimem.media import open_media; [print(len(c.audio)) for c in open_media('a.flac')]"
 """
@@ -19,7 +19,7 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.error import FFmpegError
 
-from .container import is_cut_short, open_container, read_only, reason
+from .container import discard_other_streams, is_cut_short, open_container, reason
 from .probe import Source
 
 log = logging.getLogger("omnimem.media")
@@ -56,7 +56,7 @@ class AudioTimeline:
         with open_container(self.source.path) as container:
             stream = container.streams[self.source.info.audio_index or 0]
             assert isinstance(stream, AudioStream)
-            read_only(container, stream)
+            discard_other_streams(container, stream)
             for frame in self._frames(container, stream):
                 at = self._time(frame)
                 if run is not None and not run.continues(frame, at):

@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Chunk:
-    """Frames and audio of ``[t0, t1)``, in seconds after the clip's time zero.
+    """Frames and audio of ``[t0, t1)``, in seconds after time zero: the start of the first video or audio frame.
 
     Attributes
     ----------

@@ -4,7 +4,7 @@ FFmpeg also opens formats that refer to other files or addresses (playlists, fil
 and it detects a format by content, not by suffix. Without the list, a file of a data set could make FFmpeg read any
 file of the machine. Only containers that hold their own audio and video are allowed.
 
-    python -c "from omnimem.media import probe; probe('README.md')"
+    python -c "from omnimem.media import probe; probe('README.md')"  # MediaError: this is text
 """
 
 from __future__ import annotations
@@ -42,7 +42,19 @@ OPTIONS = {
     "use_absolute_path": "0",
 }
 
-NAMES_OTHERS = ("hls", "concat", "dash", "imf", "sdp", "rtsp", "rtp", "sap", "image2", "webm_dash_manifest", "vobsub")
+REFERENCING_FORMATS = (
+    "hls",
+    "concat",
+    "dash",
+    "imf",
+    "sdp",
+    "rtsp",
+    "rtp",
+    "sap",
+    "image2",
+    "webm_dash_manifest",
+    "vobsub",
+)
 """Playlists, file name patterns and session descriptions, by FFmpeg's names."""
 
 _logging = threading.Lock()
@@ -73,7 +85,7 @@ def open_container(path: Path, metadata_errors: str = "ignore") -> InputContaine
     except IsADirectoryError:
         raise MediaError.about(path, "this is a directory", "name one media file in it") from None
     except PermissionError:
-        raise MediaError.about(path, "not permitted to read it", "check the file's permissions") from None
+        raise MediaError.about(path, "permission denied", "check the file's permissions") from None
     except FFmpegError as error:
         raise MediaError.about(path, *_why_unreadable(path, error)) from error
 
@@ -116,14 +128,14 @@ def _refused_format(path: Path) -> str | None:
 
 def _why_refused(name: str) -> tuple[str, str]:
     """Cause and advice for a format that is not in `CONTAINERS`."""
-    if name in NAMES_OTHERS:
-        what = f"it names other files ({name}), which may lie anywhere; only a file's own audio and video are read"
+    if name in REFERENCING_FORMATS:
+        what = f"it refers to other files ({name}), which is not allowed; only its own audio and video are read"
         return what, "give the media file itself, or make one: ffmpeg -i LIST -c copy clip.mkv"
     if name == "tty":
         return "this is text, not a media file", "give an audio or video file"
     if re.search("_pipe$|^(ico|apng|jpegxl_anim)$", name):
         return f"a still picture ({name}), not audio or video", "give an audio or video file"
-    return f"its format ({name}) is not one that is read", "give an audio or video file, or convert it with ffmpeg"
+    return f"unsupported format ({name})", "give an audio or video file, or convert it with ffmpeg"
 
 
 def reason(error: FFmpegError) -> str:
@@ -131,7 +143,7 @@ def reason(error: FFmpegError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-def read_only(container: InputContainer, stream: Stream) -> None:
+def discard_other_streams(container: InputContainer, stream: Stream) -> None:
     """Make the demuxer skip the data of all other streams."""
     for other in container.streams:
         if other.index != stream.index:

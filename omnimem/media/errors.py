@@ -1,4 +1,4 @@
-"""The only exception this package raises for media files: one line with file, cause and what to do.
+"""`MediaError`, the exception for unreadable media files: one line with file, cause and what to do.
 
 Command line, data preparation and training print the message unchanged.
 

@@ -1,8 +1,8 @@
 """Choose the frame of each sampling instant from packet timestamps, before decoding.
 
-At 1 fps, 29 of 30 frames of a video need not be decoded. The frame of an instant is the last one whose presentation
-time is not later. Decoding times increase and never exceed the presentation time of their packet, so the frame of an
-instant is known ("settled") once a packet's decoding time is later than the instant.
+At 1 fps, 29 of 30 frames of a 30 fps video are not wanted, and many of those need not be decoded. The frame of an
+instant is the last one presented at or before it. Decoding times increase and never exceed the presentation time of
+their packet, so the frame of an instant is known ("settled") once a packet's decoding time is later than the instant.
 
     python -m pytest tests/media/test_media.py -k plan
 """

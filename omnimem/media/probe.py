@@ -26,7 +26,7 @@ from av.video.stream import VideoStream
 from .container import open_container, reason
 from .errors import MediaError
 from .frame_layout import FrameLayout
-from .tracks import AudioTrack, choose_audio, choose_video, describe, promised_end
+from .tracks import AudioTrack, choose_audio, choose_video, describe, header_end
 
 COPY = "the file is damaged: copy it again"
 
@@ -40,7 +40,8 @@ class MediaInfo:
     path, container : str
         File, and FFmpeg's name of its container format.
     duration : float or None
-        Seconds according to the header; None if it states none. The decoded streams may end elsewhere.
+        Seconds according to FFmpeg, which estimates them for some containers; None if unknown. Decoding may end
+        elsewhere.
     has_video, has_audio : bool
         Whether the file has video, audio; cover art is not video.
     width, height : int
@@ -165,7 +166,7 @@ def inspect(
         chosen = [stream for stream in (video_stream, audio_stream) if stream is not None]
         layout = None if video_frame is None else FrameLayout.of(video_frame, short_side)
         first_pts = None if video_frame is None else video_frame.pts
-        return Source(path, info, zero, promised_end(container, chosen), first_pts, layout)
+        return Source(path, info, zero, header_end(container, chosen), first_pts, layout)
 
 
 def _first_frames(

@@ -227,7 +227,7 @@ class _ClipReader:
         total = "" if duration is None else f" of {duration:.1f} s"
         what = f"cut off or damaged: readable up to {float(reached):.1f} s{total} ({cause})"
         if not self._tolerant:
-            advice = "copy it again, or accept the readable part (omnimem answer --allow-truncated)"
+            advice = "copy it again, or accept the readable part (on_truncated='warn', --allow-truncated)"
             raise MediaError.about(source.path, what, advice)
         if source.path not in self._faulty:
             log.warning("%s: %s; the readable part is used", source.path.name, what)

@@ -1,7 +1,7 @@
 """Decode only the groups of pictures (GOPs), and in them only the frames, that sampling needs.
 
 Decoding dominates the cost of reading video. The packets of one GOP (key frame to key frame) are buffered. A GOP
-without a sampling instant is dropped; otherwise decoding stops after the last wanted frame, and unwanted
+without a wanted frame is dropped; otherwise decoding stops after the last wanted frame, and unwanted
 non-reference frames are skipped. The frames are identical to those of a full decode.
 
     python tests/benchmarks/decode.py
@@ -96,13 +96,13 @@ class SelectiveDecoder:
             yield from self._decode_to_last_wanted(self._cut(len(self._held)))
 
     def _release_groups(self, final: bool = False) -> Iterator[np.ndarray]:
-        """Decode or drop every buffered GOP whose frames are all settled."""
+        """Decode or drop every buffered GOP that no unsettled instant can show."""
         while self.broken is None:
             at = self._next_key
             if at is None or not (final or self.plan.passed(_pts(self._held[at]))):
                 return
             key = _pts(self._held[at])
-            # Frames shown before the next key frame but stored after it refer to this GOP.
+            # Leading frames (shown before the next key frame, stored after it; open GOP) refer to this GOP.
             led = any(_pts(p) < key and self.plan.is_wanted(p.pts) for p in self._held[at + 1 :])
             group = self._cut(at)
             if led:
@@ -111,7 +111,7 @@ class SelectiveDecoder:
                 yield from self._decode_to_last_wanted(group)
 
     def _release_settled(self) -> Iterator[np.ndarray]:
-        """Decode the start of an overlong GOP: all packets whose frame no unsettled instant can show."""
+        """Decode the start of an overlong GOP, up to the first packet that an unsettled instant may still show."""
         unsettled = (i for i, p in enumerate(self._held) if is_shown(p, self.codec.name) and self.plan.is_open(_pts(p)))
         at = next(unsettled, len(self._held))
         if at == 0:

@@ -84,7 +84,7 @@ def describe(stream: AudioStream) -> AudioTrack:
     )
 
 
-def promised_end(container: InputContainer, chosen: list[VideoStream | AudioStream]) -> Fraction | None:
+def header_end(container: InputContainer, chosen: list[VideoStream | AudioStream]) -> Fraction | None:
     """End of the chosen streams according to the header (seconds, file clock); None if it is only an estimate."""
     if not container.format.name.startswith(DURATION_IS_STATED):
         return None

@@ -20,7 +20,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from .container import is_cut_short, open_container, read_only, reason
+from .container import discard_other_streams, is_cut_short, open_container, reason
 from .frame_layout import FrameLayout
 from .plan import FramePlan, PlanImpossible
 from .probe import Source
@@ -163,7 +163,7 @@ class VideoSampler:
         """Reset the state for reading the stream from its start."""
         stream = container.streams[self.source.info.video_index or 0]
         assert isinstance(stream, VideoStream) and stream.time_base is not None
-        read_only(container, stream)
+        discard_other_streams(container, stream)
         self._tick = stream.time_base
         self._period = round(1 / (stream.guessed_rate or stream.average_rate or 25) / stream.time_base)
         self._end_ticks = self.source.first_pts or 0

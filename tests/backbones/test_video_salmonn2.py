@@ -33,7 +33,7 @@ from omnimem.backbones.video_salmonn2.configuration import (
     VideoSalmonn2Config,
     VideoSalmonn2Qwen2_5Config,
 )
-from omnimem.backbones.video_salmonn2.positions import MediaTokens, group_ids, span_ids
+from omnimem.backbones.video_salmonn2.positions import MediaTokens, group_position_ids, span_position_ids
 from omnimem.backbones.vision import FramePatches
 from omnimem.budget import BudgetProfile
 from omnimem.cli import main as omnimem
@@ -530,7 +530,7 @@ def ids_of(function, tokens: list[int], patches: list[int], *args: Any) -> list[
 
 
 def span(tokens: list[int], patches: list[int], layout: str = "train") -> list[tuple[int, ...]]:
-    return ids_of(span_ids, tokens, patches, torch.full((len(patches),), 4.0), TOKENS, layout)
+    return ids_of(span_position_ids, tokens, patches, torch.full((len(patches),), 4.0), TOKENS, layout)
 
 
 @pytest.mark.parametrize("name", SPANS)
@@ -608,7 +608,7 @@ GROUPS = {
 @pytest.mark.parametrize("name", GROUPS)
 def test_golden_ids_of_groups(name):
     tokens, patches, expected = GROUPS[name]
-    assert ids_of(group_ids, tokens, patches, TOKENS) == expected
+    assert ids_of(group_position_ids, tokens, patches, TOKENS) == expected
 
 
 @pytest.mark.parametrize(
@@ -616,7 +616,7 @@ def test_golden_ids_of_groups(name):
 )
 def test_groups_that_do_not_fit_the_grid_are_one_line(tokens, patches):
     with pytest.raises(OmniMemError, match="video"):
-        ids_of(group_ids, tokens, patches, TOKENS)
+        ids_of(group_position_ids, tokens, patches, TOKENS)
 
 
 class AudioEncoder:

@@ -31,7 +31,7 @@ from clips import MEDIA, RABBIT, WEBB
 from omnimem import StreamingSession
 from omnimem.backbones import Backbone, backbone_class, load_backbone
 from omnimem.backbones.checkpoint import quiet_transformers
-from omnimem.backbones.video_salmonn2.positions import MediaTokens, group_ids
+from omnimem.backbones.video_salmonn2.positions import MediaTokens, group_position_ids
 from omnimem.budget import BudgetProfile
 from omnimem.cli import main as omnimem
 from omnimem.errors import OmniMemError
@@ -201,7 +201,7 @@ def test_a_grouped_stream_equals_the_reference_model_at_the_groups_ids(loaded, p
     )
     text = backbone.prompt_prefix + laid_out + backbone.question_turn(QUESTION)
     token_ids = backbone.tokenizer(text, return_tensors="pt").input_ids
-    ids = group_ids(token_ids[0], grid, MediaTokens(backbone.config.video_token_id, -1, 2))[:, None]
+    ids = group_position_ids(token_ids[0], grid, MediaTokens(backbone.config.video_token_id, -1, 2))[:, None]
     expected = model(
         input_ids=token_ids,
         position_ids=ids,

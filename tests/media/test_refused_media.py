@@ -120,7 +120,7 @@ def test_reading_refuses_it_in_one_line(evil):
         said = str(error.value)
         assert said.startswith(f"{evil.name}: ") and "\n" not in said
         if format_name := EVIL[evil.name][1]:
-            assert f"({format_name})" in said and "names other files" in said and "; give the media file" in said
+            assert f"({format_name})" in said and "refers to other files" in said and "; give the media file" in said
 
 
 def test_validating_refuses_it(evil, root):

@@ -1,7 +1,7 @@
 """What breaks a bounded cache inside transformers, one test per pitfall.
 
-Where it is cheap, the behaviour of transformers that causes the pitfall is shown first, so that a release that fixes it is
-noticed.
+Where it is cheap, the behaviour of transformers that causes the pitfall is shown first, so that a release that fixes
+it is noticed.
 """
 
 from __future__ import annotations

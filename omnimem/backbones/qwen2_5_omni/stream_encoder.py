@@ -5,7 +5,8 @@ The layout is that of the model's processor,
 (arXiv 2503.20215) and equal `get_rope_index` on the whole clip: video (start + ⌊25·t⌋, start + h,
 start + w), audio start + i on all three axes; the two start tokens share one id, and so do the two end tokens.
 
-Encoding by chunks is exact: the vision tower attends within one temporal patch, the audio tower within 2 s.
+The vision and audio towers are exact by chunks: they attend within one temporal patch and within 2 s. The mel
+features before them use the maximum so far by default (`mel_floor`), not that of the whole clip; see `MelStream`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from omnimem.backbones.chunk_inputs import ChunkInputs
-from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_ids
+from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_position_ids
 from omnimem.backbones.mel import MelStream
 from omnimem.backbones.qwen import QwenBackbone
 from omnimem.backbones.vision import encode_frames
@@ -113,7 +114,7 @@ class Qwen2_5OmniStreamEncoder(LayoutEncoder):
         time = (seconds * self.ids_per_second).long()
         spans = []
         for i, embeds in enumerate(patches.embeds):
-            ids = patch_ids(time[i : i + 1], patches.height, patches.width) + self.start
+            ids = patch_position_ids(time[i : i + 1], patches.height, patches.width) + self.start
             block = floor(seconds[i].item() / self.block_seconds + 1e-6)
             spans.append((block, TokenSpan(embeds, ids, VISUAL, seconds[i].expand(len(embeds)).float())))
         return spans

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from omnimem.backbones.chunk_inputs import ChunkInputs
-from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_ids
+from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_position_ids
 from omnimem.backbones.qwen import QwenBackbone
 from omnimem.backbones.vision import FramePatches, encode_frames
 from omnimem.errors import OmniMemError
@@ -115,7 +115,8 @@ class Qwen2_5VLStreamEncoder(LayoutEncoder):
             self.patch_size = (patches.height, patches.width)
             ids = self._release_ids(count)
         else:
-            ids = patch_ids(torch.tensor([number]), patches.height, patches.width, self.ids_per_patch) + self.start
+            index = torch.tensor([number])
+            ids = patch_position_ids(index, patches.height, patches.width, self.ids_per_patch) + self.start
             # Text continues after the largest time id with audio, after the largest id of all axes without.
             self.largest_id = max(self.largest_id, int((ids[0] if self.has_audio else ids).max()))
         deepstack = None if patches.deepstack is None else patches.deepstack[:, i]
@@ -147,7 +148,7 @@ class Qwen2_5VLStreamEncoder(LayoutEncoder):
         # Compute the ids of the needed patches only: a long stream has many.
         first = min(self.media_tokens_seen - count, patch_tokens) // patch
         stop = min(-(-self.media_tokens_seen // patch), self.expected_patches)
-        visual = patch_ids(torch.arange(first, stop), height, width, self.ids_per_patch)
+        visual = patch_position_ids(torch.arange(first, stop), height, width, self.ids_per_patch)
         visual = visual[:, numbers[numbers < patch_tokens] - first * patch]
         largest = max(int((self.expected_patches - 1) * self.ids_per_patch), height - 1, width - 1)
         text = numbers[numbers >= patch_tokens] - patch_tokens + largest + 1

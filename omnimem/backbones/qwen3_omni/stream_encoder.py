@@ -5,7 +5,8 @@ patch precedes the first audio token whose time id is not smaller. The position 
 clip, float32, 13 per second: video (start + 13·t, start + h, start + w), audio start + i on all three axes. Unlike in
 Qwen2.5-Omni, every start and end token has its own position id.
 
-Encoding by chunks is exact: the vision tower attends within one temporal patch, the audio tower within a window of 8 s.
+The vision and audio towers are exact by chunks: they attend within one temporal patch and within a window of 8 s.
+The mel features before them use the maximum so far by default (`mel_floor`); see `MelStream`.
 Chunks end at multiples of both, where the time ids are whole numbers, so the tokens of a chunk never have to be
 inserted before tokens of an earlier chunk.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from omnimem.backbones.chunk_inputs import ChunkInputs
-from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_ids
+from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_position_ids
 from omnimem.backbones.mel import MelStream
 from omnimem.backbones.qwen import QwenBackbone
 from omnimem.backbones.vision import encode_frames
@@ -126,7 +127,7 @@ class Qwen3OmniStreamEncoder(LayoutEncoder):
         # Position ids: same dtype (float32) and order of operations as in the model. Order of video and audio tokens:
         # float64, as in the processor.
         time = seconds * self.ids_per_second * self.time_scale
-        grid = patch_ids(torch.zeros(1, dtype=torch.int64), patches.height, patches.width).to(self.id_dtype)
+        grid = patch_position_ids(torch.zeros(1, dtype=torch.int64), patches.height, patches.width).to(self.id_dtype)
         spans = []
         for i, number in enumerate(numbers.tolist()):
             ids = grid.clone()

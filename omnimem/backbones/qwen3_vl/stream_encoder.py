@@ -2,7 +2,7 @@
 
 ``<12.5 seconds><|vision_start|>[patches of the group][their audio]<|vision_end|>``, repeated. In training a group is
 one temporal patch. Text is never evicted, so in long streams a group holds more patches, such that there are at most
-`timestamps` groups (video-SALMONN 2+: 256). Position ids: text and audio count up; patch i of a group has
+`timestamps` groups (recipes: 256 by default). Position ids: text and audio count up; patch i of a group has
 (start + i, start + h, start + w), and the next token continues after the largest of them.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from omnimem.backbones.chunk_inputs import ChunkInputs
-from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_ids, patches_per_timestamp
+from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_position_ids, patches_per_timestamp
 from omnimem.backbones.qwen import QwenBackbone
 from omnimem.backbones.vision import FramePatches, encode_frames
 from omnimem.media import Chunk
@@ -122,7 +122,7 @@ class Qwen3VLStreamEncoder(LayoutEncoder):
     def _patch_span(self, patches: FramePatches, i: int) -> TokenSpan:
         """Tokens of temporal patch `i` of the chunk."""
         assert self.in_group is not None
-        ids = patch_ids(torch.tensor([self.in_group]), patches.height, patches.width) + self.group_start
+        ids = patch_position_ids(torch.tensor([self.in_group]), patches.height, patches.width) + self.group_start
         seconds = torch.tensor(self.patches_seen * self.frames_per_patch / self.fps)
         self.in_group += 1
         self.patches_seen += 1

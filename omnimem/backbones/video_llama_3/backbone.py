@@ -15,7 +15,7 @@ from omnimem.backbones.vision import PixelLimits
 
 
 class VideoLlama3(Rope1DBackbone):
-    """Encodes only the patches that change from frame to frame, after a timestamp; see `Rope1DBackbone`."""
+    """Encodes every frame and keeps only the tokens that changed since the previous one; see `Rope1DBackbone`."""
 
     name = "video_llama_3"
     model_types = ("video_llama_3",)

@@ -1,6 +1,6 @@
 """Stream encoder of VideoLLaMA 3: ``[prompt]Time 0.0s:[frame],Time 1.0s:[changes],Time 2.0s:…``, then the question.
 
-Patches whose pixels barely differ from the previous frame are dropped; the last frame of a chunk is stored to compare
+Tokens whose pixels barely differ from the previous frame are dropped; the last frame of a chunk is stored to compare
 the next one with it. Text is never evicted, so in long streams a timestamp is written only every few frames, at most
 `timestamps` times. The decoder uses 1-D RoPE: its position ids (first axis) count up like text. The second and third
 axis hold row and column of a token in its frame; only token selection may use them.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from omnimem.backbones.chunk_inputs import ChunkInputs
-from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_ids, patches_per_timestamp
+from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_position_ids, patches_per_timestamp
 from omnimem.backbones.rope_1d import Rope1DBackbone
 from omnimem.backbones.vision import PixelLimits
 from omnimem.media import Chunk
@@ -69,7 +69,7 @@ class VideoLlama3StreamEncoder(LayoutEncoder):
                 if self.frames_seen % self.frames_per_time == 0:
                     comma = "," if self.frames_seen > 0 else ""
                     spans.append(self.text(self.backbone.text_ids(f"{comma}Time {time:.1f}s:")))
-                ids = patch_ids(torch.zeros(1), height, width)[:, changed[i]]
+                ids = patch_position_ids(torch.zeros(1), height, width)[:, changed[i]]
                 ids[0] = torch.arange(ids.shape[1]) + int(self.next_position_id)
                 spans.append(TokenSpan(embeds[i, changed[i]], ids, VISUAL, torch.full((ids.shape[1],), time)))
                 self.next_position_id += ids.shape[1]

@@ -27,7 +27,7 @@ MIN_PIXELS, MAX_PIXELS = 784, 176_400
 
 
 class WhisperQFormerEncoder:
-    """Audio of chunks that start at multiples of 30 s: 60 tokens per started segment of 30 s."""
+    """Audio of chunks that start at multiples of 30 s: 60 tokens per segment of 30 s; the last may be partial."""
 
     tokens_per_second = float(TOKENS_PER_SECOND)
 
@@ -72,7 +72,7 @@ class VideoSalmonn2Backbone(QwenBackbone):
         return common_multiple(patch, SEGMENT_SECONDS) if audio else common_multiple(patch)
 
     def audio_tokens(self, seconds: float) -> int:
-        """60 per started segment of 30 s."""
+        """60 per segment of 30 s; a partial last segment counts as a whole one."""
         return -int(-seconds // SEGMENT_SECONDS) * SEGMENT_SECONDS * TOKENS_PER_SECOND
 
 

@@ -26,7 +26,7 @@ from transformers import (
 from omnimem.backbones.video_salmonn2.audio import VideoSalmonn2AudioModel
 from omnimem.backbones.video_salmonn2.configuration import VideoSalmonn2Config, VideoSalmonn2Qwen2_5Config
 from omnimem.backbones.video_salmonn2.keys import IGNORED
-from omnimem.backbones.video_salmonn2.positions import MediaTokens, group_ids, span_ids
+from omnimem.backbones.video_salmonn2.positions import MediaTokens, group_position_ids, span_position_ids
 from omnimem.errors import OmniMemError
 
 
@@ -87,7 +87,7 @@ class AudioVisualMixin(nn.Module):
         if int(placeholders.sum()) != len(audio):
             raise OmniMemError(
                 f"the prompt has {int(placeholders.sum())} audio tokens, but the audio needs {len(audio)}: "
-                f"{self.audio.tokens_per_segment} for every started 30 s"
+                f"{self.audio.tokens_per_segment} for every 30 s, rounded up"
             )
         return embeds.masked_scatter(placeholders[..., None], audio)
 
@@ -148,7 +148,7 @@ class VideoSalmonn2Model(AudioVisualMixin, Qwen3VLModel):
         self.post_init()
 
     def _position_ids(self, ids: Tensor, grids: Tensor, seconds: Tensor, tokens: MediaTokens, layout: str) -> Tensor:
-        return group_ids(ids, grids, tokens)
+        return group_position_ids(ids, grids, tokens)
 
 
 class VideoSalmonn2Qwen2_5Model(AudioVisualMixin, Qwen2_5_VLModel):
@@ -162,7 +162,7 @@ class VideoSalmonn2Qwen2_5Model(AudioVisualMixin, Qwen2_5_VLModel):
         self.post_init()
 
     def _position_ids(self, ids: Tensor, grids: Tensor, seconds: Tensor, tokens: MediaTokens, layout: str) -> Tensor:
-        return span_ids(ids, grids, seconds * self.config.vision_config.tokens_per_second, tokens, layout)
+        return span_position_ids(ids, grids, seconds * self.config.vision_config.tokens_per_second, tokens, layout)
 
 
 class _Generating:

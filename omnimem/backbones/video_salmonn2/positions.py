@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from omnimem.backbones.layout import patch_ids
+from omnimem.backbones.layout import patch_position_ids
 from omnimem.errors import OmniMemError
 
 
@@ -26,7 +26,7 @@ class MediaTokens:
     merge: int
 
 
-def span_ids(
+def span_position_ids(
     ids: Tensor,
     grids: Tensor,
     ids_per_patch: Tensor,
@@ -81,7 +81,7 @@ def span_ids(
     return torch.cat(found, dim=1)
 
 
-def group_ids(ids: Tensor, grids: Tensor, tokens: MediaTokens) -> Tensor:
+def group_position_ids(ids: Tensor, grids: Tensor, tokens: MediaTokens) -> Tensor:
     """Position ids ``[3, T]`` of a prompt ``[T]`` in the Qwen3-VL family (see `Qwen3VLStreamEncoder`)."""
     sides = [(t, h // tokens.merge, w // tokens.merge) for t, h, w in grids.tolist()]
     found, start = [], 0
@@ -95,7 +95,7 @@ def group_ids(ids: Tensor, grids: Tensor, tokens: MediaTokens) -> Tensor:
             raise OmniMemError(f"{length} video tokens in a row do not fit the grid of the video")
         left, height, width = sides.pop(0)
         patches = length // (height * width)
-        positions = patch_ids(torch.arange(patches), height, width)
+        positions = patch_position_ids(torch.arange(patches), height, width)
         found.append(positions + start)
         start += int(positions.max()) + 1
         if left > patches:
@@ -107,7 +107,7 @@ def group_ids(ids: Tensor, grids: Tensor, tokens: MediaTokens) -> Tensor:
 def _grid(grid: Tensor, tokens: MediaTokens, ids_per_patch: Tensor) -> Tensor:
     """Position ids of a video, relative to its start."""
     patches, height, width = grid.tolist()
-    return patch_ids(torch.arange(patches), height // tokens.merge, width // tokens.merge, ids_per_patch)
+    return patch_position_ids(torch.arange(patches), height // tokens.merge, width // tokens.merge, ids_per_patch)
 
 
 def _spans(ids: Tensor, tokens: MediaTokens) -> Iterator[tuple[bool, Tensor]]:

@@ -62,7 +62,7 @@ class VideoSalmonn2Processor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> VideoSalmonn2Processor:  # pyright: ignore
-        """Load a saved processor, or build one from a published folder, which has tokenizer and video processors only.
+        """Load a saved processor, or build one from a published folder, which lacks a feature extractor.
 
         The feature extractor then has the settings of Whisper-large-v3, as in the released code.
         """
@@ -174,7 +174,7 @@ class VideoSalmonn2Processor(ProcessorMixin):
 
 
 def log_mel_segments(extractor: Any, audio: np.ndarray) -> torch.Tensor:
-    """Log-mel features float32 ``[S, bins, 3000]`` of the started segments of 30 s, each padded with silence."""
+    """Log-mel features float32 ``[S, bins, 3000]`` of segments of 30 s, the last one padded with silence."""
     size = SEGMENT_SECONDS * extractor.sampling_rate
     count = math.ceil(len(audio) / size)
     pieces = [np.ascontiguousarray(audio[i * size : (i + 1) * size]) for i in range(count)]

@@ -353,7 +353,7 @@ def test_the_record_of_a_step_does_not_grow_with_the_stream(model):
     for part in parts[1:] * 3:
         tape.step(part)
     held_at_once = cache.kv_nbytes
-    # Steps of at most ten tokens: what goes of the memory is never more than came.
+    # Steps of at most ten tokens: a step never evicts more tokens than it appends.
     assert len(sizes) == 13 and max(sizes[2:]) < held_at_once
     streamed = sum(len(part) for part in parts[1:] * 3) + len(parts[0])
     assert sum(sizes) + held_at_once <= streamed * 3 * 2 * 2 * 8 * 8

@@ -101,8 +101,8 @@ def fake_chunk(number: int, sound: bool) -> Chunk:
 
 def streamed(monkeypatch, backbone: Backbone, method: str, budget: int, chunks: int, positions: Any = "compact") -> Any:
     """A long stream; its cache, and for each step the metadata before renumbering and the largest id in use."""
-    hears = backbone.name == "qwen3_omni"
-    profile = BudgetProfile.uniform(backbone.config, budget, 2.0 if hears else float("inf"))
+    audio = backbone.name == "qwen3_omni"
+    profile = BudgetProfile.uniform(backbone.config, budget, 2.0 if audio else float("inf"))
     cache = CompressedCache(profile, build_selection(method, position_ids=positions))
     stream, encoder = Stream(backbone, cache), stubbed(monkeypatch, backbone)
     seen = SimpleNamespace(cache=cache, steps=[], encoder=encoder, used=0.0)
@@ -121,7 +121,7 @@ def streamed(monkeypatch, backbone: Backbone, method: str, budget: int, chunks: 
     with torch.no_grad():
         stream.forward(encoder.prefix(), text=True)
         for number in range(chunks):
-            inputs = encoder.encode(fake_chunk(number, hears))
+            inputs = encoder.encode(fake_chunk(number, audio))
             stream.step(inputs)
             if cache._compact_ids is not None:
                 after = [cache.token_metadata(layer) for layer in range(len(cache.layers))]

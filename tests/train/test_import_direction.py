@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clips import ROOT
 
-COMMAND_LINE = {ROOT / "omnimem" / "cli.py"}
+COMMAND_LINE = set(ROOT.glob("omnimem/cli/*.py"))
 FILES = sorted({*ROOT.glob("omnimem/**/*.py"), *ROOT.glob("data_prep/**/*.py")} - COMMAND_LINE)
 
 

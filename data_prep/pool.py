@@ -3,7 +3,7 @@
 A decoder that crashes or exhausts memory kills its process, and Python then discards the whole pool. The files that
 were in progress are processed again, one at a time: the file whose process dies a second time is the cause.
 
-    python -m pytest tests/data_prep/test_validate.py -k "crash or interrupted"
+    for item, result in in_processes(check_file, files, workers=4): ...
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure calibration clips and allocate a budget profile (AVBA, arXiv 2606.07577).
+"""Measure calibration clips and allocate budgets (audio-visual budget allocation, AVBA, arXiv 2606.07577).
 
     omnimem calibrate --model runs/quickstart --media clips/ --mean-budget 96 --out profile.json
 
@@ -46,7 +46,7 @@ log = logging.getLogger("omnimem.calibrate")
 GROUPS = {"visual": (VISUAL,), "audio": (AUDIO,), "both": (VISUAL, AUDIO)}
 
 
-class Observe(Full):
+class RecordStatistics(Full):
     """Evict nothing, and observe what the allocation needs: attention scores and hidden states."""
 
     attention_scores = AttentionScoreSpec()
@@ -77,7 +77,7 @@ def measure_clip(backbone: Backbone, clip: Path, settings: StreamSettings) -> li
         are omitted.
     """
     profile = BudgetProfile.uniform(backbone.config)
-    cache = CompressedCache(profile, Observe())
+    cache = CompressedCache(profile, RecordStatistics())
     stream = Stream(backbone, cache)
     reader, encoder = settings.open(clip, backbone)
     stream.forward(encoder.prefix(), text=True)

@@ -1,14 +1,14 @@
-"""`OmniMemError`, the exception for mistakes of the user: entry points print its message and exit with status 2.
+"""`OmniMemError`: an error with a known cause and remedy (usage, data, memory, disk). Entry points exit with status 2.
 
-Any other exception is a bug (or a failure of the machine) and exits with status 1.
+Any other exception is a bug, or an interruption, and exits with status 1.
 """
 
 
 class OmniMemError(Exception):
-    """A mistake in usage or input. Its message is one line: what is wrong, where, and what to do."""
+    """An error that the user can fix. Its message is one line: what is wrong, where, and what to do."""
 
 
-def is_storable(text: str) -> bool:
+def is_valid_text(text: str) -> bool:
     """Whether `text` can be written to a UTF-8 file and used as a path: no lone surrogates, no NUL characters."""
     try:
         text.encode("utf-8")

@@ -26,7 +26,7 @@ def encode_chunks(encoders: Sequence[StreamEncoder], chunks: Chunks) -> ChunkInp
 
 
 def encode_closing(encoders: Sequence[StreamEncoder]) -> ChunkInputs:
-    """Encode the tokens that end the media here."""
+    """Encode the end-of-media tokens (they close the media block before a question)."""
     return ChunkInputs.batch([encoder.closing() for encoder in encoders])
 
 
@@ -51,7 +51,7 @@ class EncoderReplay:
         return encode_chunks(encoders, self.chunks[-1])
 
     def closing(self) -> ChunkInputs:
-        """Encode the tokens that end the media after the chunks."""
+        """Encode the end-of-media tokens after the chunks."""
         return encode_closing(self._run(self.chunks))
 
     def _run(self, earlier: tuple[Chunks, ...]) -> Sequence[StreamEncoder]:
@@ -89,7 +89,7 @@ class BatchEncoder:
         return encode_chunks(self._encoders, chunks), self._replay.last_chunk if self._train else None
 
     def closing(self) -> tuple[ChunkInputs, Recompute | None]:
-        """Encode the tokens that end the media here; also return how to recompute trained outputs among them."""
+        """Encode the end-of-media tokens; also return how to recompute trained outputs among them."""
         recompute = self._replay.closing if self._train and self._has_pending_input else None
         return encode_closing(self._encoders), recompute
 

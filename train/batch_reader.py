@@ -45,7 +45,7 @@ class BatchReader:
         side_by_side = zip_longest(*[self._read(number) for number in range(len(self._readers))])
         while True:
             chunks = next(side_by_side, None)
-            if not self._strategy.any(chunks is not None):
+            if not self._strategy.any_process(chunks is not None):
                 return
             yield ended if chunks is None else chunks
 

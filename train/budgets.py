@@ -1,7 +1,7 @@
 """Budgets that change during training: a curriculum from a large budget to the target, or a random one per step.
 
-    train.py recipe=… memory.start_budget=32768                 # lowered to memory.mean_budget
-    train.py recipe=… memory.random_budget=[4096,49152]         # one adapter for this range
+    accelerate launch train.py recipe=quickstart memory.start_budget=32768           # lowered to memory.mean_budget
+    accelerate launch train.py recipe=quickstart memory.random_budget=[4096,49152]   # one adapter for this range
 
 Both depend on the seed and the step alone, so that resumed runs and all processes use the same budgets.
 """
@@ -25,7 +25,7 @@ def profile_at(recipe: Recipe, profile: BudgetProfile, step: int, steps: int) ->
     Raises
     ------
     OmniMemError
-        A mean budget is too small for the profile's floors.
+        A mean budget is below the profile's minimum per modality.
     """
     memory = recipe.memory
     if memory.random_budget is not None:

@@ -37,7 +37,7 @@ def save_adapter(
 ) -> None:
     """Write adapter and profile into an existing folder; each file is complete or absent.
 
-    `weights` maps the names of the model's parameters to the weights to write; the model's own when left out.
+    `weights` maps the names of the model's parameters to the weights to write; the model's own if omitted.
     """
     with atomic_directory(folder / ADAPTER, overwrite=True) as temporary:
         model.save_pretrained(str(temporary), state_dict=weights, safe_serialization=True, save_embedding_layers=False)
@@ -73,7 +73,7 @@ def save_checkpoint(
     return target
 
 
-def sweep_run(output_dir: Path) -> None:
+def remove_unfinished_files(output_dir: Path) -> None:
     """Delete unfinished files of a killed run."""
     for folder in (output_dir, output_dir / FOLDER):
         remove_leftovers(folder)

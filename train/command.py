@@ -7,9 +7,10 @@
 `omnimem train` is the same program without the launcher, for one device; on several, `accelerate launch -m omnimem
 train recipe=NAME` needs no checkout. `omnimem recipes` lists the recipes, `dry_run=true` prints the plan of a run.
 
-Exit status: 0 done, 2 wrong usage or input, 1 anything else; `--debug` shows tracebacks. The launcher reports 1 for
-every failure and adds its own traceback (`accelerate launch -q` leaves it out on one device). To check a recipe before
-a long job is queued, `omnimem train recipe=NAME dry_run=true` exits with status 2 if it is wrong.
+Exit status: 0 done, 2 an error with a known cause and remedy (usage, data, memory, disk), 1 a bug or interrupted;
+`--debug` shows tracebacks. The launcher reports 1 for every failure and adds its own traceback (with one process,
+`accelerate launch -q` omits it). To check a recipe before a long job is queued, `omnimem train recipe=NAME
+dry_run=true` exits with status 2 if it is wrong.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def stats(
         "mean_budget": profile.mean_budget,
         "rows": {
             "used": len(streams),
-            "left_out": manifest_rows.problems,
+            "skipped": manifest_rows.problems,
             "questions": sum(s.questions for s in streams),
             "rejected": rejected_answers(manifest_rows.rows),
         },
@@ -168,7 +168,7 @@ def durations(seconds: Sequence[float]) -> dict[str, int]:
 def print_stats(found: dict[str, Any], console: Console) -> None:
     """Print the numbers as a table, then the parts of a training step and the durations."""
     rows, tokens, chunks, memory = found["rows"], found["tokens"], found["chunks"], found["memory"]
-    left = f", {len(rows['left_out'])} rows skipped" if rows["left_out"] else ""
+    left = f", {len(rows['skipped'])} rows skipped" if rows["skipped"] else ""
     console.print(f"{rows['used']} streams, {rows['questions']} questions, {found['hours']:,.2f} hours{left}")
     if rows["rejected"]:
         console.print(f"{rows['rejected']} rejected answers, which training ignores")

@@ -107,7 +107,8 @@ class DeepSpeedStrategy(ParallelStrategy):
     @contextmanager
     def accumulate(self) -> Iterator[None]:
         """Keep the gradients unreduced until the step ends."""
-        # Entered by hand: after an error here, leaving would start a reduction that the other processes never join.
+        # Not a `with` block: gradients are reduced once per step, when this context exits. If one process raised an
+        # error, the exit would start a reduction that the others never join, and the process would hang.
         self._unreduced = self._engine.coalesce_grad_reduction()
         self._unreduced.__enter__()
         yield
@@ -124,13 +125,13 @@ class DeepSpeedStrategy(ParallelStrategy):
         """Differentiate with the engine."""
         self._engine.backward(loss)
 
-    def any(self, here: bool) -> bool:
-        """Whether `here` is true in this process or, in lockstep, in any process."""
+    def any_process(self, flag: bool) -> bool:
+        """Whether `flag` is true in this process or, in lockstep, in any process."""
         if not self.lockstep:
-            return here
-        flag = torch.tensor(float(here), device=self._device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+            return flag
+        reduced = torch.tensor(float(flag), device=self._device)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX)
+        return bool(reduced)
 
     def step(self, apply: bool) -> float:
         """One step of the engine, which skips the update if the norm is not finite."""

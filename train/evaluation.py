@@ -1,6 +1,6 @@
 """Evaluation on held-out questions during training, with hard selection as at inference.
 
-    train.py recipe=… eval.path=held_out.jsonl eval.eval_steps=50 eval.early_stopping_patience=4
+    accelerate launch train.py recipe=quickstart eval.path=held_out.jsonl eval.early_stopping_patience=4
 
 The result is the cross-entropy of the reference answers in nats per token. The adapter of the best evaluation is saved
 in ``best/`` with its result, which a resumed run reads. After `eval.early_stopping_patience` evaluations without a new
@@ -119,7 +119,7 @@ class Evaluation:
         """Step and loss of the best evaluation so far."""
         return next(iter(self._saved().values()), None)
 
-    def exhausted(self, step: int) -> str | None:
+    def early_stop_reason(self, step: int) -> str | None:
         """Reason to end the run after `step`: no new best within `eval.early_stopping_patience` evaluations."""
         best = self.best()
         patience = self.config.early_stopping_patience

@@ -26,7 +26,14 @@ from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, atomic_write_text
 from omnimem.recipe import Recipe, keys_without_effect, to_yaml
 from train.budgets import profile_at
-from train.checkpoint import checkpoints, load_progress, load_weights, save_adapter, save_checkpoint, sweep_run
+from train.checkpoint import (
+    checkpoints,
+    load_progress,
+    load_weights,
+    remove_unfinished_files,
+    save_adapter,
+    save_checkpoint,
+)
 from train.data import load_rows
 from train.deepspeed_strategy import zero_stage
 from train.distributed import broadcast_value, from_main_process, new_accelerator, new_strategy
@@ -37,7 +44,7 @@ from train.finish import finish
 from train.launcher import launched_processes, launched_rank
 from train.learning_rate import rate_at
 from train.lock import hold_lock
-from train.metrics import BarHandler, Metrics, OncePerMessage
+from train.metrics import DuplicateMessageFilter, Metrics, TqdmLoggingHandler
 from train.objective import BatchResult
 from train.peak_memory import peak_gib
 from train.run_directory import prepare_run_directory
@@ -56,7 +63,7 @@ from train.stop import StopRequest
 
 log = logging.getLogger("omnimem.train")
 
-MAX_SKIPPED = 5
+MAX_CONSECUTIVE_SKIPPED = 5
 """The run ends after this many consecutive steps with a loss or gradient that is not finite."""
 
 
@@ -68,8 +75,8 @@ def run(recipe: Recipe) -> None:
     OmniMemError
         A problem in the recipe, the data or the output folder that the user has to fix.
     """
-    handler = BarHandler()
-    handler.addFilter(OncePerMessage())
+    handler = TqdmLoggingHandler()
+    handler.addFilter(DuplicateMessageFilter())
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", handlers=[handler])
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
@@ -98,7 +105,8 @@ def run(recipe: Recipe) -> None:
         except torch.OutOfMemoryError as error:
             raise OmniMemError(
                 f"out of GPU memory (peak {peak_gib():.1f} GiB): lower data.chunk_seconds, memory.mean_budget or "
-                "train.per_device_train_batch_size and use a new output_dir; dry_run=true shows the size of each part"
+                "train.per_device_train_batch_size (a run cannot resume with other values); "
+                "dry_run=true shows the size of each part"
             ) from error
 
 
@@ -115,7 +123,7 @@ def _load_data(recipe: Recipe, supports_audio: bool) -> tuple[list[Row], list[Ro
 def _prepare_output(recipe: Recipe, output_dir: Path, rows: list[Row]) -> None:
     """Prepare the output folder in the main process, before any process reads it."""
     prepare_run_directory(output_dir, recipe, rows)
-    sweep_run(output_dir)
+    remove_unfinished_files(output_dir)
     build_tiny_base(recipe, output_dir)
 
 
@@ -165,7 +173,8 @@ def train(
     skipped = 0
     steps = schedule.steps
     for step in range(done, steps):
-        if recipe.eval.early_stopping_patience is not None and (reason := broadcast_value(evaluation.exhausted(step))):
+        patience = recipe.eval.early_stopping_patience
+        if patience is not None and (reason := broadcast_value(evaluation.early_stop_reason(step))):
             log.info("early stopping after step %d: %s", step, reason)
             break
         started = time.perf_counter()
@@ -191,9 +200,9 @@ def train(
         skipped = 0 if finite else skipped + 1
         if not finite:
             log.warning("step %d skipped: loss %s, gradient norm %s", step + 1, loss_value, norm)
-        if skipped == MAX_SKIPPED:
+        if skipped == MAX_CONSECUTIVE_SKIPPED:
             raise OmniMemError(
-                f"{MAX_SKIPPED} consecutive steps without a finite loss or gradient, the last on "
+                f"{MAX_CONSECUTIVE_SKIPPED} consecutive steps without a finite loss or gradient, the last on "
                 f"{[sample.row.name for sample in batch]}; lower train.learning_rate, use model.dtype=float32, or "
                 "check these clips"
             )
@@ -204,7 +213,7 @@ def train(
             "loss": _finite(loss_value),
             "distillation_loss": distillation if recipe.distill.weight > 0 else None,
             "learning_rate": rate * recipe.train.learning_rate,
-            "temperature": None if gradient is None else gradient.temperature,
+            "gate_temperature": None if gradient is None else gradient.temperature,
             "grad_norm": _finite(norm),
             "skipped": not finite,
             "answer_tokens": answer_tokens,
@@ -258,5 +267,5 @@ def _cache_record(result: BatchResult) -> dict[str, Any]:
         "retained": result.retained,
         "retention": result.retention,
         "gates": result.gates,
-        "memory_bytes": result.memory_bytes,
+        "kv_bytes": result.kv_bytes,
     }

@@ -23,7 +23,7 @@ NF4_BYTES = 0.5 + 1 / 64 * (1 + 4 / 256)
 RETAINED = "cache (all layers at budget)"
 """Name of the part whose size is fixed by the budget."""
 
-EVICTED = "evicted tokens kept for the backward,"
+EVICTED = "evicted tokens kept for the backward pass,"
 """Start of the name of the part that grows with the stream; it is on the device only with ``train.offload=none``."""
 
 
@@ -94,13 +94,13 @@ def memory_plan(
     """Bytes of each part of a training step; `backbone` has shapes only and receives its adapter here."""
     longest = max(streams, key=lambda stream: stream.tokens)
     shape = StepShape.of(recipe, backbone, profile, method, longest)
-    place = "on the device" if recipe.train.offload == "none" else f"in {recipe.train.offload} memory"
+    place = {"none": "on the device", "host": "in host memory", "disk": "on disk"}[recipe.train.offload]
     return {
         "weights": weight_bytes(recipe, backbone),
         "adapter, gradients, optimizer": adapter_bytes(recipe, backbone),
         RETAINED: shape.batch * shape.retained * (shape.kv_bytes + shape.feature_bytes),
         "backward: restored cache, its gradient": restored_bytes(recipe, shape, longest),
-        "margin of evicted tokens": shape.batch * shape.layers * shape.margin * shape.kv_bytes,
+        "evicted tokens with gates (margin)": shape.batch * shape.layers * shape.margin * shape.kv_bytes,
         "activations of a chunk": activation_bytes(backbone, shape),
         "logits of an answer": shape.batch * longest.answer * backbone.config.text_config.vocab_size * 3 * 4,
         "the teacher's cache": teacher_bytes(recipe, shape),

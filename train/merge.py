@@ -2,7 +2,7 @@
 
 Three checks:
 
-1. `merge_adapter`: every element of a merged weight is within half a rounding step of W + s·B·A. The sum is computed in
+1. `merge_adapter`: every element of a merged weight is within half an ulp of W + s·B·A. The sum is computed in
    float32 and rounded once.
 2. `verify`: every tensor that transformers loads from disk has the same bits as the merged tensor, or as the base's if
    the adapter does not change it (SHA-256 of each tensor, so that no second copy of the model is needed).
@@ -31,19 +31,19 @@ from torch import Tensor
 from omnimem.backbones import Backbone
 from omnimem.backbones.adapter import PREFIX, load_adapter, modules_to_save
 from omnimem.errors import OmniMemError
-from train.peak_memory import peak_bytes
+from train.peak_memory import peak_rss_bytes
 
 PROBE = "What is seen, what is heard, and what happened first? " * 4
 """Text whose logits are compared."""
 
 WEIGHT_STEPS = 4
-"""Allowed error of the sum W + s·B·A, in rounding steps of the dtype it is computed in (float32 or float64)."""
+"""Allowed error of the sum W + s·B·A, in ulps of the dtype it is computed in (float32 or float64)."""
 
 LOGIT_STEPS, LOGIT_SHARE = 64, 0.01
-"""Allowed difference of the logits: rounding steps of the largest logit, and at most this share of it.
+"""Allowed difference of the logits: ulps of the largest logit, and at most this share of it.
 
 On the CPU the difference was 0. Sums over tensors at other memory addresses may run in another order, which in bfloat16
-can change a logit by one rounding step, 0.8 %.
+can change a logit by one ulp, 0.8 %.
 """
 
 ROWS = 512
@@ -81,7 +81,7 @@ class Verification:
         Largest difference between the logits of the written checkpoint and of the merged model; its limit.
     rounding : float
         Largest difference between the logits of the merged model and of base + adapter, caused by rounding.
-    peak_bytes : int
+    peak_rss_bytes : int
         Peak resident memory of the process during the export.
     """
 
@@ -89,13 +89,13 @@ class Verification:
     difference: float
     limit: float
     rounding: float
-    peak_bytes: int
+    peak_rss_bytes: int
 
     def __str__(self) -> str:
         return (
             f"{self.tensors} tensors verified against base + adapter, logits within {self.difference:.1e} of the "
             f"merged model's (limit {self.limit:.1e}) and {self.rounding:.1e} of base + adapter's; "
-            f"peak host memory of the process {self.peak_bytes / 2**30:.1f} GiB"
+            f"peak host memory of the process {self.peak_rss_bytes / 2**30:.1f} GiB"
         )
 
 
@@ -146,7 +146,7 @@ def verify(merged: Merged, written: Backbone) -> Verification:
             f"the written checkpoint computes other logits than the merged model, by {difference:.1e} (limit "
             f"{limit:.1e}): its tensors are the same, its configuration is not; nothing was written"
         )
-    return Verification(len(digests), difference, limit, merged.rounding, peak_bytes())
+    return Verification(len(digests), difference, limit, merged.rounding, peak_rss_bytes())
 
 
 def _check_mergeable(peft_model: Any, full: tuple[str, ...], adapter: str | Path) -> None:

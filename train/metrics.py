@@ -105,7 +105,7 @@ class Metrics:
             self._trackers.close()
 
 
-class BarHandler(logging.Handler):
+class TqdmLoggingHandler(logging.Handler):
     """Writes log lines above the progress bar instead of into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -114,7 +114,7 @@ class BarHandler(logging.Handler):
         tqdm.write(self.format(record) + "\n", file=sys.stderr, end="")
 
 
-class OncePerMessage(logging.Filter):
+class DuplicateMessageFilter(logging.Filter):
     """Passes each message about media once: a clip is opened every epoch and would repeat its warnings."""
 
     def __init__(self) -> None:

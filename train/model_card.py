@@ -35,7 +35,8 @@ print(session.ask("What is heard?"))
 | selection | `{selection}` |
 | media | `{stream}` |
 | weights | {dtype}{trained_on} |
-| verified | {tensors} tensors equal base + adapter rounded once; logits within {rounding:.1e} of base + adapter |
+| verified | {tensors} tensors equal base + adapter rounded once; logits within {difference:.1e} of the merged model's |
+| logits, merged vs. unmerged (reported, not checked) | within {rounding:.1e} |
 """
 
 
@@ -77,5 +78,6 @@ def model_card(
         dtype=str(backbone.model.dtype).removeprefix("torch."),
         trained_on=", the full-precision base; the adapter was trained on the base in NF4" if quantized else "",
         tensors=checked.tensors,
+        difference=checked.difference,
         rounding=checked.rounding,
     )

@@ -56,8 +56,8 @@ class BatchResult:
         Retained visual and audio tokens as a share of those streamed.
     gates : dict or None
         See `CompressedCache.gate_statistics`.
-    memory_bytes : int
-        Size of the cache at the end.
+    kv_bytes : int
+        Bytes of the keys and values in the cache at the end.
     backward : callable
         ``backward(weight)`` adds the gradient of ``weight * loss`` to the parameters.
     """
@@ -69,7 +69,7 @@ class BatchResult:
     retained: dict[str, float]
     retention: dict[str, float]
     gates: dict[str, float] | None
-    memory_bytes: int
+    kv_bytes: int
     backward: Callable[[float], None]
 
 
@@ -90,15 +90,15 @@ class StreamObjective:
     settings : StreamSettings
         How media are read.
     distill : DistillConfig, optional
-        Distillation; off when left out.
+        Distillation; off if omitted.
     skip_damaged : bool
         Skip the rest of a clip that turns out to be damaged instead of raising.
     store : Store, optional
-        Where evicted tokens are kept for the backward pass; on the device when left out.
+        Where evicted tokens are kept for the backward pass; on the device if omitted.
     truncation : Truncation, optional
         Truncated backpropagation through time.
     strategy : ParallelStrategy, optional
-        Processes that train together; this one alone when left out.
+        Processes that train together; this one alone if omitted.
     train_encoders : bool
         Whether modules before the decoder are trained, so that the backward pass recomputes their outputs.
     prefetch_chunks : int
@@ -147,7 +147,7 @@ class StreamObjective:
         gradient : SelectionGradient, optional
             Gradient into the selection scores.
         profile : BudgetProfile, optional
-            Budgets of this batch; the objective's own when left out.
+            Budgets of this batch; the objective's own if omitted.
         """
         training: bool = self.model.training
         strategy = self._strategy
@@ -160,7 +160,7 @@ class StreamObjective:
             strategy.backward,
             record=training,
             lockstep=strategy.lockstep,
-            any_process=strategy.any,
+            any_process=strategy.any_process,
         )
         clips = [open_row(sample.row, self._settings, self._backbone) for sample in samples]
         encoders = BatchEncoder([encoder for _, encoder in clips], train=self._train_encoders and training)
@@ -197,7 +197,7 @@ class StreamObjective:
         if self._distill is None:
             return None
         known = None if self._teacher_cache is None else self._teacher_cache.load(samples)
-        if not self._strategy.any(known is None):
+        if not self._strategy.any_process(known is None):
             return Teacher(self._distill, self._strategy, samples, known=known)
         return Teacher(
             self._distill,

@@ -80,9 +80,9 @@ class ParallelStrategy:
         """Add the gradient of a scalar to the gradients of the step."""
         loss.backward()
 
-    def any(self, here: bool) -> bool:
-        """Whether `here` is true in this process or, in lockstep, in any process."""
-        return here
+    def any_process(self, flag: bool) -> bool:
+        """Whether `flag` is true in this process or, in lockstep, in any process."""
+        return flag
 
     def set_learning_rate(self, ratio: float) -> None:
         """Set the learning rate of the next step as a share of each group's peak."""

@@ -23,7 +23,7 @@ def reset_peak() -> None:
         (PROCESS / "clear_refs").write_text("5")
 
 
-def peak_bytes() -> int:
+def peak_rss_bytes() -> int:
     """Largest resident set in bytes since `reset_peak`, or since the process started."""
     try:
         # Not ru_maxrss, which a child process inherits from its parent.
@@ -35,4 +35,4 @@ def peak_bytes() -> int:
 
 def peak_gib() -> float:
     """Peak in GiB: tensors on the GPU if there is one, else the resident set."""
-    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_bytes()) / 2**30
+    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss_bytes()) / 2**30

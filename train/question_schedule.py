@@ -9,7 +9,7 @@ from train.batch_encoder import Chunks
 from train.parallel import ParallelStrategy
 from train.samples import Sample, TokenizedQuestion
 
-Due = list[TokenizedQuestion | None]
+DueQuestions = list[TokenizedQuestion | None]
 """One question or None for each stream of a batch."""
 
 
@@ -28,7 +28,7 @@ class QuestionSchedule:
         self._pending = [deque(sample.questions) for sample in samples]
         self._strategy = strategy
 
-    def after_chunk(self, chunks: Chunks) -> Iterator[Due]:
+    def after_chunk(self, chunks: Chunks) -> Iterator[DueQuestions]:
         """Yield the questions whose time lies within the chunks just read or before."""
 
         def is_due(number: int, question: TokenizedQuestion) -> bool:
@@ -37,7 +37,7 @@ class QuestionSchedule:
 
         return self._rounds(is_due)
 
-    def at_end(self) -> Iterator[Due]:
+    def at_end(self) -> Iterator[DueQuestions]:
         """Yield all remaining questions."""
         return self._rounds(lambda number, question: True)
 
@@ -45,13 +45,13 @@ class QuestionSchedule:
         """Drop the remaining questions of a stream."""
         self._pending[number].clear()
 
-    def _rounds(self, is_due: Callable[[int, TokenizedQuestion], bool]) -> Iterator[Due]:
+    def _rounds(self, is_due: Callable[[int, TokenizedQuestion], bool]) -> Iterator[DueQuestions]:
         """Yield rounds of at most one due question per stream, until no process in lockstep has any."""
         while True:
-            due: Due = [
+            due: DueQuestions = [
                 pending.popleft() if pending and is_due(number, pending[0]) else None
                 for number, pending in enumerate(self._pending)
             ]
-            if not self._strategy.any(any(due)):
+            if not self._strategy.any_process(any(due)):
                 return
             yield due

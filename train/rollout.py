@@ -22,7 +22,7 @@ from omnimem.modality import KINDS
 from omnimem.token_metadata import count_tokens
 from train.batch_encoder import BatchEncoder, Chunks, Recompute
 from train.parallel import ParallelStrategy
-from train.question_schedule import Due
+from train.question_schedule import DueQuestions
 from train.teacher import Teacher
 
 
@@ -35,7 +35,7 @@ class AnswerLoss:
     stream : Stream
         The student.
     closing : ChunkInputs
-        Tokens that end the media here.
+        End-of-media tokens (they close the media block before a question).
     recompute_closing : callable, optional
         Recomputes `closing` in the backward pass, if trained encoders produced it.
     question, answer : list of Tensor
@@ -127,7 +127,7 @@ class Rollout:
             self._bptt.empty_pass(self._prefix, matches_step=True)
             self._run_teacher(self._empty_pass)
 
-    def answer(self, due: Due) -> None:
+    def answer(self, due: DueQuestions) -> None:
         """Add the loss of the answers to the due questions; without any, make the passes that lockstep needs."""
         if not any(due):
             # Teacher before student, as in the processes that answer.

@@ -10,16 +10,20 @@ from omnimem.backbones.adapter import ADAPTER_CONFIG, RECIPE_FILE
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, remove_directory
 from omnimem.recipe import Recipe, load_recipe, to_dict
+from omnimem.recipe.messages import show_value
 from train.checkpoint import checkpoints
 
 DATA_FILE = "data.json"
 
 MAY_CHANGE = (
     "recipe", "resume_from_checkpoint", "dry_run", "output_dir", "finish", "train.max_steps", "train.num_train_epochs",
-    "train.logging_steps", "train.save_steps", "train.save_total_limit", "train.offload", "train.report_to", "eval",
-    "data.path", "data.root", "data.prefetch_chunks", "distill.cache_dir",
+    "train.logging_steps", "train.save_steps", "train.save_total_limit", "train.offload", "train.report_to",
+    "train.ddp_timeout", "eval", "data.path", "data.root", "data.prefetch_chunks", "distill.cache_dir",
 )  # fmt: skip
-"""Keys that a resumed run may change, because earlier steps do not depend on them; data are compared by fingerprint."""
+"""Keys that a resumed run may change; a changed number of steps changes the schedules from here on.
+
+Data are compared by fingerprint.
+"""
 
 
 def prepare_run_directory(output_dir: Path, recipe: Recipe, rows: list[Row]) -> None:
@@ -43,7 +47,7 @@ def prepare_run_directory(output_dir: Path, recipe: Recipe, rows: list[Row]) -> 
         for key, value in _flat(to_dict(recipe)).items():
             if not key.startswith(MAY_CHANGE) and before[key] != value:
                 raise OmniMemError(
-                    f"{output_dir} holds a run with {key}={before[key]!r}, not {value!r}; "
+                    f"{output_dir} holds a run with {key}={show_value(before[key])}, not {show_value(value)}; "
                     "use another output_dir or the same value"
                 )
         data = output_dir / DATA_FILE

@@ -87,14 +87,14 @@ def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
 
 
 def check_lora_targets(recipe: Recipe, backbone: Backbone) -> None:
-    """Refuse a LoRA target that matches no projection of the decoder, and an unknown projector."""
+    """Refuse a LoRA target that matches no linear layer of the decoder, and an unknown projector."""
     modules = [name for name, _ in backbone.model.named_modules()]
     for target in recipe.lora.target_modules:
         pattern = re.compile(backbone.lora_target_regex([re.escape(target)]))
         if not any(pattern.fullmatch(name) for name in modules):
             raise OmniMemError(
-                f"lora.target_modules: {target!r} is no projection of {backbone.name}'s language model; use some of "
-                "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+                f"lora.target_modules: {target!r} is not a linear layer of {backbone.name}'s language model; use some "
+                "of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
             )
     for name in recipe.lora.modules_to_save:
         if name not in backbone.projectors:

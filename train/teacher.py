@@ -14,7 +14,7 @@ from omnimem.backbones import ChunkInputs
 from omnimem.forward import Stream
 from omnimem.recipe import DistillConfig
 from train.parallel import ParallelStrategy
-from train.question_schedule import Due
+from train.question_schedule import DueQuestions
 from train.samples import Sample, TokenizedQuestion
 from train.teacher_cache import TeacherCache
 
@@ -60,7 +60,7 @@ class Teacher:
             with self._weights():
                 return self._strategy.call(lambda: step(stream))
 
-    def logits(self, due: Due, closing: ChunkInputs, question: list[Tensor], answer: list[Tensor]) -> Tensor:
+    def logits(self, due: DueQuestions, closing: ChunkInputs, question: list[Tensor], answer: list[Tensor]) -> Tensor:
         """Logits ``[M, V]`` of the answers to the due questions, concatenated over the batch."""
         if self._known is not None:
             return torch.cat([self._known[one] for one in due if one is not None])

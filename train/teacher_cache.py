@@ -1,6 +1,6 @@
 """Logits of the teacher on disk: the base model does not change, so they are computed once.
 
-    train.py recipe=… distill.weight=1 distill.cache_dir=teacher/
+    accelerate launch train.py recipe=quickstart distill.weight=1 distill.cache_dir=teacher/
 
 One file per question holds the logits of its answer. The file name is a hash of everything they depend on: weights,
 clip, how the clip is read, question, answer and time.
@@ -21,7 +21,7 @@ from omnimem.backbones import TINY
 from omnimem.backbones.adapter import BASE_FOLDER
 from omnimem.files import atomic_file, file_digest
 from omnimem.recipe import Recipe
-from train.question_schedule import Due
+from train.question_schedule import DueQuestions
 from train.samples import Sample, TokenizedQuestion
 
 LOGITS = "logits"
@@ -71,7 +71,7 @@ class TeacherCache:
                     return None
         return found
 
-    def save(self, samples: list[Sample], due: Due, logits: Tensor) -> None:
+    def save(self, samples: list[Sample], due: DueQuestions, logits: Tensor) -> None:
         """Store the logits ``[M, V]`` of the answers to the due questions, concatenated over the batch."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lengths = [len(question.answer) for question in due if question is not None]

@@ -3,7 +3,7 @@
 The formats differ in how they name roles and media, not in what a turn is. Each pair of turns becomes a separate
 question about the whole stream: earlier turns are not part of the prompt.
 
-    python -m pytest tests/data_prep/test_convert.py -k conversation
+    questions, notes = read_pairs(read_turns(row["conversations"], media))
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.manifest import filled
+from data_prep.manifest import drop_nulls
 from omnimem.errors import OmniMemError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -44,7 +44,7 @@ def rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     try:
         for index, row in enumerate(_open(source, split)):
-            yield f"{source}[{index}]", filled(row)
+            yield f"{source}[{index}]", drop_nulls(row)
     except (OSError, ValueError, ImportError) as error:  # what pyarrow, datasets and the hub raise
         words = " ".join(str(error).split())[:200]
         raise OmniMemError(f"{source}: not readable as a data set ({words}); see --split and --from") from error

@@ -1,6 +1,6 @@
 """Multiple choice: read options in the ways tables write them, append them to the question, find the answer's letter.
 
-python -m pytest tests/data_prep/test_convert.py -k options
+letter, counted = answer_letter("a dog", read_options(["A. a cat", "B. a dog"]))  # "B"
 """
 
 from __future__ import annotations

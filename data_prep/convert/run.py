@@ -1,6 +1,6 @@
 """`omnimem data convert`: read the rows of all sources, check each, and merge rows about the same stream.
 
-python -m pytest tests/data_prep/test_convert.py
+report = convert(["train.json"], "train.jsonl", root="clips")
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The common form of a source row: one stream, as the source names it, and its questions.
 
-python -m pytest tests/data_prep/test_convert.py
+path = media_path({"path": "clip.mp4"}, "video")
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Sample:
     notes: tuple[str, ...] = ()
 
 
-def listed(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """A list unchanged, a single value as a list of one, an empty value as an empty list."""
     if value is None or value == "":
         return []
@@ -132,7 +132,7 @@ def refuse_others(row: Mapping[str, Any]) -> None:
     """Raise BadRow for rows with content that a manifest cannot express."""
     refuse_segment(row, "video")
     for key in ("image", "images"):
-        if listed(row.get(key)):
+        if as_list(row.get(key)):
             raise BadRow(f"it has {key}; only video and audio are read")
     if row.get("tools"):
         raise BadRow("it has tools; only questions and answers are read")

@@ -24,7 +24,7 @@ from .conversation import (
     with_chosen,
     with_rejected,
 )
-from .sample import SYSTEM, Sample, listed, one_stream, refuse_others
+from .sample import SYSTEM, Sample, as_list, one_stream, refuse_others
 
 
 def read(row: Mapping[str, Any], implied: bool = False) -> Sample:
@@ -36,7 +36,7 @@ def read(row: Mapping[str, Any], implied: bool = False) -> Sample:
         Why the row is refused.
     """
     refuse_others(row)
-    media = Media(listed(row.get("videos", row.get("video"))), listed(row.get("audios", row.get("audio"))), image=[])
+    media = Media(as_list(row.get("videos", row.get("video"))), as_list(row.get("audios", row.get("audio"))), image=[])
     turns = with_chosen(_turns(row, media), row.get("chosen"), media)
     rejected = row.get("rejected")
     if rejected is not None:
@@ -54,12 +54,12 @@ def _turns(row: Mapping[str, Any], media: Media) -> list[Turn]:
         if row.get(key) is not None:
             return read_turns(row[key], media)
     if row.get("conversation") is not None:  # one object per question and answer
-        return [turn for pair in listed(row["conversation"]) for turn in _pair_of_turns(pair)]
+        return [turn for pair in as_list(row["conversation"]) for turn in _pair_of_turns(pair)]
     for question, answer in (("query", "response"), ("instruction", "output")):
         if row.get(question) is not None:
             text = "\n".join(str(row[key]) for key in (question, "input") if row.get(key))
             now = _pair_of_turns({"human": text, "assistant": row.get(answer)})
-            return [turn for pair in listed(row.get("history")) for turn in _pair_of_turns(pair)] + now
+            return [turn for pair in as_list(row.get("history")) for turn in _pair_of_turns(pair)] + now
     raise BadRow(f"no conversation; the keys are {short(', '.join(map(str, row)))}")
 
 

@@ -122,7 +122,7 @@ def _parsed(line: bytes) -> Any:
     try:
         return json.loads(line, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        return BadRow(f"not valid JSON: {error} (a JSON array, or one object a line)")
+        return BadRow(f"not valid JSON: {error} (a JSON array, or one object per line)")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> Any:

@@ -17,7 +17,7 @@ from data_prep.manifest import BadRow
 
 from . import sharegpt
 from .conversation import Media, answer_turn, with_rejected
-from .sample import Sample, listed
+from .sample import Sample, as_list
 
 
 def read(row: Mapping[str, Any]) -> Sample:
@@ -32,7 +32,7 @@ def read(row: Mapping[str, Any]) -> Sample:
         raise BadRow("it has objects (grounding); only questions and answers are read")
     for kind in ("videos", "audios"):
         other = row.get("rejected_" + kind)
-        if other is not None and listed(other) != listed(row.get(kind)):
+        if other is not None and as_list(other) != as_list(row.get(kind)):
             raise BadRow(f"the rejected answer is about other {kind}; a row is one stream")
     sample = sharegpt.read(row, implied=True)
     rejected = row.get("rejected_response", row.get("rejected_messages"))

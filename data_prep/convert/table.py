@@ -18,7 +18,7 @@ from data_prep.manifest import BadRow, short
 
 from .conversation import PLACEHOLDER, make_question
 from .options import AnswerForm, answer_letter, read_options, with_options
-from .sample import FROM_ZERO, Sample, listed, one_stream, refuse_others
+from .sample import FROM_ZERO, Sample, as_list, one_stream, refuse_others
 
 COLUMNS = {
     "video": ("video", "video_path", "video_file", "media", "clip", "file_name", "filename", "path", "file"),
@@ -72,7 +72,7 @@ def read(row: Mapping[str, Any], answers: AnswerForm = "auto") -> Sample:
         answer = str(answer).removesuffix(".0")  # a numeric column with empty cells stores whole numbers as floats
     entry = make_question(question, answer, found["rejected"], seconds(found["time"]))
     use_own_audio = found["use_audio"] is None or _truth(found["use_audio"])
-    video, audio_path, use_audio, more = one_stream(listed(found["video"]), listed(found["audio"]), use_own_audio)
+    video, audio_path, use_audio, more = one_stream(as_list(found["video"]), as_list(found["audio"]), use_own_audio)
     return Sample(video, audio_path, use_audio, (entry,), notes + more)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from data_prep.manifest import BadRow, short
 
 from .conversation import Media, check_placeholders, read_pairs, read_turns
-from .sample import Sample, listed, one_stream, refuse_others
+from .sample import Sample, as_list, one_stream, refuse_others
 
 
 def read(row: Mapping[str, Any]) -> Sample:
@@ -31,7 +31,7 @@ def read(row: Mapping[str, Any]) -> Sample:
     use_audio = row.get("use_audio", False)
     if not isinstance(use_audio, bool):
         raise BadRow(f"use_audio must be true or false, got {short(use_audio)}")
-    videos, audios = listed(row.get("video")), listed(row.get("audio"))
+    videos, audios = as_list(row.get("video")), as_list(row.get("audio"))
     turns = read_turns(row.get("conversations"), Media())
     kind = "<video>" if videos else "<audio>"
     turns = [replace(turn, text=turn.text.replace("<image>", kind)) for turn in turns]

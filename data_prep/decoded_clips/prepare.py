@@ -29,7 +29,7 @@ from data_prep.decoded_clips.folder import (
     read_settings,
 )
 from data_prep.decoded_clips.format import VERSION, ClipMetadata, PrepareSettings
-from data_prep.decoded_clips.shard_writer import Prepared, Refused, Task, died, prepare_clip, source
+from data_prep.decoded_clips.shard_writer import Prepared, RejectedClip, Task, prepare_clip, source, worker_died
 from data_prep.manifest import Manifest, Row
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_file, atomic_write_json, remove_leftovers
@@ -68,7 +68,7 @@ def prepare(
     executor: str = "process",
     on_bad_row: str = "error",
     on_start: Callable[[int], None] = lambda total: None,
-    on_clip: Callable[[Prepared | Refused], None] = lambda outcome: None,
+    on_clip: Callable[[Prepared | RejectedClip], None] = lambda outcome: None,
 ) -> Report:
     """Decode the clips of a manifest into a prepared folder; existing shards are reused.
 
@@ -101,14 +101,14 @@ def prepare(
     tasks = [_task(row, settings, store) for row in manifest.rows]  # rows with the same clip have equal tasks
     with _lock(store):
         known = _known_shards(folder, store)
-        outcomes: dict[Task, Prepared | Refused] = {
+        outcomes: dict[Task, Prepared | RejectedClip] = {
             task: known[key] for task in set(tasks) if (key := _task_key(task)) in known
         }
         missing = [task for task in dict.fromkeys(tasks) if task not in outcomes]
         on_start(len(missing))
         with closing(EXECUTORS[executor](prepare_clip, missing, workers)) as results:
             for task, outcome in results:
-                outcomes[task] = outcome or died(task)
+                outcomes[task] = outcome or worker_died(task)
                 on_clip(outcomes[task])
 
     problems = list(manifest.problems)

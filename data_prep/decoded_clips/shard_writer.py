@@ -77,26 +77,26 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Refused:
+class RejectedClip:
     """Why a clip cannot be used."""
 
     reason: str
 
 
-def died(task: Task) -> Refused:
+def worker_died(task: Task) -> RejectedClip:
     """The outcome of a clip whose worker process died."""
     reason = "the worker process that decoded it died (a crash in a decoder, or out of memory: lower --workers)"
-    return Refused(f"{task.media.name}: {reason}")
+    return RejectedClip(f"{task.media.name}: {reason}")
 
 
-def prepare_clip(task: Task) -> Prepared | Refused:
+def prepare_clip(task: Task) -> Prepared | RejectedClip:
     """Decode a clip into its shard unless the shard exists; errors of the clip are returned, not raised."""
     try:
         sources = [source(path) for path in task.files]
         for known in sources:
             known["digest"] = file_digest(Path(known["path"]))
     except OSError as error:
-        return Refused(f"{task.media.name}: cannot be read: {error.strerror}")
+        return RejectedClip(f"{task.media.name}: cannot be read: {error.strerror}")
     shard = shard_name([known["digest"] for known in sources], task.settings)
     path = task.clips / shard
     try:
@@ -107,7 +107,7 @@ def prepare_clip(task: Task) -> Prepared | Refused:
         with atomic_file(path) as temporary:
             metadata = write_shard(temporary, task)
     except MediaError as error:
-        return Refused(str(error))
+        return RejectedClip(str(error))
     return Prepared(shard, path.stat().st_size, sources, metadata, reused=False)
 
 

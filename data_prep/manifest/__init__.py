@@ -1,4 +1,4 @@
-"""The manifest: a JSON Lines file with one stream a line and the questions asked about it; or the same rows as Parquet.
+"""The manifest: a JSON Lines file with one stream and its questions per line, or the same rows as Parquet.
 
     {"media": "clip.mp4", "questions": [{"question": "Who speaks?", "answer": "A pilot.", "time": 12.5}]}
     {"media": "silent.mp4", "question": "What colour is the car?", "answer": "Red.", "audio": false}
@@ -8,11 +8,11 @@
 clip now than after six hours. Media files are looked up on disk, not decoded. `omnimem data convert` writes manifests
 from the formats of other projects.
 
-Try it: `python train.py recipe=quickstart data.path=my.jsonl dry_run=true`.
+Try it: `accelerate launch train.py recipe=quickstart data.path=my.jsonl dry_run=true`.
 """
 
 from data_prep.manifest.check import BadRow, find_media, read_row, short
-from data_prep.manifest.reader import filled, media_root, read_manifest
+from data_prep.manifest.reader import drop_nulls, media_root, read_manifest
 from data_prep.manifest.rows import LONGEST, Manifest, Question, Row, manifest_fingerprint, rejected_answers
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "Manifest",
     "Question",
     "Row",
-    "filled",
+    "drop_nulls",
     "find_media",
     "manifest_fingerprint",
     "media_root",

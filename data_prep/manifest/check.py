@@ -1,6 +1,6 @@
 """Read and check one row of a manifest: keys, types, texts, and that its files lie inside the data root.
 
-python -m pytest tests/data_prep/test_manifest.py
+row = read_row(b'{"media": "clip.mp4", "question": "Who?", "answer": "Ada."}', 1, Path("clips"))
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _decode(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise BadRow(f"not UTF-8 at byte {error.start}") from error
     except json.JSONDecodeError as error:
-        raise BadRow(f"not valid JSON: {error.msg} at column {error.colno} (one object a line)") from error
+        raise BadRow(f"not valid JSON: {error.msg} at column {error.colno} (one object per line)") from error
     except (ValueError, RecursionError) as error:
         raise BadRow(f"not a row: {error}") from error
     if not isinstance(row, dict):

@@ -69,11 +69,11 @@ def media_root(path: str | os.PathLike[str], root: str | os.PathLike[str] | None
     return Path(os.path.realpath(_manifest_file(path).parent if root is None else root))
 
 
-def filled(value: Any) -> Any:
+def drop_nulls(value: Any) -> Any:
     """Drop keys without a value at every level: a Parquet row has a cell for every column."""
     if isinstance(value, dict):
-        return {key: filled(one) for key, one in value.items() if one is not None}
-    return [filled(one) for one in value] if isinstance(value, list) else value
+        return {key: drop_nulls(one) for key, one in value.items() if one is not None}
+    return [drop_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _manifest_file(path: str | os.PathLike[str]) -> Path:
@@ -99,7 +99,7 @@ def _parquet_lines(file: Path, shards: list[Path]) -> Iterator[bytes]:
     try:
         stream = load_dataset("parquet", data_files=[str(shard) for shard in shards], split="train", streaming=True)
         for row in stream:
-            yield json.dumps(filled(row), ensure_ascii=False, default=str).encode()
+            yield json.dumps(drop_nulls(row), ensure_ascii=False, default=str).encode()
     except (OSError, ValueError) as error:  # what pyarrow and datasets raise
         raise OmniMemError(
             f"manifest {file}: not readable as Parquet ({' '.join(str(error).split())[:200]})"

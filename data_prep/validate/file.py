@@ -29,8 +29,8 @@ VIDEO_SUFFIXES = suffixes("3g2 3gp asf avi flv gif m2ts m4v mkv mov mp4 mpeg mpg
 AUDIO_SUFFIXES = suffixes("aac ac3 aif aiff alac amr ape au caf flac m4a mka mp2 mp3 oga ogg opus wav wma wv")
 
 START_OFFSET, END_OFFSET = 0.05, 1.0  # seconds between audio and video that are not reported
-DURATION_SECONDS, DURATION_SHARE = 0.5, 0.02  # tolerance of header against content: headers are rounded
-SHORT = 2.0  # seconds: the default chunk length of the reader
+DURATION_SECONDS, DURATION_SHARE = 0.5, 0.02  # tolerance between header and content: headers are rounded
+SHORT = 2.0  # seconds
 SMALLEST_SIDE, LARGEST_RATIO = 32, 4.0
 
 
@@ -225,7 +225,7 @@ def _header(path: Path) -> list[Finding]:
                 message = f"cover art ({codec.name}, {stream.width}x{stream.height}): not used as video"
                 found.append(Finding("cover_art", message))
             elif codec and codec.format and (bits := max(part.bits for part in codec.format.components)) > 8:
-                message = f"{bits} bits per colour ({codec.name}, track {stream.index}); frames are converted to 8"
+                message = f"{bits}-bit colour ({codec.name}, track {stream.index}); frames are converted to 8"
                 found.append(Finding("bit_depth", message))
         unknown = [s.index for s in (*container.streams.video, *container.streams.audio) if not s.codec_context]
         if unknown:

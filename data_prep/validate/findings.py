@@ -34,14 +34,14 @@ CODES: dict[str, tuple[Severity, str]] = {
     "multiple_audio_tracks": ("warning", "several audio tracks, one of which is used"),
     "rotated": ("warning", "stored rotated; the display rotation is applied"),
     "variable_frame_rate": ("warning", "variable frame rate"),
-    "bit_depth": ("warning", "more than 8 bits per colour, converted to 8"),
+    "bit_depth": ("warning", "more than 8-bit colour, converted to 8-bit"),
     "start_offset": ("warning", "audio and video do not start together"),
     "metadata_encoding": ("warning", "metadata that is not UTF-8"),
     "edit_list": ("warning", "frames hidden by an edit list"),
     "duration_mismatch": ("warning", "the header's duration differs from the content"),
     "no_duration": ("warning", "the header has no duration"),
     "non_monotonic_timestamps": ("warning", "frames with equal or decreasing timestamps"),
-    "short": ("warning", "shorter than a chunk of 2 s"),
+    "short": ("warning", "shorter than 2 s"),
     "unknown_codec": ("warning", "a track in a codec that FFmpeg cannot decode"),
     # For information.
     "low_sample_rate": ("info", "audio sampled below 16 kHz"),
@@ -83,7 +83,7 @@ class Finding:
         return {"code": self.code, "severity": self.severity, "message": self.message}
 
 
-def worst(findings: Iterable[dict[str, Any]]) -> Severity | None:
+def highest_severity(findings: Iterable[dict[str, Any]]) -> Severity | None:
     """The highest severity among recorded findings; None without findings."""
     found = {finding["severity"] for finding in findings}
     return next((severity for severity in SEVERITIES if severity in found), None)

@@ -22,7 +22,7 @@ VERSION = 3  # of the checks and of the entries: results of another version are 
 KEYS = {"path", "size", "mtime_ns", "checks", "findings"}  # every valid entry has them
 
 
-def identity(path: Path, fast: bool) -> dict[str, Any]:
+def file_identity(path: Path, fast: bool) -> dict[str, Any]:
     """The file and the checks a result belongs to; a missing file has size -1."""
     try:
         stat = path.stat()

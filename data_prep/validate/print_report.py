@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.validate.findings import CODES, SEVERITIES, worst
+from data_prep.validate.findings import CODES, SEVERITIES, highest_severity
 
 MAX_LINES = 100  # of a printed table; the report lists everything
 WIDTH = 160  # columns if the output is not a terminal
@@ -60,7 +60,7 @@ def _some(names: list[str]) -> str:
 
 def _print_findings(console: Console, title: str, lines: list[tuple[str, list[dict[str, Any]]]]) -> None:
     """A table of files or rows with an error or a warning, errors first."""
-    ranked = [(worst(findings), name, findings) for name, findings in lines]
+    ranked = [(highest_severity(findings), name, findings) for name, findings in lines]
     severe = sorted((one for one in ranked if one[0] in ("error", "warning")), key=lambda one: SEVERITIES.index(one[0]))
     if not severe:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import Any
 
-from data_prep.validate.findings import CODES, Finding, worst
+from data_prep.validate.findings import CODES, Finding, highest_severity
 from data_prep.validate.journal import printable
 from data_prep.validate.rows import check_rows
 from data_prep.validate.targets import Target, has_media_suffix
@@ -30,7 +30,7 @@ def build_report(name: str, target: Target, entries: dict[str, dict[str, Any]], 
         JSON only.
     """
     listed, ignored = _listed_files(target, entries)
-    severities = [worst(entry["findings"]) for entry in listed]
+    severities = [highest_severity(entry["findings"]) for entry in listed]
     errors = severities.count("error")
     report: dict[str, Any] = {
         "target": printable(name),

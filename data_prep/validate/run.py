@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data_prep.pool import in_processes, processors
 from data_prep.validate.file import check_file
 from data_prep.validate.findings import Finding
-from data_prep.validate.journal import Journal, identity, is_reusable, printable, read_report
+from data_prep.validate.journal import Journal, file_identity, is_reusable, printable, read_report
 from data_prep.validate.print_report import WIDTH, print_report
 from data_prep.validate.report import build_report
 from data_prep.validate.targets import find_target, is_manifest
@@ -113,7 +113,7 @@ def _check_files(
     files: dict[Path, list[str]], known: dict[str, dict[str, Any]], journal: Journal, workers: int | None, fast: bool
 ) -> dict[str, dict[str, Any]]:
     """Results by path: reused ones, and new ones from worker processes, each written to the journal at once."""
-    wanted = {path: identity(path, fast) for path in files}
+    wanted = {path: file_identity(path, fast) for path in files}
     entries: dict[str, dict[str, Any]] = {}
     for one in wanted.values():
         if (entry := known.get(one["path"])) is not None and is_reusable(entry, one):

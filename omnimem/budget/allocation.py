@@ -1,4 +1,4 @@
-"""AVBA (arXiv 2606.07577): allocate visual and audio budgets to layers from calibration statistics.
+"""Audio-visual budget allocation (AVBA, arXiv 2606.07577): budgets of layers from calibration statistics.
 
     C_m  = H[ā_m] / log K_m · (1 − s̄_m)                 compressibility of a modality: high is hard to compress
     w_v  = r·C_v / (r·C_v + C_a),  w_a = 1 − w_v          split inside a layer
@@ -55,7 +55,7 @@ def allocate(
     Raises
     ------
     OmniMemError
-        Parameters out of range, or a mean budget below two floors.
+        Parameters out of range, or a mean budget below ``2 * floor``.
     """
     if not 0 < ratio < math.inf or not 0 < temperature < math.inf or floor < 1:
         raise OmniMemError(
@@ -76,7 +76,8 @@ def _whole_budgets(wanted: Sequence[Fraction | int], mean_budget: int, floor: in
     """Budgets in proportion to `wanted` (visual and audio of each layer in turn) at a mean budget."""
     if mean_budget < 2 * floor:
         raise OmniMemError(
-            f"a mean budget of {mean_budget} is below two floors of {floor} tokens; raise the budget or lower the floor"
+            f"a mean budget of {mean_budget} is below the minimum of {floor} tokens per modality; raise the budget or "
+            "lower the floor"
         )
     whole = round_to_sum(wanted, len(wanted) // 2 * mean_budget, floor)
     return tuple(LayerBudget(visual, audio) for visual, audio in zip(whole[::2], whole[1::2], strict=True))

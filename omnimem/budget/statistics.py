@@ -18,7 +18,7 @@ METHOD = "avba"
 
 @dataclass(frozen=True)
 class Compressibility:
-    """Statistics of one group of tokens in a layer (visual, audio, or both together).
+    """Compressibility (the paper's name; high means hard to compress) of visual, audio or all tokens of a layer.
 
     Attributes
     ----------

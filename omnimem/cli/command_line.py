@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from omnimem.cli import data, measure, model, profile
 from omnimem.cli.arguments import Parser
-from omnimem.errors import OmniMemError, is_storable
+from omnimem.errors import OmniMemError, is_valid_text
 from omnimem.guard import run_guarded
 from omnimem.version import __version__
 
@@ -52,5 +52,5 @@ def build_parser() -> argparse.ArgumentParser:
 def _check_text(arguments: Sequence[str]) -> None:
     """Refuse arguments that are not UTF-8: reports and recipes are UTF-8 and could not contain them."""
     for argument in arguments:
-        if not is_storable(argument):
+        if not is_valid_text(argument):
             raise OmniMemError(f"argument {argument!a} is not valid UTF-8 text; rename the file")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def add_command(commands: Any, shared: argparse.ArgumentParser) -> None:
     """Add ``data`` and its actions; `shared` holds the options of every command."""
-    data = commands.add_parser("data", parents=[shared], help="convert, validate, prepare, stats")
+    data = commands.add_parser("data", parents=[shared], help="manifests and clips: convert, validate, prepare, stats")
     data.description = "Manifests and media: convert other formats, check every file, decode once, count tokens."
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
     _add_convert(actions, shared)

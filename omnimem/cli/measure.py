@@ -36,7 +36,7 @@ def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     compare.add_argument(
         "--temperature", type=list_of(above_zero), metavar="T,T,...",
-        help="temperatures at which a calibrated profile is allocated again",
+        help="temperatures of the budget allocation, for a calibrated profile",
     )  # fmt: skip
     compare.add_argument("--limit", type=at_least(int, 1), metavar="N", help="use only the first N clips")
     compare.add_argument(
@@ -57,7 +57,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _add_bench(commands: Any, shared: argparse.ArgumentParser) -> None:
-    bench = commands.add_parser("bench", parents=[shared], help="memory and latency against stream length")
+    bench = commands.add_parser("bench", parents=[shared], help="memory and latency by stream length")
     bench.description = (
         "Stream a clip, repeated to growing lengths, with every method: peak memory and first-token latency."
     )

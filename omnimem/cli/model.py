@@ -78,7 +78,7 @@ def _add_answer(commands: Any, shared: argparse.ArgumentParser) -> None:
     memory = answer.add_argument_group("memory", "default: as the checkpoint was trained")
     memory.add_argument("--profile", type=Path, metavar="P", help="budget profile; replaces the next two options")
     memory.add_argument(
-        "--mean-budget", type=at_least(int, 1), metavar="N", help="mean number of retained tokens per layer"
+        "--mean-budget", type=at_least(int, 2), metavar="N", help="mean number of retained tokens per layer"
     )
     memory.add_argument("--ratio", type=above_zero, metavar="R", help="visual tokens per audio token")
     memory.add_argument("--method", metavar="M", help="selection method")
@@ -103,7 +103,8 @@ def _answer(args: argparse.Namespace) -> None:
 def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
     calibrate = commands.add_parser("calibrate", parents=[shared], help="compute a budget profile from clips")
     calibrate.description = (
-        "Stream calibration clips, measure every layer, and allocate a budget profile (AVBA, arXiv 2606.07577)."
+        "Stream calibration clips, measure every layer, and allocate a budget profile (audio-visual budget "
+        "allocation, AVBA, arXiv 2606.07577)."
     )
     calibrate.add_argument("--model", required=True, metavar="MODEL", help="checkpoint, run, hub id, or `tiny`")
     calibrate.add_argument("--media", type=Path, required=True, metavar="DIR", help="folder of clips, or a manifest")
@@ -113,11 +114,12 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
         help="mean number of retained tokens per layer (default: %(default)s)",
     )  # fmt: skip
     calibrate.add_argument(
-        "--ratio", type=above_zero, default=5.0, metavar="R", help="weight of visual tokens (default: %(default)s)"
-    )
+        "--ratio", type=above_zero, default=5.0, metavar="R",
+        help="visual tokens per audio token (default: %(default)s)",
+    )  # fmt: skip
     calibrate.add_argument(
         "--temperature", type=above_zero, default=0.2, metavar="T",
-        help="of the softmax over layers; higher is more uniform (default: %(default)s)",
+        help="temperature of the budget allocation; higher is more uniform over layers (default: %(default)s)",
     )  # fmt: skip
     calibrate.add_argument(
         "--floor", type=at_least(int, 1), default=16, metavar="N",

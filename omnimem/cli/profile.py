@@ -1,4 +1,4 @@
-"""`omnimem profile`: show, convert, rescale, compare and plot budget profiles. None of it needs torch."""
+"""`omnimem profile`: show, plot, diff, rescale and convert budget profiles. None of it needs torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from omnimem.errors import OmniMemError
 
 def add_command(commands: Any, shared: argparse.ArgumentParser) -> None:
     """Add ``profile`` and its actions; `shared` holds the options of every command."""
-    profile = commands.add_parser("profile", parents=[shared], help="show, plot, compare, rescale, convert")
+    profile = commands.add_parser(
+        "profile", parents=[shared], help="budget profiles: show, plot, diff, rescale, convert"
+    )
     profile.description = "Budget profiles: how many visual and audio tokens every layer retains."
     actions = profile.add_subparsers(title="actions", metavar="ACTION", required=True)
     show = actions.add_parser("show", parents=[shared], help="print the budget of every layer")
@@ -26,7 +28,7 @@ def add_command(commands: Any, shared: argparse.ArgumentParser) -> None:
     rescale = actions.add_parser("rescale", parents=[shared], help="scale all budgets to another mean budget")
     rescale.add_argument("source", type=Path, metavar="IN")
     rescale.add_argument("target", type=Path, metavar="OUT", help="file to write")
-    rescale.add_argument("--mean-budget", type=at_least(int, 1), required=True, metavar="N")
+    rescale.add_argument("--mean-budget", type=at_least(int, 2), required=True, metavar="N")
     rescale.set_defaults(command=_rescale)
     diff = actions.add_parser("diff", parents=[shared], help="compare the budgets of two profiles")
     diff.add_argument("first", type=Path, metavar="A")

@@ -1,4 +1,4 @@
-"""The command ``omnimem bench``: memory and first-token latency against stream length (arXiv 2606.07577, figure 4).
+"""The command ``omnimem bench``: memory and first-token latency by stream length (arXiv 2606.07577, figure 4).
 
     omnimem bench --model tiny --out bench --device cpu
 
@@ -206,7 +206,7 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw_figure(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """Peak memory and first-token latency against stream length, one line per method."""
+    """Peak memory and first-token latency by stream length, one line per method."""
     on_device = rows[0]["device_peak_bytes"] is not None
     peak = "device_peak_bytes" if on_device else "memory_peak_bytes"
     memory: list[Line] = []

@@ -4,7 +4,7 @@
 
 Every method is run at every mean budget (with ``--lambda`` and ``--temperature`` also at every λ, and every T of the
 budget allocation). A cell streams each clip into an empty cache and asks every question at its time. The results are a
-table, a JSON and a CSV file, and figures of accuracy against budget (arXiv 2606.07577, figure 6), λ and T (figure 5).
+table, a JSON and a CSV file, and figures of accuracy by budget (arXiv 2606.07577, figure 6), λ and T (figure 5).
 Finished cells are reused (`omnimem.measure.cells`); `omnimem.measure.questions` defines the numbers.
 """
 
@@ -199,7 +199,7 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw_figures(rows: Sequence[dict[str, Any]], out: Path) -> list[str]:
-    """Plot accuracy and likelihood against the budget and the swept parameters; return the file names."""
+    """Plot accuracy and likelihood by budget and the swept parameters; return the file names."""
     figures = {"accuracy_vs_budget.png": ("mean_budget", "mean budget (tokens per layer)")}
     for key, letter in SWEEPS.items():
         if _swept(rows, key):

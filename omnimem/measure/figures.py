@@ -1,4 +1,4 @@
-"""Figures: measured values against a setting, one line per method; and budgets and statistics over layers.
+"""Figures: measured values by setting, one line per method; and budgets and statistics over layers.
 
 draw_panels(out, [Panel("mean budget (tokens per layer)", "accuracy", [Line("omnimem", [24, 48], [0.2, 0.4])])])
 plot_profile(BudgetProfile.load("profile.json"), Path("profile.png"))

@@ -31,7 +31,7 @@ from omnimem.stream_settings import StreamSettings
 SAMPLE_RATE = 16_000
 
 REPEATED_SECONDS = 60.0
-"""At most this much of a clip is held in memory to be repeated."""
+"""At most this much of a clip is kept in memory to be repeated."""
 
 
 class Meter:
@@ -48,7 +48,7 @@ class Meter:
         Largest size of keys and values after any forward: retained and new tokens before compression, or retained
         tokens, question and answer.
     memory_peak : int
-        The same for the full_chunks cache, with buffers and the state of the selection method.
+        The same for the whole cache, with buffers and the state of the selection method.
     device_peak : int or None
         CUDA: peak bytes allocated by PyTorch beyond those at the start (weights); None on other devices.
     step_seconds : list of float

@@ -67,7 +67,7 @@ def _cache(layer: int, number: int) -> list[str]:
 
 
 def _answer() -> list[str]:
-    """Question and loss behind the last chunk."""
+    """Question and loss after the last chunk."""
     x, y = _column(CHUNKS - 1) + WIDTH, _row(1)
     return [
         _line(x + 3, y + 16, x + 34, y + 16, INK, "forward"),

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from omnimem.errors import OmniMemError, is_storable
+from omnimem.errors import OmniMemError, is_valid_text
 from omnimem.recipe.messages import show_value
 from omnimem.recipe.schema import KEY_TYPES, Recipe, value_of
 
@@ -27,13 +27,14 @@ AT_LEAST: dict[int, tuple[str, ...]] = {
         "train.weight_decay", "train.detach_below_layer",
     ),
     1: (
-        "data.short_side", "data.max_pixels", "data.timestamps", "memory.mean_budget", "memory.start_budget",
-        "selection.sketch_dim", "selection.query_stride", "selection.window_size", "selection.kernel_size",
-        "gate.margin", "lora.r", "lora.lora_alpha", "train.max_steps", "train.per_device_train_batch_size",
+        "data.short_side", "data.max_pixels", "data.timestamps", "selection.sketch_dim", "selection.query_stride",
+        "selection.window_size", "selection.kernel_size", "gate.margin", "lora.r", "lora.lora_alpha",
+        "train.max_steps", "train.per_device_train_batch_size",
         "train.gradient_accumulation_steps", "train.bptt_window", "train.detach_from_layer", "train.logging_steps",
         "train.save_steps", "train.save_total_limit", "train.threads", "train.ddp_timeout", "eval.eval_steps",
         "eval.early_stopping_patience", "eval.save_total_limit",
     ),
+    2: ("memory.mean_budget", "memory.start_budget"),
 }  # fmt: skip
 
 AT_MOST: dict[int, tuple[str, ...]] = {1024: ("data.fps", "train.threads"), 2**16: ("lora.r",)}
@@ -83,13 +84,13 @@ def keys_without_effect(recipe: Recipe) -> list[str]:
     for switch, disabled, keys in switches:
         given = [key for key in keys if value_of(recipe, key) != value_of(default, key)]
         if disabled and given:
-            lines.append(f"{', '.join(given)}: without effect, because {switch}")
+            lines.append(f"{', '.join(given)}: ignored because {switch}")
     return lines
 
 
 def _require(recipe: Recipe, holds: bool, key: str, rule: str) -> None:
     if not holds:
-        raise OmniMemError(f"{key} must be {rule}, got {show_value(value_of(recipe, key))}")
+        raise OmniMemError(f"{key} must {rule}, got {show_value(value_of(recipe, key))}")
 
 
 def _check_storable(recipe: Recipe) -> None:
@@ -98,25 +99,25 @@ def _check_storable(recipe: Recipe) -> None:
         value = value_of(recipe, key)
         for entry in value if isinstance(value, list) else [value]:
             if isinstance(entry, float):
-                _require(recipe, math.isfinite(entry), key, "finite")
+                _require(recipe, math.isfinite(entry), key, "be finite")
             elif isinstance(entry, int):
                 most = LARGEST_SEED if key.endswith("seed") else LARGEST
-                _require(recipe, entry <= most, key, f"at most {most}")
+                _require(recipe, entry <= most, key, f"be at most {most}")
             elif isinstance(entry, str):
-                _require(recipe, is_storable(entry), key, "text that a file can hold (UTF-8, no NUL character)")
-        _require(recipe, hint is not str or str(value).strip() != "", key, "something other than empty")
+                _require(recipe, is_valid_text(entry), key, "be valid UTF-8 text without NUL characters")
+        _require(recipe, hint is not str or str(value).strip() != "", key, "not be empty")
     longest = max(len(os.fsencode(name)) for name in (*Path(recipe.output_dir).parts, ""))
-    _require(recipe, longest <= LONGEST_NAME, "output_dir", f"of names within {LONGEST_NAME} bytes")
+    _require(recipe, longest <= LONGEST_NAME, "output_dir", f"have path components of at most {LONGEST_NAME} bytes")
 
 
 def _check_ranges(recipe: Recipe) -> None:
     def check(key: str, holds: Callable[[float], bool], rule: str) -> None:
         value = value_of(recipe, key)
-        _require(recipe, value is None or holds(value), key, rule)
+        _require(recipe, value is None or holds(value), key, f"be {rule}")
 
     for least, keys in AT_LEAST.items():
         for key in keys:
-            unit = " token" if key == "memory.mean_budget" else ""
+            unit = " tokens" if key.endswith("_budget") else ""
             check(key, lambda value, least=least: value >= least, f"at least {least}{unit}")
     for most, keys in AT_MOST.items():
         for key in keys:
@@ -130,21 +131,21 @@ def _check_ranges(recipe: Recipe) -> None:
     check("data.max_seconds", lambda value: value >= 1e-6, "above 0.000001")
     layer = recipe.train.detach_below_layer
     whole_or_share = layer < 1 or layer == int(layer)
-    rule = "a whole number, or a share of the layers below 1"
+    rule = "be a whole number, or a share of the layers below 1"
     _require(recipe, whole_or_share, "train.detach_below_layer", rule)
     scale = recipe.data.time_scale
     positive = scale > 0 if isinstance(scale, float) else scale == "auto"
-    _require(recipe, positive, "data.time_scale", "auto or a number above 0")
+    _require(recipe, positive, "data.time_scale", "be auto or a number above 0")
 
 
 def _check_lists(recipe: Recipe) -> None:
     span = recipe.memory.random_budget
     ordered = span is None or (len(span) == 2 and 2 <= span[0] <= span[1])
-    _require(recipe, ordered, "memory.random_budget", "two whole numbers, at least 2 and in order")
+    _require(recipe, ordered, "memory.random_budget", "be two whole numbers, at least 2 and in order")
     targets = recipe.lora.target_modules
-    _require(recipe, bool(targets) and all(targets), "lora.target_modules", "a list of at least one module name")
+    _require(recipe, bool(targets) and all(targets), "lora.target_modules", "be a list of at least one module name")
     known = all(name in TRACKERS for name in recipe.train.report_to)
-    _require(recipe, known, "train.report_to", f"some of {', '.join(TRACKERS)}")
+    _require(recipe, known, "train.report_to", f"be a list of: {', '.join(TRACKERS)}")
 
 
 def _check_chunks(recipe: Recipe) -> None:
@@ -157,11 +158,6 @@ def _check_chunks(recipe: Recipe) -> None:
 
 
 def _check_combinations(recipe: Recipe) -> None:
-    if recipe.model.dtype == "float16":
-        raise OmniMemError(
-            "model.dtype=float16 is not supported: small gradients underflow without loss scaling, which training "
-            "does not have; use bfloat16 or float32"
-        )
     if recipe.memory.random_budget is not None and recipe.memory.start_budget is not None:
         raise OmniMemError("memory.start_budget and memory.random_budget exclude each other; set one of them")
     if recipe.distill.weight > 0 and not recipe.distill.teacher_adapter and recipe.lora.modules_to_save:

@@ -6,7 +6,7 @@ import difflib
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from omnimem.errors import is_storable
+from omnimem.errors import is_valid_text
 from omnimem.recipe.schema import GROUPS, KEY_TYPES
 
 WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
@@ -34,7 +34,7 @@ def show_value(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return shorten(ascii(value) if isinstance(value, str) and not is_storable(value) else repr(value))
+    return shorten(ascii(value) if isinstance(value, str) and not is_valid_text(value) else repr(value))
 
 
 def shorten(text: str) -> str:

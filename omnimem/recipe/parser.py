@@ -17,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from omnimem.errors import OmniMemError, is_storable
+from omnimem.errors import OmniMemError, is_valid_text
 from omnimem.recipe.checks import validate
 from omnimem.recipe.messages import describe_type, first_line, shorten, show_value, suggest_key
 from omnimem.recipe.schema import GROUPS, KEY_TYPES, Recipe, field_of
@@ -74,7 +74,7 @@ def recipe_summary(name: str) -> str:
 
 
 def _split_argument(arg: str) -> tuple[str, str]:
-    if not is_storable(arg):
+    if not is_valid_text(arg):
         raise OmniMemError(f"argument {arg!a} is not valid UTF-8 text")
     key, equals, text = arg.partition("=")
     if equals:

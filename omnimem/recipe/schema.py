@@ -22,7 +22,8 @@ class ModelConfig:
 
     backbone: str | None = None  # model family; null: detected from the checkpoint (`tiny`: qwen2_5_omni)
     name_or_path: str = "tiny"  # hub id, folder, or `tiny`: a small random model, built offline
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16"  # weights, activations, cache (no float16)
+    # of weights, activations and cache; float16 would need loss scaling, which training does not have
+    dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
     load_in_4bit: bool = False  # QLoRA: the decoder's projections in NF4
     seed: int = 0  # random weights of `tiny`
 
@@ -35,15 +36,18 @@ class DataConfig:
     root: str | None = None  # folder that media paths are relative to; null: the manifest's folder
     fps: float = 1.0  # frames per second
     chunk_seconds: float = 10.0  # length of a chunk; the cache is compressed after each one
-    short_side: int | None = 360  # pixels of the shorter side after resizing; null: as decoded
+    # frames are downscaled to this shorter side, never upscaled (pixels); null: as decoded
+    short_side: int | None = 360
     audio: bool = True  # false: ignore audio tracks
     max_seconds: float | None = None  # read at most this much of a clip; null: all of it
-    max_pixels: int | None = None  # largest frame after the backbone's resize; null: the backbone's own limit
+    # maximum height x width of a frame after the backbone's resize; null: the backbone's own limit
+    max_pixels: int | None = None
     time_scale: str | float = "auto"  # factor on temporal position ids; auto: lowered for clips past the trained range
     # temporal position ids of video-SALMONN 2+ 3B/7B/72B: as in its training code or as in its inference code
     position_layout: Literal["train", "release"] = "train"
-    timestamps: int | None = 256  # Qwen3-VL family: most timestamps between frames; null: one per temporal patch
-    on_bad_row: Literal["error", "skip"] = "error"  # unreadable rows and clips end the run, or are left out
+    # Qwen3-VL family: maximum number of timestamps inserted between frames; null: one per temporal patch
+    timestamps: int | None = 256
+    on_bad_row: Literal["error", "skip"] = "error"  # unreadable rows and clips end the run, or are skipped
     shuffle: bool = True  # a new order every epoch, from train.seed
     prefetch_chunks: int = 2  # chunks of each clip that a thread decodes in advance
 
@@ -68,7 +72,7 @@ class SelectionConfig:
     variant: Literal["paper", "release"] = "paper"  # omnimem: as in the paper, or as in the authors' code
     lambda_: float | None = None  # omnimem: exponent of the attention score
     redundancy: Literal["hidden", "sketch", "value", "key"] | None = None  # omnimem: states compared for similarity
-    # omnimem: neighbours in the merged sequence, or of the same modality
+    # omnimem: neighbours in the interleaved audio-visual sequence, or of the same modality
     neighbours: Literal["sequence", "modality"] | None = None
     # omnimem: how scores of retained tokens combine with those of a new chunk
     accumulation: Literal["mean", "sum", "ema"] | None = None
@@ -95,13 +99,14 @@ class GateConfig:
     temperature: float = 0.3  # of the sigmoid, at the first step
     temperature_end: float | None = None  # at the last step; null: as at the first
     schedule: Literal["linear", "cosine", "exponential"] = "exponential"  # from temperature to temperature_end
-    margin: int | None = (
-        None  # evicted tokens per layer that get a gradient, best first; null: all (soft: as many as a chunk has)
-    )
+    # evicted tokens per layer that get a gradient, best first; null: all (soft: as many as a chunk has)
+    margin: int | None = None
     gradient_scale: float = 16.0  # factor on the gradient through the gates; 1 is exact for selection.gradient=soft
-    # of the gates: midpoint between the last retained and the first evicted score, or such that gates sum to the budget
+    # score at which a gate is 0.5: midpoint of the K-th and (K+1)-th score (K: the budget), or solved so that the gates
+    # sum to the budget
     threshold: Literal["boundary", "bisection"] = "boundary"
-    through_attention: bool = False  # also through the attention scores (useful with a large selection.lambda)
+    # backpropagate also into the attention score a, not only the redundancy s (useful with a large selection.lambda)
+    through_attention: bool = False
 
 
 @dataclass
@@ -142,11 +147,13 @@ class TrainConfig:
     warmup_ratio: float = 0.03  # share of the steps with linear warmup; a cosine follows
     min_lr_rate: float = 0.0  # final learning rate as a share of the peak
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    offload: Literal["none", "host", "disk"] = "host"  # where evicted tokens are kept for the backward pass
+    # where evicted tokens are kept for the backward pass; none: on the device. On the CPU host is the same as none
+    offload: Literal["none", "host", "disk"] = "host"
     bptt_window: int | None = None  # truncated BPTT: chunks that the gradient of a question reaches; null: all
-    # chunks without a question give no gradient to layers below this one; values below 1 are a share of the layers
+    # chunks not directly followed by a question give gradients only to layers detach_below_layer <= l <
+    # detach_from_layer; a value below 1 is a share of the layers
     detach_below_layer: float = 0
-    detach_from_layer: int | None = None  # nor to this layer and those above; null: no upper limit
+    detach_from_layer: int | None = None  # upper limit of that range; null: none
     seed: int = 0  # data order, adapter initialization, dropout
     logging_steps: int = 1  # steps between two lines of metrics.jsonl
     report_to: list[str] = field(default_factory=list)  # trackers in addition to TensorBoard: wandb, trackio
@@ -184,7 +191,8 @@ class Recipe:
 
     recipe: str = ""  # name of a recipe in recipes/, or path of a YAML file
     output_dir: str = ""  # folder of the run; empty: `runs/<recipe name>`
-    resume_from_checkpoint: bool = True  # continue from the newest checkpoint in output_dir, if there is one
+    # continue from the newest checkpoint in output_dir; false: an error if it already holds a run
+    resume_from_checkpoint: bool = True
     dry_run: bool = False  # print streams, steps and memory of the run; load no weights
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

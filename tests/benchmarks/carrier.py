@@ -1,4 +1,4 @@
-"""A cache of keys and values (this project) against a cache of hidden states (the authors' release).
+"""A cache of keys and values (this project) vs. a cache of hidden states (the authors' release).
 
     python tests/benchmarks/carrier.py [--out results.json] [--full 0]
     python tests/benchmarks/carrier.py --device cuda --dtype bfloat16 --layers 28 --hidden 3584 --heads 28 \

@@ -1,4 +1,4 @@
-"""Cost of sampling frames against decoding all of them, on a ten-minute video in a usual encoding.
+"""Cost of sampling frames vs. decoding all of them, on a ten-minute video in a usual encoding.
 
 A model uses one or two frames per second, and reading a video costs mostly decoding. The video is a clip of
 data_prep/quickstart scaled to 640x360, encoded by x264 with its defaults (key frames at scene cuts and at least every

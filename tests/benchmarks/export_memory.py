@@ -96,7 +96,7 @@ def export(folder: Path) -> dict[str, Any]:
         "checkpoint": sum(file.stat().st_size for file in (folder / "merged").glob("*.safetensors")),
         "imported": imported,
         "peak": status("VmHWM"),
-        "stated": checked.peak_bytes,
+        "stated": checked.peak_rss_bytes,
         "anonymous": anonymous.peak - anonymous.start_bytes,
         "seconds": time.perf_counter() - started,
     }

@@ -1,4 +1,4 @@
-"""Memory against stream length: peak memory in the first 12 chunks and in 120 chunks, for every method.
+"""Memory by stream length: peak memory in the first 12 chunks and in 120 chunks, for every method.
 
     python tests/benchmarks/memory.py [--out results.json] [--budget 512] [--methods omnimem,h2o]
 

@@ -1,4 +1,4 @@
-"""Time and peak memory of a training step of the shipped recipes, against the plan of `dry_run=true`.
+"""Time and peak memory of a training step of the shipped recipes, compared with the plan of `dry_run=true`.
 
     python tests/benchmarks/recipe_step.py --recipes video_salmonn_lora,video_salmonn_qlora,release_sft --minutes 10 \\
         --out tests/benchmarks/results/recipe_step.json

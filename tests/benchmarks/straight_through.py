@@ -1,4 +1,4 @@
-"""Cost of a gradient through the selection: a training step with `straight_through` against one with `none`.
+"""Cost of a gradient through the selection: a training step with `straight_through` vs. `none`.
 
     python tests/benchmarks/straight_through.py [--out results.json] [--steps 4]
 

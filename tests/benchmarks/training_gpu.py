@@ -1,4 +1,4 @@
-"""Time and peak memory of a training step on a GPU, against fine-tuning with the full context.
+"""Time and peak memory of a training step on a GPU, compared with fine-tuning with the full context.
 
     python tests/benchmarks/training_gpu.py --out results.json [--minutes 1,10,60]
     python tests/benchmarks/training_gpu.py --shape tiny --device cpu --minutes 0.2,0.6      # smoke test

@@ -1,4 +1,4 @@
-"""Memory of a training step against stream length: peak for a stream and for one 32 times longer.
+"""Memory of a training step by stream length: peak for a stream and for one 32 times longer.
 
     python tests/benchmarks/training_memory.py [--out results.json] [--chunks 8,64,256]
 

@@ -144,14 +144,14 @@ def test_rescaling_keeps_the_distribution_and_the_sum():
         budgets = rescale(published, mean)
         assert sum(budget.total for budget in budgets) == 3 * mean
         assert budgets[0].visual > budgets[1].visual > budgets[2].visual
-    with pytest.raises(OmniMemError, match="below two floors"):
+    with pytest.raises(OmniMemError, match="below the minimum"):
         rescale(published, 20)
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"mean_budget": 31}, "below two floors of 16"),
+        ({"mean_budget": 31}, "below the minimum of 16 tokens"),
         ({"mean_budget": 100, "ratio": 0.0}, "above 0"),
         ({"mean_budget": 100, "temperature": math.nan}, "above 0"),
         ({"mean_budget": 100, "floor": 0}, "at least 1"),

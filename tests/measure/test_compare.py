@@ -236,7 +236,7 @@ def test_budgets_below_the_floor_and_a_ratio_with_a_profile_are_refused(tiny, qu
     BudgetProfile.uniform(tiny.config).save(tmp_path / "p.json")
     given = ["--profile", str(tmp_path / "p.json")]
     assert compare("no/such/model", questions, tmp_path, *given, "--mean-budgets", "8") == 2
-    assert "below two floors" in capsys.readouterr().err
+    assert "below the minimum" in capsys.readouterr().err
     assert compare("no/such/model", questions, tmp_path, *given, "--ratio", "2") == 2
     assert "has its own" in capsys.readouterr().err
     for wrong in ("1", "24,x", ""):

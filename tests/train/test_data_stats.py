@@ -41,7 +41,7 @@ def test_one_clip_by_hand(tmp_path):
         "most_in_a_stream": 2,
     }
     assert found["hours"] == round(7.8 / 3600, 4) and found["rows"] == {
-        "used": 1, "left_out": [], "questions": 1, "rejected": 0,
+        "used": 1, "skipped": [], "questions": 1, "rejected": 0,
     }  # fmt: skip
     assert found["durations"] == {"under 10 s": 1}
 
@@ -85,7 +85,7 @@ def test_several_streams_and_skipped_rows(tmp_path):
     assert found["hours"] == round((7.8 + 42.4) / 3600, 4)
     assert found["tokens"]["audio_per_hour"] == round(195 / (7.8 + 42.4) * 3600)
     assert found["durations"] == {"under 10 s": 1, "10 to 30 s": 0, "30 to 60 s": 1}
-    gone, broken = found["rows"]["left_out"]
+    gone, broken = found["rows"]["skipped"]
     assert "gone.mp4" in gone and "set.jsonl:3: " in broken and "without its index" in broken
     with pytest.raises(OmniMemError, match="no usable row"):
         stats(manifest(tmp_path, {"media": "broken_truncated_no_moov_nasa.mp4"}), MEDIA)
@@ -94,7 +94,7 @@ def test_several_streams_and_skipped_rows(tmp_path):
 def test_rows_without_a_usable_track_are_skipped(tmp_path):
     path = manifest(tmp_path, {"media": RABBIT.name}, {"media": "audio_speech_jfk_11s.flac"})
     found = stats(path, MEDIA, overrides=["data.audio=false"])
-    assert found["rows"]["used"] == 1 and "no video and no audio that is read" in found["rows"]["left_out"][0]
+    assert found["rows"]["used"] == 1 and "no video and no audio that is read" in found["rows"]["skipped"][0]
 
 
 def test_a_prepared_folder_gives_the_same(tmp_path):

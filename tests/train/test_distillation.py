@@ -140,7 +140,7 @@ def test_logits_of_the_teacher_are_computed_once(tmp_path, monkeypatch):
     none = trained_run(tmp_path, *settings, out="none")
     cold = trained_run(tmp_path, *settings, cache, out="cold")
     files = {path.name: path.read_bytes() for path in (tmp_path / "teacher").iterdir()}
-    assert len(files) == 3, "one file a question"
+    assert len(files) == 3, "one file per question"
 
     def never(*_):
         raise AssertionError("the teacher ran again")

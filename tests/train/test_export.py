@@ -20,7 +20,7 @@ from omnimem.budget import BudgetProfile
 from omnimem.cli import main as omnimem
 from small_runs import MEDIA, RABBIT, ROOT, copy_run, refused_export, start, trained_run, tree
 from train.export import export_run
-from train.peak_memory import peak_bytes, reset_peak
+from train.peak_memory import peak_rss_bytes, reset_peak
 from train.setup import load_base
 
 TransformersModel = Qwen2_5OmniThinkerForConditionalGeneration
@@ -200,15 +200,15 @@ def test_the_export_reports_its_peak_host_memory(run, tmp_path, capsys):
     """Without earlier work of the process; the interpreter and its libraries are included."""
     large = torch.ones(2**28)
     del large
-    before = peak_bytes()
+    before = peak_rss_bytes()
     assert omnimem(["export", str(run), "--out", str(tmp_path / "out")]) == 0
     (stated,) = re.findall(r"peak host memory of the process ([\d.]+) GiB", capsys.readouterr().out)
-    assert peak_bytes() < before - 2**29
-    assert float(stated) == pytest.approx(peak_bytes() / 2**30, abs=0.1)
+    assert peak_rss_bytes() < before - 2**29
+    assert float(stated) == pytest.approx(peak_rss_bytes() / 2**30, abs=0.1)
     reset_peak()
-    level = peak_bytes()
+    level = peak_rss_bytes()
     torch.ones(2**26)
-    assert peak_bytes() > level + 2**27
+    assert peak_rss_bytes() > level + 2**27
 
 
 @pytest.mark.long

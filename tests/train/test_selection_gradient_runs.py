@@ -40,8 +40,8 @@ def test_a_selection_gradient_changes_the_training_but_not_the_first_loss(tmp_pa
     assert first[0]["loss"] == second[0]["loss"]
     assert first[0]["grad_norm"] != second[0]["grad_norm"]
     assert not same(adapter(hard), adapter(trained))
-    assert [record["temperature"] for record in first] == [None] * 4
-    assert [record["temperature"] for record in second] == [0.3] * 4
+    assert [record["gate_temperature"] for record in first] == [None] * 4
+    assert [record["gate_temperature"] for record in second] == [0.3] * 4
 
 
 @pytest.mark.parametrize("margin", ["gate.margin=null", "gate.margin=3"])
@@ -87,7 +87,7 @@ def test_a_run_with_selection_gradient_and_changing_budgets_resumes_to_the_same_
     (tmp_path / "parts" / "adapter_model.safetensors").unlink()
     assert main([*args, "train.max_steps=4", "train.save_steps=2"]) == 0
     assert same(adapter(whole), adapter(tmp_path / "parts"))
-    temperatures = [record["temperature"] for record in metrics(whole)]
+    temperatures = [record["gate_temperature"] for record in metrics(whole)]
     assert temperatures == sorted(temperatures, reverse=True)
     assert temperatures[0] == 1.0 and temperatures[-1] == pytest.approx(0.1)
 

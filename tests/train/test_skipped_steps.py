@@ -19,7 +19,7 @@ from small_runs import (
     metrics,
     trained_run,
 )
-from train.loop import MAX_SKIPPED
+from train.loop import MAX_CONSECUTIVE_SKIPPED
 from train.objective import StreamObjective
 
 
@@ -59,15 +59,16 @@ def test_consecutive_skipped_steps_end_the_training_with_one_line(tmp_path, monk
     assert main(arguments(tmp_path, "train.max_steps=20", "train.save_steps=100")) != 0
     shown = lines(capsys.readouterr().err)
     assert "Traceback" not in " ".join(shown)
-    assert len([line for line in shown if f"{MAX_SKIPPED} consecutive steps" in line]) == 1
+    assert len([line for line in shown if f"{MAX_CONSECUTIVE_SKIPPED} consecutive steps" in line]) == 1
     assert shown[-1].startswith("train: ") and (FLOWER in shown[-1] or RABBIT in shown[-1])
     # Step 1 and four skipped ones; the fifth in a row ends the run.
-    assert [record["skipped"] for record in metrics(tmp_path / "run")] == [False] + [True] * (MAX_SKIPPED - 1)
+    flags = [record["skipped"] for record in metrics(tmp_path / "run")]
+    assert flags == [False] + [True] * (MAX_CONSECUTIVE_SKIPPED - 1)
 
 
 def test_skipped_steps_that_are_not_consecutive_do_not_end_the_training(tmp_path, monkeypatch):
     skipped = [1, 2, 3, 4, 6, 7, 8, 9]
-    assert len(skipped) > MAX_SKIPPED
+    assert len(skipped) > MAX_CONSECUTIVE_SKIPPED
     Poisoned(monkeypatch, set(skipped))
     run = trained_run(tmp_path, "train.max_steps=11", "train.save_steps=100", "data.chunk_seconds=4", rows=ROWS[:1])
     assert [record["step"] - 1 for record in metrics(run) if record["skipped"]] == skipped

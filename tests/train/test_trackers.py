@@ -101,7 +101,7 @@ def test_a_run_keeps_project_and_name(tmp_path, capsys, override):
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [("[mlflow]", "train.report_to must be some of wandb, trackio"), ("[wandb]", "wandb is not installed")],
+    [("[mlflow]", "train.report_to must be a list of: wandb, trackio"), ("[wandb]", "wandb is not installed")],
 )
 def test_an_unknown_or_missing_tracker_is_one_line(tmp_path, capsys, monkeypatch, value, words):
     monkeypatch.setattr("train.setup.find_spec", lambda name: None)

@@ -494,7 +494,7 @@ def test_nf4_takes_the_attention_and_leaves_experts_and_routers(path):
     assert mlp.gate.weight.dtype == mlp.experts.down_proj.dtype == torch.float32
 
 
-def test_the_way_back_gives_the_gradient_of_plain_autograd(path):
+def test_the_backward_pass_gives_the_gradient_of_plain_autograd(path):
     """Through experts, deepstack and evictions; routing is repeated as it was."""
     backbone = load_backbone(path, dtype=torch.float64, device="cpu")
     backbone.model.requires_grad_(False)
@@ -506,10 +506,10 @@ def test_the_way_back_gives_the_gradient_of_plain_autograd(path):
     settings = StreamSettings(chunk_seconds=2, max_seconds=6)
     question, answer = backbone.question_ids(QUESTION)[0], backbone.answer_ids("A toy rabbit.")[0]
 
-    def gradient(taped: bool) -> list[torch.Tensor]:
+    def gradient(chunkwise: bool) -> list[torch.Tensor]:
         cache = CompressedCache(BudgetProfile.uniform(backbone.config, 24), build_selection("omnimem"))
         stream = Stream(backbone, cache)
-        flow = ChunkwiseBPTT(stream) if taped else stream
+        flow = ChunkwiseBPTT(stream) if chunkwise else stream
         reader, encoder = settings.open(RABBIT, backbone)
         with torch.no_grad():
             parts = [encoder.prefix(), *(encoder.encode(chunk) for chunk in reader), encoder.closing()]
@@ -519,13 +519,13 @@ def test_the_way_back_gives_the_gradient_of_plain_autograd(path):
             logits, ids = stream.answer_logits(parts[-1], [question], [answer])
             return (torch.nn.functional.cross_entropy(logits, ids),)
 
-        flow.forward(parts[0], **({} if taped else {"text": True}))
+        flow.forward(parts[0], **({} if chunkwise else {"text": True}))
         for part in parts[1:-1]:
             flow.step(part)
         for one in weights:
             one.grad = None
         if isinstance(flow, ChunkwiseBPTT):
-            flow.ask(loss)
+            flow.add_loss(loss)
             flow.backward(1.0)
         else:
             loss()[0].backward()

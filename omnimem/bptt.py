@@ -1,4 +1,4 @@
-"""Exact gradients through a stream of any length, in the device memory of one chunk: backpropagation through time.
+"""Exact gradients through a stream of any length, in bounded device memory: backpropagation through time.
 
     stream = Stream(backbone, cache)
     bptt = ChunkwiseBPTT(stream, store=HostStore(device))
@@ -53,7 +53,7 @@ class Truncation:
         steps need separate backward passes: with a question after every chunk, each step is recomputed W times. Steps
         that no gradient reaches are not recomputed.
     detach_below_layer : int
-        First layer that gets gradients from chunks not directly followed by a question (the paper: 18, the middle of
+        First layer that gets gradients from chunks not directly followed by a question (release: 18, the middle of
         36).
     detach_from_layer : int or None
         First layer above it that gets none from such chunks; None: no upper limit.
@@ -81,12 +81,12 @@ class _Pass:
     ----------
     loss : callable
         Its loss.
-    random : tuple
+    rng_state : tuple
         Random state before it.
     empty : bool
         Whether it matches a pass of another process.
     repeated : bool
-        Whether it matches a step of another process, which is recomputed as often as gradients cover it.
+        Whether it matches a step of another process; it then runs once for each recomputation of that step.
     """
 
     loss: Loss
@@ -193,8 +193,8 @@ class ChunkwiseBPTT:
 
     @torch.no_grad()
     def empty_pass(self, text: ChunkInputs, matches_step: bool) -> None:
-        """Run the model without effect while another process in lockstep runs a step (`probes`) or a question."""
-        # Weights are gathered in the order of the first passes, so a call has as many as that of the others.
+        """Run the model without effect while another process in lockstep runs a step or a question."""
+        # Weights are gathered in the order of the first passes: all processes need equally many passes per call.
         count = 1 + len(self.cache.method.probes) if matches_step else 1
         self._call(lambda: self._without_effect(text, count))
         if self._record:
@@ -212,9 +212,9 @@ class ChunkwiseBPTT:
     def backward(self, weight: float = 1.0) -> None:
         """Add the gradient of `weight` times the sum of all losses to the parameters; this empties the cache.
 
-        On the device are one step with its graph, the cache, and the gradient of the cache: one where nothing is
-        truncated, with a `Truncation.window` as many as there are steps at which the present gradients end (at most
-        the window's).
+        On the device are one step with its graph, the cache, and gradients of the cache. Without truncation there is
+        one; with a `Truncation.window` of W steps there are up to W, because the gradients of questions asked after
+        different steps end at different steps and may not be summed.
         """
         # Keyed by the earliest step they reach: only gradients with the same end may be summed.
         gradients: dict[int, Gradients] = {}

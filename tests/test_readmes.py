@@ -41,6 +41,20 @@ COMMANDS = [
     for command in commands(readme)
 ]
 
+
+def test_a_training_command_that_needs_weights_says_so():
+    needs = 0
+    for readme in READMES:
+        for line in readme.read_text(encoding="utf-8").splitlines():
+            runs = re.match(
+                r"(\w+=\S+ )?(accelerate launch|omnimem train|python train\.py) .*recipe=(?!quickstart)", line
+            )
+            if runs and "dry_run=true" not in line and "name_or_path=tiny" not in line:
+                assert "needs weights" in line, f"{readme}: {line}"
+                needs += 1
+    assert needs >= 3
+
+
 TOOLS = {"ruff", "pyright", "pip", "pre-commit", "source"}
 """Programs of others, whose options are not checked."""
 

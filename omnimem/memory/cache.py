@@ -67,7 +67,8 @@ class CompressedCache(Cache):
     detach_below : int
         Layer whose input is detached from the layers below; 0: nothing is detached.
     lockstep : bool
-        Whether the layers below still take part in the backward pass, with zero gradients.
+        Whether processes share weights: then layers below `detach_below` still take part in the backward pass, with
+        zero gradients.
 
     Raises
     ------

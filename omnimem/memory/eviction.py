@@ -37,7 +37,7 @@ class Eviction(NamedTuple):
         retains beyond the budget.
     log : tuple or None
         Undo log: keys, values and features (None where there are none) of evicted tokens from before the step that are
-        not in the margin.
+        not in the margin (features also of those in it: `Margin` holds only keys and values).
     """
 
     columns: Tensor

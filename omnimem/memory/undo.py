@@ -3,7 +3,7 @@
 The undo log stores only what is found nowhere else: a token stored before a step is afterwards in the state
 (retained), in the margin (evicted, but still used by the next step; keys and values only) or in the log.
 
-A step does not change a token it retains. The gradient of such a token is that of the same token before the step plus
+A step does not change a token it retains. Its gradient before the step is its gradient after the step plus
 what the step adds to it. The first part bypasses autograd, in the dtype in which gradients are summed.
 """
 

@@ -45,7 +45,7 @@ class DataConfig:
     time_scale: str | float = "auto"  # factor on temporal position ids; auto: lowered for clips past the trained range
     # temporal position ids of video-SALMONN 2+ 3B/7B/72B: as in its training code or as in its inference code
     position_layout: Literal["train", "release"] = "train"
-    # Qwen3-VL family: maximum number of timestamps inserted between frames; null: one per temporal patch
+    # models with timestamps (Qwen3-VL family, VideoLLaMA 3): maximum number of them; null: one per temporal patch
     timestamps: int | None = 256
     on_bad_row: Literal["error", "skip"] = "error"  # unreadable rows and clips end the run, or are skipped
     shuffle: bool = True  # a new order every epoch, from train.seed

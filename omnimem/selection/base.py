@@ -56,9 +56,9 @@ class Probe:
     ----------
     text : str
         The text.
-    turn : bool
+    as_user_turn : bool
         Whether the text is a question: it ends the user's turn and opens the assistant's.
-    attends : ProbeScope
+    softmax_over : ProbeScope
         Keys of its softmax.
     propagates : bool
         Whether its hidden states pass from layer to layer. If not, every layer is given the token embeddings.
@@ -79,11 +79,11 @@ class Candidates:
 
     Attributes
     ----------
-    layer, layers : int
+    layer, num_layers : int
         Number of the layer, and how many there are.
     budget : LayerBudget
         Visual and audio tokens to retain.
-    old : int
+    num_previous : int
         How many of the N tokens remained after the last compression; the others are new.
     values : Tensor
         ``[R, G, N, D]``.

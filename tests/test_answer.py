@@ -179,7 +179,7 @@ WRONG = {
     "clip that breaks off": ("tiny", str(MEDIA / HALF), [], HALF),
     "text file": ("tiny", text_file, [], "notes.txt"),
     "empty question": ("tiny", GOOD, ["question", " "], "question is empty"),
-    "budget 0": ("tiny", GOOD, ["--mean-budget", "0"], "at least 1"),
+    "budget 0": ("tiny", GOOD, ["--mean-budget", "0"], "at least 2"),
     "budget 1": ("tiny", GOOD, ["--mean-budget", "1"], "at least 2"),
     "budget 0 in a profile": ("tiny", GOOD, ["--profile", zero_profile], "at least 1"),
     "profile of another model": ("tiny", GOOD, ["--profile", other_profile], "2 layers"),

@@ -653,7 +653,7 @@ def test_file_without_index():
         ("empty.mp4", b"", "empty"),
         ("text.mp4", b"this is a text file, not a film\n" * 20, "not a media file"),
         ("folder.mp4", "directory", "directory"),
-        ("subtitles.srt", b"1\n00:00:00,000 --> 00:00:01,000\nhello\n", "its format (srt)"),
+        ("subtitles.srt", b"1\n00:00:00,000 --> 00:00:01,000\nhello\n", "unsupported format (srt)"),
     ],
 )
 def test_unreadable_files_say_why_in_one_line(tmp_path, name, content, words):
@@ -674,7 +674,7 @@ def test_file_that_may_not_be_read(monkeypatch):
     monkeypatch.setattr(container_module.av, "open", refuse)
     with pytest.raises(MediaError) as error:
         probe(RABBIT)
-    one_line(error, RABBIT.name, "not permitted")
+    one_line(error, RABBIT.name, "permission denied")
 
 
 def test_asking_for_what_is_not_there():

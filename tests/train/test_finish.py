@@ -33,7 +33,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_the_example_in_the_docstring_of_manifest_plans_a_run(elsewhere, capsys):
     write_manifest(elsewhere / "my.jsonl", [{"media": "mine.webm", "question": "What is seen?", "answer": "A flower."}])
-    line = documented(data_prep.manifest, "python train.py")
+    line = documented(data_prep.manifest, "accelerate launch train.py")
     assert {"recipe=quickstart", "data.path=my.jsonl", "dry_run=true"} == set(line)
     assert main(line) == 0
     assert "mine.webm" in capsys.readouterr().out

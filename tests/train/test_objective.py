@@ -272,13 +272,14 @@ class Watched:
                 return super().step(inputs, log_evicted)
 
             def answer_logits(self, *args):
-                before = self.cache.state()
+                before = self.cache.snapshot()
                 result = super().answer_logits(*args)
-                after = self.cache.state()
-                for one, other in zip(before.layers, after.layers, strict=True):
-                    assert all(torch.equal(one[name][0], other[name][0]) for name in ("_keys", "_values"))
-                    assert torch.equal(one["metadata"].index, other["metadata"].index)
-                    assert torch.equal(one["attention_scores"], other["attention_scores"])
+                after = self.cache.snapshot()
+                for (one, _), (other, _) in zip(before.layers, after.layers, strict=True):
+                    assert torch.equal(one.keys.tensor, other.keys.tensor)
+                    assert torch.equal(one.values.tensor, other.values.tensor)
+                    assert torch.equal(one.metadata.index, other.metadata.index)
+                    assert torch.equal(one.attention_scores, other.attention_scores)
                 assert all(torch.equal(a, b) for a, b in zip(before.counters[:2], after.counters[:2], strict=True))
                 watched.asked.append((watched.steps, int(self.cache._next_index[0])))
                 return result

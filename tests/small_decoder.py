@@ -36,7 +36,11 @@ class ExactNorm(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def model():
-    """Tiny decoder in float64 throughout, with LoRA on its projections and our hooks."""
+    return lora_decoder("q_proj", "v_proj", "o_proj")
+
+
+def lora_decoder(*target_modules: str) -> Any:
+    """Tiny decoder in float64 throughout, with LoRA on these projections and our hooks."""
     model: Any = text_model(layers=3)
     for layer in model.layers:
         layer.input_layernorm = ExactNorm(layer.input_layernorm)
@@ -45,7 +49,7 @@ def model():
     model.requires_grad_(False)
     attach(model)
     torch.manual_seed(0)
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=[*target_modules], init_lora_weights=False)
     return inject_adapter_in_model(config, model).double()
 
 

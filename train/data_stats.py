@@ -79,7 +79,7 @@ def stats(
     Raises
     ------
     OmniMemError
-        A mistake in the recipe or an override, a missing model, no usable row.
+        An invalid recipe or override, a missing model, no usable row.
     """
     where = [f"data.path={manifest}", *([] if root is None else [f"data.root={root}"])]
     loaded = load_recipe([f"recipe={recipe}", *overrides, *where])

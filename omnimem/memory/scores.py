@@ -68,7 +68,7 @@ def attention_scores(
 
 @torch.no_grad()
 def probe_attention(
-    query: Tensor, key: Tensor, valid: Tensor | None, scaling: float | None, attends: ProbeScope
+    query: Tensor, key: Tensor, valid: Tensor | None, scaling: float | None, softmax_over: ProbeScope
 ) -> Tensor:
     """Mean attention, over heads and queries, of a probe to the stored tokens.
 
@@ -80,7 +80,7 @@ def probe_attention(
         Post-RoPE keys ``[B, G, N + P, D]``: of the stored tokens, then the probe's own.
     valid, scaling
         As in `lower_right_attention`.
-    attends : {"causal", "all", "memory"}
+    softmax_over : {"causal", "all", "memory"}
         Each query's softmax covers the stored tokens and the probe up to the query, all of the probe, or none of it.
 
     Returns
@@ -90,9 +90,9 @@ def probe_attention(
     """
     batch, heads, queries, dim = query.shape
     groups, stored = key.shape[1], key.shape[2] - queries
-    if attends == "causal":
+    if softmax_over == "causal":
         return attention_scores(query, key, valid, scaling)[:, :stored] / queries
-    visible = stored if attends == "memory" else key.shape[2]
+    visible = stored if softmax_over == "memory" else key.shape[2]
     scale = dim**-0.5 if scaling is None else scaling
     dtype = compute_dtype(query)
     scores = torch.zeros(batch, stored, dtype=dtype, device=query.device)

@@ -13,8 +13,9 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omnimem.files import atomic_write_text
+from omnimem.option_names import option_name
 from omnimem.recipe.parser import RECIPES
-from omnimem.recipe.schema import Recipe, key_of
+from omnimem.recipe.schema import Recipe
 
 README = RECIPES / "README.md"
 BEGIN, END = "<!-- begin of the generated reference -->", "<!-- end of the generated reference -->"
@@ -55,7 +56,8 @@ def comments(config: type) -> dict[str, str]:
 def _table(title: str, config: type, prefix: str) -> str:
     hints, meaning = get_type_hints(config), comments(config)
     rows = [
-        f"| `{prefix}{key_of(entry.name)}` | {_type(hints[entry.name])} | {_default(entry)} | {meaning[entry.name]} |"
+        f"| `{prefix}{option_name(entry.name)}` | {_type(hints[entry.name])} | {_default(entry)} "
+        f"| {meaning[entry.name]} |"
         for entry in fields(config)
         if not is_dataclass(hints[entry.name])
     ]

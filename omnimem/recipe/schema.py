@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from keyword import iskeyword
 from typing import Any, Literal, cast, get_type_hints
 
 from omegaconf import OmegaConf
+
+from omnimem.option_names import option_name, parameter_name
 
 
 @dataclass
@@ -206,14 +207,9 @@ class Recipe:
     finish: FinishConfig = field(default_factory=FinishConfig)
 
 
-def key_of(field_name: str) -> str:
-    """Recipe key of a field: `lambda` for `lambda_`, because Python reserves the word."""
-    return field_name.rstrip("_")
-
-
 def field_of(key: str) -> str:
     """Dotted field names of a dotted recipe key; the inverse of `key_of`."""
-    return ".".join(f"{name}_" if iskeyword(name) else name for name in key.split("."))
+    return ".".join(parameter_name(name) for name in key.split("."))
 
 
 def value_of(recipe: Recipe, key: str) -> Any:
@@ -226,7 +222,7 @@ def value_of(recipe: Recipe, key: str) -> Any:
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Nested dict of all keys and values."""
-    return asdict(recipe, dict_factory=lambda pairs: {key_of(name): value for name, value in pairs})
+    return asdict(recipe, dict_factory=lambda pairs: {option_name(name): value for name, value in pairs})
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -255,7 +251,7 @@ def _key_types(config: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if is_dataclass(hint):
             yield from _key_types(cast(type, hint), f"{prefix}{entry.name}.")
         else:
-            yield prefix + key_of(entry.name), hint
+            yield prefix + option_name(entry.name), hint
 
 
 KEY_TYPES: dict[str, Any] = dict(_key_types(Recipe))

@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from difflib import get_close_matches
-from keyword import iskeyword
 from typing import Any, get_args
 
 from omnimem.errors import OmniMemError
+from omnimem.option_names import option_name, parameter_name
 from omnimem.selection.attention_only import AttentionOnly
 from omnimem.selection.base import AttentionScoreSpec, Candidates, PositionIdPolicy, Probe, SelectionMethod
 from omnimem.selection.full import Full
@@ -61,13 +61,13 @@ def build_selection(name: str, position_ids: PositionIdPolicy | None = None, **o
         Unknown method, option or variant.
     """
     known = options_of(name)
-    options = {_option_name(key): value for key, value in options.items()}
+    options = {option_name(key): value for key, value in options.items()}
     for key in options:
         if key not in known:
             raise OmniMemError(f"selection method {name!r} has no option {key!r}{_nearest(key, known)}")
     if "variant" in known and options.get("variant", "paper") not in VARIANTS:
         raise OmniMemError(f"unknown variant {options['variant']!r}{_nearest(options['variant'], VARIANTS)}")
-    method = SELECTION_METHODS[name](**{_parameter_name(key): value for key, value in options.items()})
+    method = SELECTION_METHODS[name](**{parameter_name(key): value for key, value in options.items()})
     if position_ids is not None:
         if position_ids not in get_args(PositionIdPolicy):
             hint = _nearest(position_ids, get_args(PositionIdPolicy))
@@ -89,16 +89,7 @@ def options_of(name: str) -> set[str]:
     known = set(inspect.signature(SELECTION_METHODS[name]).parameters)
     if "overrides" in known:
         known = (known - {"overrides"}) | {option.name for option in fields(OmniMemSettings)}
-    return {_option_name(parameter) for parameter in known} | {"position_ids"}
-
-
-def _option_name(parameter: str) -> str:
-    """Name of an option in recipes and profiles: `lambda` for the parameter `lambda_`."""
-    return parameter.rstrip("_")
-
-
-def _parameter_name(option: str) -> str:
-    return f"{option}_" if iskeyword(option) else option
+    return {option_name(parameter) for parameter in known} | {"position_ids"}
 
 
 def _nearest(word: str, known: Any) -> str:

@@ -6,6 +6,7 @@ import inspect
 from dataclasses import asdict
 from typing import Any
 
+from omnimem.option_names import option_name
 from omnimem.selection import SELECTION_METHODS, options_of
 from omnimem.selection.omnimem import VARIANTS
 
@@ -28,7 +29,7 @@ def default_options(name: str) -> dict[str, Any]:
     defaults = {key: parameter.default for key, parameter in signature.items() if key != "overrides"}
     if "variant" in defaults:
         defaults |= asdict(VARIANTS[defaults["variant"]])
-    defaults = {key.rstrip("_"): value for key, value in defaults.items()}
+    defaults = {option_name(key): value for key, value in defaults.items()}
     defaults["position_ids"] = SELECTION_METHODS[name]().position_ids
     assert set(defaults) == options_of(name)
     return defaults

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from omnimem.errors import OmniMemError
+from omnimem.option_names import option_name
 from omnimem.selection.base import AttentionScoreSpec, Candidates, SelectionMethod, compute_dtype
 from omnimem.selection.redundancy import redundancy, sketch
 
@@ -156,7 +157,7 @@ class OmniMem(SelectionMethod):
 
     def settings(self) -> dict[str, Any]:
         """Variant and every switch."""
-        return {"variant": self.variant, **{key.rstrip("_"): value for key, value in asdict(self.options).items()}}
+        return {"variant": self.variant, **{option_name(key): value for key, value in asdict(self.options).items()}}
 
 
 def _log_novelty(novelty: Tensor) -> Tensor:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from omnimem.backbones import ChunkInputs
-from omnimem.memory import CompressedCache, attach
+from omnimem.memory import CompressedCache
 from omnimem.selection import build_selection
 from oracles import (
     idle_part,
@@ -19,10 +18,9 @@ from oracles import (
     slopes_of,
     stream,
     stream_parts,
-    text_model,
     text_part,
 )
-from small_decoder import ExactNorm, Replay, head, lora_weights
+from small_decoder import Replay, head, lora_decoder, lora_weights
 
 BUDGETS = profile((3, 2), (2, 4), (5, 1))
 AMPLE = profile((200, 200), (200, 200), (200, 200))
@@ -32,17 +30,7 @@ TARGETS = torch.randint(0, 11, (6,), generator=torch.Generator().manual_seed(3))
 
 @pytest.fixture(scope="module")
 def model():
-    """Tiny decoder in float64 throughout, with LoRA on its attention projections and our hooks."""
-    model = text_model(layers=3)
-    for layer in model.layers:
-        layer.input_layernorm = ExactNorm(layer.input_layernorm)
-        layer.post_attention_layernorm = ExactNorm(layer.post_attention_layernorm)
-    model.norm = ExactNorm(model.norm)
-    model.requires_grad_(False)
-    attach(model)
-    torch.manual_seed(0)
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
-    return inject_adapter_in_model(config, model).double()
+    return lora_decoder("q_proj", "k_proj", "v_proj")
 
 
 def answer_loss(model, cache, parts: list[ChunkInputs]) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from omnimem.backbones import ChunkInputs
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache, SelectionGradient, attach
-from omnimem.selection import build_selection
+from omnimem.selection import SelectionMethod, build_selection
+from omnimem.selection.learned import Learned
 from oracles import batch_parts, offline, profile, run, stream_parts, text_model, text_part
 
 BUDGETS = profile((3, 2), (2, 4), (5, 1))
@@ -57,12 +58,28 @@ def lora_weights(model) -> list[Tensor]:
     return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
 
 
+def new_method(name: str, **options: Any) -> SelectionMethod:
+    """A selection method; the heads of `learned` have random weights."""
+    method = build_selection(name, **options)
+    if isinstance(method, Learned):
+        generator = torch.Generator().manual_seed(4)
+        for one in method.new_heads(3, 32, torch.float64):
+            for weight in one.parameters():
+                weight.data += torch.randn(weight.shape, generator=generator, dtype=weight.dtype) / 4
+    return method
+
+
+def head_weights(method: SelectionMethod) -> list[Tensor]:
+    """Weights of the heads of `learned`; none for other methods."""
+    return [weight for one in getattr(method, "heads", None) or () for weight in one.parameters()]
+
+
 def head() -> Tensor:
     return torch.randn(11, 32, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
 
 
 def new_cache(gradient: SelectionGradient | None = EVERY, method="omnimem", budgets=BUDGETS, **options) -> Any:
-    return CompressedCache(budgets, build_selection(method, **options), gradient)
+    return CompressedCache(budgets, new_method(method, **options), gradient)
 
 
 def streams(samples: int) -> list[ChunkInputs]:

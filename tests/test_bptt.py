@@ -19,7 +19,7 @@ from omnimem.memory import CompressedCache, SelectionGradient, attach
 from omnimem.memory.offload_store import DiskStore, HostStore, Store
 from omnimem.selection import build_selection
 from oracles import held, offline, profile, run, same, stream_parts, text_model, text_part
-from small_decoder import BUDGETS, answer, answer_loss, lora_weights, model, streams  # noqa: F401
+from small_decoder import BUDGETS, answer, answer_loss, head_weights, lora_weights, model, new_method, streams  # noqa: F401
 
 ASKED = (1, 3, 3, 4)
 """Steps (the first one is text) after which a question is asked."""
@@ -33,6 +33,12 @@ SETTINGS = [
     ("omnimem", {"variant": "release"}, SelectionGradient(temperature=1.0)),
     ("omnimem", {}, SelectionGradient("soft")),
     ("omnimem", {"lambda": 1.0}, SelectionGradient("soft", margin=2, threshold="bisection", through_attention=True)),
+    ("omnimem", {"redundancy": "sketch", "sketch_dim": 24}, SelectionGradient()),
+    ("similarity_only", {"redundancy": "value"}, SelectionGradient()),
+    ("omnimem", {"redundancy": "key", "neighbours": "modality"}, SelectionGradient(margin=2)),
+    ("learned", {}, SelectionGradient()),
+    ("learned", {"hidden": 6, "sketch_bits": 4}, SelectionGradient("soft")),
+    ("learned", {"attention": True, "age": True, "measured": "every_chunk"}, SelectionGradient(through_attention=True)),
     ("omnimem", {"position_ids": "compact"}, None),
     ("full", {}, None),
     ("random", {}, None),
@@ -48,7 +54,7 @@ SETTINGS = [
 
 
 def cache_of(method: str, options: dict[str, Any], gradient: SelectionGradient | None = None) -> CompressedCache:
-    return CompressedCache(BUDGETS, build_selection(method, **options), gradient)
+    return CompressedCache(BUDGETS, new_method(method, **options), gradient)
 
 
 def parts_of(samples: int) -> list[ChunkInputs]:
@@ -69,7 +75,7 @@ def plain(model, cache, parts, asked=ASKED, cut=()) -> tuple[Tensor, list[Tensor
             flow.step(part)
         losses += [answer_loss(answer(model, cache, seed=50 + number)) for _ in range(asked.count(number))]
     loss = torch.stack(losses).sum()
-    return loss.detach(), gradients_of(model, parts, lambda: loss.backward())
+    return loss.detach(), gradients_of(model, cache, parts, lambda: loss.backward())
 
 
 def taped(model, tape: ChunkwiseBPTT, parts, asked=ASKED, weight: float = 1.0) -> tuple[Tensor, list[Tensor | None]]:
@@ -81,11 +87,11 @@ def taped(model, tape: ChunkwiseBPTT, parts, asked=ASKED, weight: float = 1.0) -
             tape.step(part)
         for _ in range(asked.count(number)):
             values += tape.add_loss(lambda n=number: (answer_loss(answer(model, tape.cache, seed=50 + n)),))
-    return torch.stack(values).sum(), gradients_of(model, parts, lambda: tape.backward(weight))
+    return torch.stack(values).sum(), gradients_of(model, tape.cache, parts, lambda: tape.backward(weight))
 
 
-def gradients_of(model, parts, backward) -> list[Tensor | None]:
-    leaves = [*lora_weights(model), *(part.embeds for part in parts)]
+def gradients_of(model, cache, parts, backward) -> list[Tensor | None]:
+    leaves = [*lora_weights(model), *head_weights(cache.method), *(part.embeds for part in parts)]
     for leaf in leaves:
         leaf.grad = None
     backward()
@@ -147,7 +153,7 @@ def test_a_stream_nobody_asks_about_has_no_gradient(model):
     tape = new_tape(model, cache_of("omnimem", {}))
     tape.forward(parts[0])
     tape.step(parts[1])
-    assert gradients_of(model, parts, tape.backward) == [None] * (len(lora_weights(model)) + len(parts))
+    assert gradients_of(model, tape.cache, parts, tape.backward) == [None] * (len(lora_weights(model)) + len(parts))
 
 
 def test_dropout_is_the_same_in_the_recomputation(model):
@@ -306,7 +312,7 @@ def test_many_small_gradients_do_not_vanish_beside_a_large_one_in_bfloat16(chunk
             for _ in range(questions if questions == 1 or number == chunks else 0):
                 ask(8, small)
         ask(7, large)
-        found = gradients_of(decoder, [], tape.backward)
+        found = gradients_of(decoder, tape.cache, [], tape.backward)
         return torch.cat([one.flatten() for one in found if one is not None])
 
     alone, beside = gradient(1 / 60, 0.0), gradient(1 / 60, 8.0) - gradient(0.0, 8.0)
@@ -520,7 +526,7 @@ def cut_by_hand(model, parts, start: int, stop: int, gradient) -> list[Tensor | 
                 }
         answer_loss(answer(model, cache, seed=50 + len(parts) - 1)).backward()
 
-    return gradients_of(model, parts, run_all)
+    return gradients_of(model, cache, parts, run_all)
 
 
 # ---- in step with other processes ------------------------------------------------------------------------------------
@@ -553,7 +559,7 @@ def test_in_lockstep_processes_make_the_same_passes_and_idle_ones_add_nothing(mo
     for number, part in enumerate(parts[1:], start=1):
         longer.step(part)
         ask(longer, number)
-    gradients_of(model, parts, longer.backward)
+    gradients_of(model, longer.cache, parts, longer.backward)
 
     answers = iter(pending)
     shorter, passes_of_shorter = tape_of(lambda here: (next(answers), here)[0])
@@ -567,7 +573,7 @@ def test_in_lockstep_processes_make_the_same_passes_and_idle_ones_add_nothing(mo
         shorter.empty_pass(parts[0], matches_step=True)
         shorter.empty_pass(parts[0], matches_step=False)
         assert same(before, held(shorter.cache))
-    found = gradients_of(model, parts, shorter.backward)
+    found = gradients_of(model, shorter.cache, parts, shorter.backward)
     assert passes_of_shorter[1] == passes_of_longer[1] and next(answers, None) is None
     assert len(passes_of_shorter[0]) == len(passes_of_longer[0])
     cut = () if window is None else (3 - window,)

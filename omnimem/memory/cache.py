@@ -403,8 +403,8 @@ def _check_gradient(gradient: SelectionGradient, method: SelectionMethod) -> Non
     if not (method.differentiable and method.position_ids == "original"):
         raise OmniMemError(
             f"no gradient can reach the selection of {type(method).__name__} with these settings: use "
-            "selection.method=omnimem or similarity_only with selection.redundancy=hidden and "
-            "selection.position_ids=original, or set selection.gradient=none"
+            "selection.method=learned, omnimem or similarity_only with selection.position_ids=original, or set "
+            "selection.gradient=none"
         )
     if gradient.through_attention and (method.attention_scores is None or method.attention_scores.kind == "concat"):
         raise OmniMemError(

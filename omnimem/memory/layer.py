@@ -28,7 +28,7 @@ from omnimem.memory.rotary import KeyRotation, Rotary
 from omnimem.memory.selection_gradient import SelectionGradient, attach_selection_gradient
 from omnimem.memory.state import LayerState, Step
 from omnimem.modality import KINDS
-from omnimem.selection.base import AttentionScoreSpec, Candidates, Probe, SelectionMethod
+from omnimem.selection.base import Arrival, AttentionScoreSpec, Candidates, Probe, SelectionMethod
 from omnimem.token_metadata import TokenMetadata
 
 LayerSnapshot = tuple[LayerState, Step | None]
@@ -123,7 +123,9 @@ class CompressedLayer(CacheLayerMixin):
         """Take the layer's input hidden states ``[B, T, C]`` of the new tokens."""
         if self.method.stores_features:
             assert self.step is not None
-            self.step.features = self.method.features(hidden if self.learning else hidden.detach(), self.index)
+            hidden = hidden if self.learning else hidden.detach()
+            arrival = Arrival(self.index, hidden, self.step.new, self.features, self.metadata)
+            self.step.features = self.method.features(arrival)
 
     @property
     def observed_scores(self) -> AttentionScoreSpec | None:
@@ -209,14 +211,17 @@ class CompressedLayer(CacheLayerMixin):
             self.state = replace(self.state, attention_scores=self.state.padded_scores())
 
     def candidates(self) -> Candidates:
-        """What the selection method may look at; only tensors that the selection learns from keep their graph."""
+        """What the selection method may look at; without a gradient into the selection, tensors have no graph."""
+        values, keys = self.values, self.rotated_keys() if self.method.reads_keys else None
+        if not self.learning:
+            values, keys = values.detach(), None if keys is None else keys.detach()
         return Candidates(
             layer=self.index,
             num_layers=self.num_layers,
             budget=self.budget,
             num_previous=self.state.num_previous,
-            values=self.values.detach(),
-            keys=self.rotated_keys().detach() if self.method.reads_keys else None,
+            values=values,
+            keys=keys,
             metadata=self.metadata,
             attention_scores=self.attention_scores,
             probe_scores=tuple(self._probe_scores),

@@ -16,6 +16,8 @@ from omnimem.selection.full import Full
 from omnimem.selection.h2o import H2O
 from omnimem.selection.hermes import Hermes, HermesReleased
 from omnimem.selection.infinipot_v import InfiniPotV, InfiniPotVReleased
+from omnimem.selection.learned import Learned
+from omnimem.selection.novelty import Novelty
 from omnimem.selection.omnimem import VARIANTS, OmniMem, OmniMemSettings
 from omnimem.selection.random import Random
 from omnimem.selection.similarity_only import SimilarityOnly
@@ -39,6 +41,8 @@ SELECTION_METHODS: dict[str, Callable[..., SelectionMethod]] = {
     "attention_only": AttentionOnly,
     "similarity_only": SimilarityOnly,
     "omnimem": OmniMem,
+    "novelty": Novelty,
+    "learned": Learned,
 }
 """Selection methods by the name used in recipes, profiles and on the command line."""
 

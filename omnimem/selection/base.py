@@ -71,6 +71,31 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Arrival:
+    """New tokens of one layer before their forward pass, from which `SelectionMethod.features` computes what to store.
+
+    Attributes
+    ----------
+    layer : int
+        Number of the layer.
+    hidden : Tensor
+        ``[B, T, C]`` input hidden states of the new tokens.
+    new : TokenMetadata
+        Of the T new tokens.
+    stored : Tensor or None
+        ``[B, N, F]`` features of the stored tokens; None before the first.
+    metadata : TokenMetadata or None
+        Of the N stored tokens.
+    """
+
+    layer: int
+    hidden: Tensor
+    new: TokenMetadata
+    stored: Tensor | None
+    metadata: TokenMetadata | None
+
+
+@dataclass(frozen=True)
 class Candidates:
     """Input of a selection method: the retained and new tokens of one layer, in stored order.
 
@@ -96,7 +121,7 @@ class Candidates:
     probe_scores : tuple of Tensor
         ``[R, N]`` mean attention of each of the method's `probes`.
     features : Tensor or None
-        ``[R, N, F]`` what `SelectionMethod.features` computed from the layer's input hidden states.
+        ``[R, N, F]`` what `SelectionMethod.features` computed when each token arrived.
     """
 
     layer: int
@@ -181,8 +206,8 @@ class SelectionMethod(ABC):
         total[:, : old.shape[1]] += old
         return total
 
-    def features(self, hidden: Tensor, layer: int) -> Tensor:
-        """Features ``[B, T, F]`` to store of the layer's input hidden states ``[B, T, C]``."""
+    def features(self, arrival: Arrival) -> Tensor:
+        """Features ``[B, T, F]`` to store of the new tokens of a layer."""
         raise NotImplementedError(f"{type(self).__name__} stores no features")
 
     def settings(self) -> dict[str, Any]:

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from omnimem.errors import OmniMemError
 from omnimem.option_names import option_name
-from omnimem.selection.base import AttentionScoreSpec, Candidates, SelectionMethod, compute_dtype
-from omnimem.selection.redundancy import redundancy, sketch
+from omnimem.selection.base import Arrival, AttentionScoreSpec, Candidates, SelectionMethod, compute_dtype
+from omnimem.selection.redundancy import redundancy
+from omnimem.selection.sketch import sketch
 
 EPSILON = 1e-12
 """Added inside the logarithms, so that a token without attention still has a finite score."""
@@ -119,7 +120,7 @@ class OmniMem(SelectionMethod):
         )
         self.stores_features = self.options.redundancy in ("hidden", "sketch")
         self.reads_keys = self.options.redundancy == "key"
-        self.differentiable = self.options.redundancy == "hidden"
+        self.differentiable = True
 
     def score(self, candidates: Candidates) -> Tensor:
         """Log ψ = λ·log a + log(1 − s), half of the second term under ``sqrt``."""
@@ -138,11 +139,11 @@ class OmniMem(SelectionMethod):
         assert features is not None
         return features.to(compute_dtype(features) if features.is_floating_point() else torch.float32)
 
-    def features(self, hidden: Tensor, layer: int) -> Tensor:
+    def features(self, arrival: Arrival) -> Tensor:
         """The hidden states themselves, or their sketch."""
         if self.options.redundancy == "hidden":
-            return hidden
-        return sketch(hidden, self.options.sketch_dim, layer, self.options.seed)
+            return arrival.hidden
+        return sketch(arrival.hidden, self.options.sketch_dim, arrival.layer, self.options.seed)
 
     def accumulate(self, old: Tensor, new: Tensor) -> Tensor:
         """Sum, mean or exponential average for retained tokens; new tokens take the new score."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,21 +51,3 @@ def redundancy(features: Tensor, modality: Tensor, valid: Tensor, neighbours: st
         same = (modality == kind) & valid
         result = torch.where(same, neighbour_similarity(features, same), result)
     return result
-
-
-@lru_cache(maxsize=256)
-def sketch_matrix(dim: int, size: int, layer: int, seed: int) -> Tensor:
-    """Gaussian projection ``[dim, size]`` of a layer (Johnson-Lindenstrauss), the same in every run."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
-    return torch.randn(dim, size, generator=generator) / size**0.5
-
-
-def sketch(hidden: Tensor, size: int, layer: int, seed: int) -> Tensor:
-    """8-bit sketch of hidden states: int8 ``[B, T, size]`` whose cosines approximate those of ``[B, T, C]``.
-
-    Cosine similarity does not depend on scale, so each token is scaled by its largest coordinate and the scale is not
-    stored.
-    """
-    projected = hidden.float() @ sketch_matrix(hidden.shape[-1], size, layer, seed).to(hidden.device)
-    largest = projected.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return (projected / largest * 127).round().to(torch.int8)

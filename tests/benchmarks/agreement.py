@@ -26,7 +26,7 @@ from omnimem.budget import BudgetProfile
 from omnimem.memory import attention_scores
 from omnimem.memory.attach import ATTENTION_NAME, compressed_attention
 from omnimem.selection import Candidates, OmniMem, build_selection
-from omnimem.selection.redundancy import sketch
+from omnimem.selection.sketch import sketch
 from omnimem.selection.topk import keep_mask
 from omnimem.stream import StreamingSession
 

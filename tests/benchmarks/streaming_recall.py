@@ -85,8 +85,8 @@ class Batch:
     answer: Tensor
 
 
-def draw(batch: int, generator: torch.Generator) -> Batch:
-    """Random streams with random facts."""
+def draw(batch: int, generator: torch.Generator, copies: int = 1) -> Batch:
+    """Random streams with random facts, each shown `copies` times."""
     size = VISUAL_COUNT + AUDIO_COUNT
     total = CHUNKS * size
     key, value = torch.full((batch, total), -1), torch.full((batch, total), -1)
@@ -110,8 +110,15 @@ def draw(batch: int, generator: torch.Generator) -> Batch:
         # No modality has more facts than its budget, so that a perfect selection answers everything.
         kinds = modality[b, places]
         heard = places[kinds == AUDIO][: int(torch.randint(1, BUDGET.audio, (1,), generator=generator))]
-        chosen = torch.cat((heard, places[kinds == VISUAL][: FACTS - len(heard)]))
+        seen = places[kinds == VISUAL]
+        chosen = torch.cat((heard, seen[: FACTS - len(heard)]))
         key[b, chosen], value[b, chosen] = asked[b], answer[b]
+        # Copies of a fact are tokens of its own modality.
+        spare = {AUDIO: places[kinds == AUDIO][len(heard) :].tolist(), VISUAL: seen[FACTS - len(heard) :].tolist()}
+        for fact, place in enumerate(chosen.tolist()):
+            for _ in range(copies - 1):
+                other = spare[int(modality[b, place])].pop()
+                key[b, other], value[b, other] = asked[b, fact], answer[b, fact]
     background[key >= 0] = -1
     return Batch(key, value, background, modality, asked, answer)
 

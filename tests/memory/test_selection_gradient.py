@@ -741,12 +741,7 @@ def test_the_states_of_the_margin_are_cut_from_their_graph(model):
 
 # ---- what it cannot do -----------------------------------------------------------------------------------------------
 
-REFUSED = [(name, {}) for name in SELECTION_METHODS if name not in ("omnimem", "similarity_only")]
-REFUSED += [
-    (name, {option: value})
-    for name in ("omnimem", "similarity_only")
-    for option, value in (("redundancy", "sketch"), ("redundancy", "value"), ("redundancy", "key"))
-]
+REFUSED = [(name, {}) for name in SELECTION_METHODS if name not in ("omnimem", "similarity_only", "learned")]
 REFUSED += [("omnimem", {"position_ids": "compact"}), ("similarity_only", {"position_ids": "compact"})]
 
 

@@ -25,7 +25,7 @@ from omnimem.memory.rotary import Rotary
 from omnimem.modality import AUDIO, TEXT, VISUAL
 from omnimem.selection import SELECTION_METHODS, build_selection
 from omnimem.selection.hermes import GLOBAL, LOCAL
-from omnimem.selection.redundancy import sketch
+from omnimem.selection.sketch import sketch
 from oracles import (
     WIDTH,
     batch_parts,

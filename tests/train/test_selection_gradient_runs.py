@@ -182,7 +182,6 @@ def test_a_curriculum_lowers_the_budget_geometrically(tmp_path):
     ("overrides", "words"),
     [
         ((WITH_GRADIENT, "selection.method=h2o"), "no gradient can reach the selection"),
-        ((WITH_GRADIENT, "selection.redundancy=sketch"), "no gradient can reach the selection"),
         ((WITH_GRADIENT, "selection.position_ids=compact"), "no gradient can reach the selection"),
         ((WITH_GRADIENT, "gate.temperature=0"), "gate.temperature must be above 0"),
         ((WITH_GRADIENT, "gate.margin=0"), "gate.margin must be at least 1"),

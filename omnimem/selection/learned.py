@@ -1,0 +1,160 @@
+"""Learned retention: a small head per layer says what a token is worth when it arrives [ours].
+
+    x_k = z_k + β_l · log(1 − n_k + ε) [+ w_l · log a_k + u_l · log age_k]        z_k = head_l(LayerNorm(H_k))
+
+n_k is the novelty of `omnimem.selection.novelty`, a_k the attention score of ψ (arXiv 2606.07577), age_k the number of
+tokens since k arrived. The head starts at 0 and β_l at 1, so that untrained heads retain what `novelty` retains. Heads
+are trained through `selection.gradient`, alone (the base frozen) or together with LoRA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omnimem.errors import OmniMemError
+from omnimem.selection.base import Arrival, AttentionScoreSpec, Candidates, compute_dtype
+from omnimem.selection.novelty import Measured, Novelty, NoveltySettings, log_attention
+
+TERMS = ("attention", "age")
+"""Optional terms of the score; their weights start at 0."""
+
+
+class SelectionHead(nn.Module):
+    """The learned part of the score in one layer.
+
+    It has no bias: tokens compete within a layer, so a constant would change nothing.
+
+    Parameters
+    ----------
+    channels : int
+        C, width of the hidden states.
+    hidden : int
+        Width of one hidden layer; 0: a linear head.
+    terms : tuple of str
+        Optional terms (`TERMS`).
+    """
+
+    def __init__(self, channels: int, hidden: int = 0, terms: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.inner = nn.Linear(channels, hidden) if hidden else None
+        self.outer = nn.Linear(hidden or channels, 1, bias=False)
+        nn.init.zeros_(self.outer.weight)
+        self.terms = ScoreTerms(terms)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Z ``[B, T]``, in the dtype of the head, of hidden states ``[B, T, C]``."""
+        normal = F.layer_norm(states.to(self.outer.weight.dtype), states.shape[-1:])
+        if self.inner is not None:
+            normal = F.gelu(self.inner(normal))
+        return self.outer(normal)[..., 0]
+
+
+class ScoreTerms(nn.Module):
+    """Weights of the terms that are added to z when tokens are selected.
+
+    A module of its own, because it runs after the layer's forward pass: sharded weights are gathered when a module is
+    called.
+    """
+
+    def __init__(self, terms: tuple[str, ...]) -> None:
+        super().__init__()
+        self.novelty = nn.Parameter(torch.ones(1))
+        self.weights = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in terms})
+
+    def forward(self, z: Tensor, log_novelty: Tensor, terms: dict[str, Tensor]) -> Tensor:
+        """Score ``[R, N]`` from z, the log novelty and the optional terms, each ``[R, N]``."""
+        score = z + self.novelty * log_novelty
+        for name, weight in self.weights.items():
+            score = score + weight * terms[name]
+        return score
+
+
+class Learned(Novelty):
+    """A trained head per layer plus weighted novelty.
+
+    Parameters
+    ----------
+    hidden : int
+        Width of one hidden layer of the head; 0: linear.
+    attention, age : bool
+        Whether the log attention score and the log age are terms of the score, with learned weights.
+    measured, sketch_dim, sketch_bits, query_stride, seed
+        See `NoveltySettings`.
+
+    Attributes
+    ----------
+    heads : list of SelectionHead or None
+        One per layer, see `new_heads` and `omnimem.selection.heads`.
+    """
+
+    num_terms = 2
+    differentiable = True
+
+    def __init__(
+        self,
+        hidden: int = 0,
+        attention: bool = False,
+        age: bool = False,
+        measured: Measured = "arrival",
+        sketch_dim: int = 32,
+        sketch_bits: int = 8,
+        query_stride: int = 4,
+        seed: int = 0,
+    ) -> None:
+        self.options = NoveltySettings(measured, sketch_dim, sketch_bits, query_stride, seed)
+        self.options.check("learned")
+        if hidden < 0:
+            raise OmniMemError(f"selection learned: hidden must be at least 0, got {hidden!r}")
+        self.hidden = hidden
+        self.terms = tuple(name for name, wanted in zip(TERMS, (attention, age), strict=True) if wanted)
+        self.attention_scores = AttentionScoreSpec("heads", query_stride) if attention else None
+        self.heads: list[SelectionHead] | None = None
+
+    def new_heads(self, num_layers: int, channels: int, dtype: torch.dtype = torch.float32) -> list[SelectionHead]:
+        """Make untrained heads for a decoder of `num_layers` layers of width `channels`, and use them."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(self.options.seed)
+            self.heads = [SelectionHead(channels, self.hidden, self.terms).to(dtype) for _ in range(num_layers)]
+        return self.heads
+
+    def score(self, candidates: Candidates) -> Tensor:
+        """The score x."""
+        assert candidates.features is not None
+        terms = {}
+        if "attention" in self.terms:
+            terms["attention"] = log_attention(candidates)
+        if "age" in self.terms:
+            terms["age"] = _log_age(candidates)
+        return self._head(candidates.layer).terms(candidates.features[..., 0], self.log_novelty(candidates), terms)
+
+    def features(self, arrival: Arrival) -> Tensor:
+        """Z and the log novelty at arrival, then the sketch: ``[B, T, 2 + sketch_dim]``."""
+        rest = super().features(arrival)
+        z = self._head(arrival.layer)(arrival.hidden)
+        dtype = torch.promote_types(z.dtype, rest.dtype)
+        return torch.cat((z[..., None].to(dtype), rest.to(dtype)), -1)
+
+    def settings(self) -> dict[str, Any]:
+        """Form of the head, optional terms, settings of the novelty term."""
+        return {"hidden": self.hidden, **{name: name in self.terms for name in TERMS}, **asdict(self.options)}
+
+    def _head(self, layer: int) -> SelectionHead:
+        if self.heads is None:
+            raise OmniMemError(
+                "selection.method=learned has no trained heads: train with recipe=selection_only, give the folder of "
+                "such a run, or use selection.method=novelty, which needs no training"
+            )
+        return self.heads[layer]
+
+
+def _log_age(candidates: Candidates) -> Tensor:
+    """Log of 1 + the number of tokens since each candidate arrived ``[R, N]``; merged tokens count from their first."""
+    index = candidates.metadata.index
+    index = torch.where(index < 0, -1 - index, index)
+    newest = index.masked_fill(~candidates.metadata.valid, 0).amax(1, keepdim=True)
+    return torch.log1p((newest - index).clamp_min(0).to(compute_dtype(candidates.values)))

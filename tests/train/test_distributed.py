@@ -87,7 +87,7 @@ def test_the_streams_of_the_ranks_have_different_lengths(two):
     samples = [tokenize_row(row, backbone) for row in load_rows(recipe.data).rows]
     schedule = Schedule(samples, recipe.train, recipe.data.shuffle, processes=2)
     for step in range(2):
-        first, second = (schedule.step(step, rank)[0][0].row.name for rank in (0, 1))
+        first, second = (schedule.batches(step, rank)[0][0].row.name for rank in (0, 1))
         assert first != second
 
 

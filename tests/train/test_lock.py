@@ -17,7 +17,7 @@ import pytest
 import train.lock
 from omnimem.errors import OmniMemError
 from small_runs import ROOT, arguments, configured, environment, lines, main, metrics, start
-from train.checkpoint import EVICTED
+from train.checkpoint import EVICTED_FOLDER
 from train.lock import LOCK_FILE, Owner, hold_lock
 
 
@@ -49,7 +49,7 @@ def test_two_runs_at_once_and_one_after_a_kill(tmp_path):
         (line,) = lines(second.stderr)
         assert line.startswith(f"train: {run} is in use by a run on {os.uname().nodename}, process {first.pid}, since ")
         wait_for_step(first, run, logged(run) + 3)
-        assert (run / EVICTED).is_dir()
+        assert (run / EVICTED_FOLDER).is_dir()
     finally:
         first.kill()
     # Not waited for yet: a killed process that its parent has not looked at is still in the process table.

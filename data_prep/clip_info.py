@@ -129,7 +129,7 @@ def _read(file: Path) -> dict[str, MediaInfo]:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
         if content["versions"] != _versions():
             return {}
-        return {key: MediaInfo.of(info) for key, info in content["clips"].items()}
+        return {key: MediaInfo.from_dict(info) for key, info in content["clips"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 

@@ -61,8 +61,8 @@ def _run_until_a_worker_dies(
         return []
     context = multiprocessing.get_context("spawn")
     # The system closes the pipe when this process ends in any way; the workers then exit.
-    lifeline, held = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_exit_with_parent, initargs=(lifeline,))
+    worker_end, parent_end = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_exit_with_parent, initargs=(worker_end,))
     running: dict[Future[Result], Item] = {}
     try:
         while True:
@@ -82,18 +82,18 @@ def _run_until_a_worker_dies(
                 return list(running.values())
     finally:
         if running:
-            held.close()
+            parent_end.close()
         pool.shutdown(cancel_futures=True)
-        held.close()
-        lifeline.close()
+        parent_end.close()
+        worker_end.close()
 
 
-def _exit_with_parent(lifeline: Connection) -> None:
-    """End this worker as soon as the other end of `lifeline` is closed, even while it decodes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent closes the lifeline
+def _exit_with_parent(worker_end: Connection) -> None:
+    """End this worker as soon as the other end of the pipe is closed, even while it decodes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent closes the pipe
 
     def watch() -> None:
-        lifeline.poll(None)
+        worker_end.poll(None)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

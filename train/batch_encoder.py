@@ -32,12 +32,12 @@ def encode_closing(encoders: Sequence[StreamEncoder]) -> ChunkInputs:
 
 @dataclass(frozen=True)
 class EncoderReplay:
-    """Repeats what the encoders did since they last had no pending input.
+    """Encodes again all chunks since the encoders last had an empty buffer.
 
     Attributes
     ----------
     encoders : sequence of StreamEncoder
-        Forks from before the first of the chunks; they are forked again for each replay.
+        Copies made before the first of the chunks; each replay runs on new copies of them.
     chunks : tuple
         Chunks since then.
     """
@@ -89,11 +89,11 @@ class BatchEncoder:
         return encode_chunks(self._encoders, chunks), self._replay.last_chunk if self._train else None
 
     def closing(self) -> tuple[ChunkInputs, Recompute | None]:
-        """Encode the end-of-media tokens; also return how to recompute trained outputs among them."""
+        """Encode the end-of-media tokens; return a recomputation too if trained encoders made some."""
         recompute = self._replay.closing if self._train and self._has_pending_input else None
         return encode_closing(self._encoders), recompute
 
     @property
     def _has_pending_input(self) -> bool:
-        """Whether an encoder holds input that it has not encoded yet."""
+        """Whether an encoder buffers encoded tokens for a later chunk or the end of the media."""
         return any(encoder.has_pending_input for encoder in self._encoders)

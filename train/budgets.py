@@ -3,7 +3,8 @@
     accelerate launch train.py recipe=quickstart memory.start_budget=32768           # lowered to memory.mean_budget
     accelerate launch train.py recipe=quickstart memory.random_budget=[4096,49152]   # one adapter for this range
 
-Both depend on the seed and the step alone, so that resumed runs and all processes use the same budgets.
+The curriculum is a function of the step and the number of steps; the random budget is a function of the seed and the
+step. Resumed runs and all processes therefore use the same budgets.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ from omnimem.errors import OmniMemError
 from omnimem.files import atomic_directory, atomic_write_json, remove_directory, remove_leftovers
 from train.parallel import ParallelStrategy
 
-FOLDER = "checkpoints"
-ADAPTER = ".adapter"
-EVICTED = ".evicted"
+CHECKPOINTS_FOLDER = "checkpoints"
+TEMPORARY_ADAPTER_FOLDER = ".adapter"
+EVICTED_FOLDER = ".evicted"
 
 
 def save_adapter(
@@ -39,11 +39,11 @@ def save_adapter(
 
     `weights` maps the names of the model's parameters to the weights to write; the model's own if omitted.
     """
-    with atomic_directory(folder / ADAPTER, overwrite=True) as temporary:
+    with atomic_directory(folder / TEMPORARY_ADAPTER_FOLDER, overwrite=True) as temporary:
         model.save_pretrained(str(temporary), state_dict=weights, safe_serialization=True, save_embedding_layers=False)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        (folder / ADAPTER / name).replace(folder / name)
-    shutil.rmtree(folder / ADAPTER)
+        (folder / TEMPORARY_ADAPTER_FOLDER / name).replace(folder / name)
+    shutil.rmtree(folder / TEMPORARY_ADAPTER_FOLDER)
     profile.save(folder / PROFILE_FILE)
 
 
@@ -57,7 +57,7 @@ def save_checkpoint(
     keep: int,
 ) -> Path:
     """Save after `step` optimizer steps and delete all but the newest `keep` checkpoints; every rank calls it."""
-    target = output_dir / FOLDER / f"step-{step:08d}"
+    target = output_dir / CHECKPOINTS_FOLDER / f"step-{step:08d}"
     random_states = gather_object([_rng_state(accelerator.device)])
     weights, optimizer_state = strategy.weights(), strategy.optimizer_state()
     if accelerator.is_main_process:
@@ -75,16 +75,16 @@ def save_checkpoint(
 
 def remove_unfinished_files(output_dir: Path) -> None:
     """Delete unfinished files of a killed run."""
-    for folder in (output_dir, output_dir / FOLDER):
+    for folder in (output_dir, output_dir / CHECKPOINTS_FOLDER):
         remove_leftovers(folder)
-    for name in (ADAPTER, EVICTED):
+    for name in (TEMPORARY_ADAPTER_FOLDER, EVICTED_FOLDER):
         if (output_dir / name).is_dir():
             shutil.rmtree(output_dir / name)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted((output_dir / FOLDER).glob("step-*"))
+    return sorted((output_dir / CHECKPOINTS_FOLDER).glob("step-*"))
 
 
 def load_weights(folder: Path, accelerator: Accelerator, model: PeftModel) -> int:
@@ -109,7 +109,7 @@ def load_weights(folder: Path, accelerator: Accelerator, model: PeftModel) -> in
         return state["step"]
 
 
-def load_progress(folder: Path, accelerator: Accelerator, strategy: ParallelStrategy) -> None:
+def load_optimizer_and_rng(folder: Path, accelerator: Accelerator, strategy: ParallelStrategy) -> None:
     """Load the optimizer state and this rank's random state.
 
     Raises

@@ -23,7 +23,7 @@ from omnimem.budget import ModelFingerprint
 from omnimem.files import atomic_write_json
 from omnimem.recipe import FinishConfig, load_recipe
 from train.data import load_rows
-from train.memory_plan import RETAINED, device_bytes, memory_plan
+from train.memory_plan import RETAINED_PART, device_bytes, memory_plan
 from train.setup import check_recipe, selection_method, stream_settings
 from train.stream_plan import StreamPlan, plan_stream
 
@@ -45,7 +45,7 @@ DURATIONS = (
 BAR = 40  # characters of the longest bar
 
 
-def stats_command(args: argparse.Namespace) -> None:
+def run_stats(args: argparse.Namespace) -> None:
     """Compute and print the statistics; write them to ``--json``."""
     recipe, *overrides = args.recipe
     found = stats(args.manifest, args.root, recipe, [*overrides, *args.overrides])
@@ -83,7 +83,8 @@ def stats(
     """
     where = [f"data.path={manifest}", *([] if root is None else [f"data.root={root}"])]
     loaded = load_recipe([f"recipe={recipe}", *overrides, *where])
-    loaded.finish = FinishConfig()  # its clip belongs to the recipe's data
+    # `check_recipe` would look for the recipe's `finish.media` in the media folder of this manifest.
+    loaded.finish = FinishConfig()
     loaded.dry_run = True  # shapes are enough
     loaded.data.on_bad_row = "skip"
     backbone, profile = check_recipe(loaded)
@@ -111,7 +112,7 @@ def stats(
             "per_token": token_bytes,
             "full_cache_per_hour": round(_per_hour(sum(s.tokens for s in streams), streams) * token_bytes),
             "full_cache_of_longest": max(s.tokens for s in streams) * token_bytes,
-            "retained": parts[RETAINED] // loaded.train.per_device_train_batch_size,
+            "retained": parts[RETAINED_PART] // loaded.train.per_device_train_batch_size,
             "training_step": device_bytes(loaded, parts),
             "training_step_parts": parts,
         },

@@ -55,8 +55,9 @@ class ShardedModules(nn.Module):
 class DeepSpeedStrategy(ParallelStrategy):
     """ZeRO-2 or ZeRO-3.
 
-    Each process accumulates unsharded gradients during a step and reduces them once at its end. Processes may therefore
-    make different numbers of passes under ZeRO-2, and have losses that are not finite under ZeRO-3.
+    Each process accumulates unsharded gradients during a step and reduces them once at its end. Under ZeRO-2 processes
+    may therefore make different numbers of passes. Under ZeRO-3 a process may have a loss that is not finite: no
+    gradient is exchanged before the end of the step, whose update is then skipped.
     """
 
     def __init__(

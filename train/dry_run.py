@@ -18,8 +18,8 @@ from train.schedule import Schedule
 from train.setup import selection_method, stream_settings
 from train.stream_plan import StreamPlan, plan_stream
 
-LONGEST_SHOWN = 20
-"""Of more streams than this, the longest are printed."""
+MAX_STREAMS_SHOWN = 20
+"""Rows in the table of streams; of more streams, the longest are shown."""
 
 
 def print_plan(recipe: Recipe, rows: list[Row], backbone: Backbone, profile: BudgetProfile, processes: int = 1) -> None:
@@ -44,8 +44,8 @@ def _streams_table(recipe: Recipe, streams: list[StreamPlan]) -> Table:
     table = Table(title=f"{len(streams)} streams ({recipe.data.path})", title_justify="left")
     for column in ("stream", "seconds", "chunks", "visual", "audio", "largest chunk", "questions"):
         table.add_column(column, justify="left" if column == "stream" else "right")
-    if len(streams) > LONGEST_SHOWN:
-        streams = sorted(streams, key=lambda stream: -stream.tokens)[:LONGEST_SHOWN]
+    if len(streams) > MAX_STREAMS_SHOWN:
+        streams = sorted(streams, key=lambda stream: -stream.tokens)[:MAX_STREAMS_SHOWN]
     for stream in streams:
         counts = (stream.chunks, stream.visual, stream.audio, stream.largest_chunk, stream.questions)
         table.add_row(stream.name, f"{stream.seconds:.1f}", *map(str, counts))

@@ -96,7 +96,8 @@ class Evaluation:
         with atomic_directory(same_step[0] if same_step else self._folder(step), overwrite=True) as folder:
             save_adapter(folder, model, profile, weights)
             atomic_write_json(folder / RESULT, {"step": step, "loss": loss})
-        # Renamed only when complete: if the run is killed before, the next call finds the best by its result.
+        # `best/` is renamed only after the new adapter is complete. If the run is killed before that, the next call
+        # finds the best adapter by its saved result.
         best = next(iter(self._saved()))
         if best != self._best_folder:
             if self._best_folder.is_dir():
@@ -112,7 +113,7 @@ class Evaluation:
         return dict(sorted(results.items(), key=lambda item: (item[1]["loss"], item[1]["step"])))
 
     def _folder(self, step: int) -> Path:
-        """Folder of an adapter that is not the best."""
+        """Folder of an adapter before it becomes the best, and after a better one replaces it."""
         return self._best_folder.with_name(f"{BEST}-step-{step:08d}")
 
     def best(self) -> dict[str, Any] | None:

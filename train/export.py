@@ -22,7 +22,7 @@ from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_directory
 from omnimem.recipe import Recipe, load_recipe
-from train.checkpoint import FOLDER as CHECKPOINTS
+from train.checkpoint import CHECKPOINTS_FOLDER as CHECKPOINTS
 from train.merge import Verification, merge_adapter, verify
 from train.model_card import model_card
 from train.peak_memory import reset_peak
@@ -85,7 +85,8 @@ def export_run(
         backbone = load_backbone(base, dtype=wanted, device=device)
         name, profile = backbone.name, _profile_of(Path(adapter), backbone)
         merged = merge_adapter(backbone, adapter)
-        # As for an offloaded model: weights are converted to the published layout shard by shard, not all at once.
+        # With a device map, `save_pretrained` converts weights to the published layout shard by shard; without one it
+        # converts all of them at once, which needs a second copy in memory.
         backbone.model.hf_device_map = {"": "cpu"}
         with quiet_transformers():
             backbone.model.save_pretrained(folder, max_shard_size=SHARD)

@@ -22,6 +22,8 @@ def finish(recipe: Recipe, output_dir: Path, rows: list[Row]) -> None:
 
     The caller must have released the trained model, because another one is loaded here.
     """
+    if not recipe.finish.export and recipe.finish.question is None:
+        return
     gc.collect()  # DeepSpeed engines are in reference cycles
     merged = output_dir / MERGED_FOLDER
     if recipe.finish.export:

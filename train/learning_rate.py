@@ -7,7 +7,7 @@ import math
 from omnimem.recipe import TrainConfig
 
 
-def rate_at(step: int, steps: int, train: TrainConfig) -> float:
+def learning_rate_ratio(step: int, steps: int, train: TrainConfig) -> float:
     """Learning rate of a step (0-based) as a share of the peak: linear warmup, then a cosine to ``min_lr_rate``."""
     warmup = math.ceil(train.warmup_ratio * steps)
     if step < warmup:

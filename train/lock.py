@@ -1,9 +1,9 @@
 """Lock of an output folder: one run at a time; the lock of a dead process is taken over.
 
-The main process of a run creates ``<output_dir>/run.lock`` and deletes it at the end. A killed process leaves the file,
-so a lock is valid only while its owner runs. On the same machine the process table tells: process id and start time.
-Processes of another machine or container are not visible; their owner updates the file's modification time every few
-seconds, and counts as dead when the updates stop.
+The main process of a run creates ``<output_dir>/run.lock`` and deletes it at the end. A killed process leaves the
+file, so a lock is valid only while its owner runs. An owner on the same machine is looked up in the process table by
+process id and start time. An owner on another machine or in another container is not visible there: it counts as dead
+when it stops updating the file's modification time (`HEARTBEAT_SECONDS`).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from omnimem.recipe import Recipe, keys_without_effect, to_yaml
 from train.budgets import profile_at
 from train.checkpoint import (
     checkpoints,
-    load_progress,
+    load_optimizer_and_rng,
     load_weights,
     remove_unfinished_files,
     save_adapter,
@@ -42,7 +42,7 @@ from train.environment import environment, launch_of
 from train.evaluation import Evaluation, held_out_rows
 from train.finish import finish
 from train.launcher import launched_processes, launched_rank
-from train.learning_rate import rate_at
+from train.learning_rate import learning_rate_ratio
 from train.lock import hold_lock
 from train.metrics import DuplicateMessageFilter, Metrics, TqdmLoggingHandler
 from train.objective import BatchResult
@@ -162,7 +162,7 @@ def train(
     done = load_weights(saved[-1], accelerator, peft_model) if saved else 0
     strategy = new_strategy(accelerator, recipe, backbone, peft_model)
     if saved:
-        load_progress(saved[-1], accelerator, strategy)
+        load_optimizer_and_rng(saved[-1], accelerator, strategy)
         log.info("resuming after step %d from %s", done, saved[-1])
     objective = build_objective(recipe, output_dir, accelerator, backbone, peft_model, profile, strategy)
     evaluation = Evaluation(recipe, output_dir, Samples(held_out, backbone))
@@ -178,7 +178,7 @@ def train(
             log.info("early stopping after step %d: %s", step, reason)
             break
         started = time.perf_counter()
-        rate = rate_at(step, steps, recipe.train)
+        rate = learning_rate_ratio(step, steps, recipe.train)
         strategy.set_learning_rate(rate)
         gradient = selection_gradient(recipe, step / max(1, steps - 1))
         budgets = profile_at(recipe, profile, step, steps)
@@ -187,7 +187,7 @@ def train(
         answer_tokens = schedule.answer_tokens(step)
         weight = 1 / answer_tokens
         with strategy.accumulate():
-            for batch in schedule.step(step, accelerator.process_index):
+            for batch in schedule.batches(step, accelerator.process_index):
                 result = objective(batch, gradient, budgets)
                 result.backward(weight * strategy.loss_scale)
                 loss, distillation = result.loss.item() * weight, result.distillation_loss.item() * weight

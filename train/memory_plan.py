@@ -20,10 +20,10 @@ TRAINED_BYTES = 4 + 4 + 8
 NF4_BYTES = 0.5 + 1 / 64 * (1 + 4 / 256)
 """Bytes per weight in NF4: half a byte, a byte of scale per block of 64, a float32 per 256 blocks."""
 
-RETAINED = "cache (all layers at budget)"
+RETAINED_PART = "cache (all layers at budget)"
 """Name of the part whose size is fixed by the budget."""
 
-EVICTED = "evicted tokens kept for the backward pass,"
+EVICTED_PART = "evicted tokens kept for the backward pass,"
 """Start of the name of the part that grows with the stream; it is on the device only with ``train.offload=none``."""
 
 
@@ -98,19 +98,19 @@ def memory_plan(
     return {
         "weights": weight_bytes(recipe, backbone),
         "adapter, gradients, optimizer": adapter_bytes(recipe, backbone),
-        RETAINED: shape.batch * shape.retained * (shape.kv_bytes + shape.feature_bytes),
+        RETAINED_PART: shape.batch * shape.retained * (shape.kv_bytes + shape.feature_bytes),
         "backward: restored cache, its gradient": restored_bytes(recipe, shape, longest),
         "evicted tokens with gates (margin)": shape.batch * shape.layers * shape.margin * shape.kv_bytes,
         "activations of a chunk": activation_bytes(backbone, shape),
         "logits of an answer": shape.batch * longest.answer * backbone.config.text_config.vocab_size * 3 * 4,
         "the teacher's cache": teacher_bytes(recipe, shape),
-        f"{EVICTED} {place}": evicted_bytes(recipe, backbone, shape),
+        f"{EVICTED_PART} {place}": evicted_bytes(recipe, backbone, shape),
     }
 
 
 def device_bytes(recipe: Recipe, parts: dict[str, int]) -> int:
     """Sum of the parts that are on the device."""
-    return sum(size for name, size in parts.items() if EVICTED not in name or recipe.train.offload == "none")
+    return sum(size for name, size in parts.items() if EVICTED_PART not in name or recipe.train.offload == "none")
 
 
 def weight_bytes(recipe: Recipe, backbone: Backbone) -> int:
@@ -131,7 +131,8 @@ def adapter_bytes(recipe: Recipe, backbone: Backbone) -> int:
 def restored_bytes(recipe: Recipe, shape: StepShape, longest: StreamPlan) -> int:
     """Cache before and after a chunk in the backward pass, and the gradients of the cache.
 
-    Gradients are summed in float32. A BPTT window keeps those of as many questions apart as lie within it.
+    Gradients are summed in at least float32. With a BPTT window there is one gradient of the cache for each question
+    in the window.
     """
     tokens = shape.retained + shape.layers * shape.chunk
     gradients = min(recipe.train.bptt_window or 1, longest.questions) * max(shape.itemsize, 4) / shape.itemsize

@@ -2,12 +2,13 @@
 
 Three checks:
 
-1. `merge_adapter`: every element of a merged weight is within half an ulp of W + s·B·A. The sum is computed in
-   float32 and rounded once.
+1. `merge_adapter`: every element of a merged weight is within half an ulp of W + s·B·A, plus the error of that sum
+   (`WEIGHT_STEPS`). The sum is computed in at least float32 and rounded once.
 2. `verify`: every tensor that transformers loads from disk has the same bits as the merged tensor, or as the base's if
    the adapter does not change it (SHA-256 of each tensor, so that no second copy of the model is needed).
-3. `verify`: the logits of the loaded model equal those of the merged model. Both run the same operations on the same
-   bits; a difference means that the configuration is wrong.
+3. `verify`: the logits of the loaded model equal those of the merged model up to a limit (`LOGIT_STEPS`,
+   `LOGIT_SHARE`). Both run the same operations on the same bits; a larger difference means that the configuration is
+   wrong.
 
 The difference between the logits of base + adapter and of the merged model is reported but not checked: an unmerged
 adapter is another computation, and rounding can change its result by any amount. In bfloat16 with random weights the
@@ -137,14 +138,16 @@ def verify(merged: Merged, written: Backbone) -> Verification:
     digests = _digests(written.model.state_dict())
     different = sorted(name for name, _ in merged.digests.items() ^ digests.items())
     if different:
-        raise OmniMemError(f"the written checkpoint differs from base + adapter in {different[0]}; nothing was written")
+        raise OmniMemError(
+            f"the written checkpoint differs from base + adapter in {different[0]}; the output folder is unchanged"
+        )
     share = min(LOGIT_STEPS * torch.finfo(written.model.dtype).eps, LOGIT_SHARE)
     limit = share * _largest(merged.logits)
     difference = _largest(_probe_logits(written) - merged.logits)
     if not difference <= limit:
         raise OmniMemError(
             f"the written checkpoint computes other logits than the merged model, by {difference:.1e} (limit "
-            f"{limit:.1e}): its tensors are the same, its configuration is not; nothing was written"
+            f"{limit:.1e}): its tensors are the same, its configuration is not; the output folder is unchanged"
         )
     return Verification(len(digests), difference, limit, merged.rounding, peak_rss_bytes())
 

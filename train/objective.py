@@ -51,7 +51,7 @@ class BatchResult:
     tokens : int
         Tokens streamed.
     retained : dict
-        Text, visual and audio tokens in the cache at the end, mean over layers.
+        Text, visual and audio tokens in the cache at the end, mean over layers and samples.
     retention : dict
         Retained visual and audio tokens as a share of those streamed.
     gates : dict or None
@@ -82,7 +82,7 @@ class StreamObjective:
         The model whose forward is run.
     model : nn.Module
         The same model with its trainable adapter. In training mode the forward pass is recorded for the backward pass,
-        and a teacher follows it.
+        and the teacher runs on the same inputs.
     profile : BudgetProfile
         Budgets of the cache.
     method : SelectionMethod
@@ -193,12 +193,15 @@ class StreamObjective:
         )
 
     def _new_teacher(self, samples: list[Sample]) -> Teacher | None:
-        """The teacher of a batch; it runs the model only if a process in lockstep lacks cached logits."""
+        """The teacher of a batch.
+
+        It runs the model only if this process or, in lockstep, any process lacks cached logits.
+        """
         if self._distill is None:
             return None
         known = None if self._teacher_cache is None else self._teacher_cache.load(samples)
         if not self._strategy.any_process(known is None):
-            return Teacher(self._distill, self._strategy, samples, known=known)
+            return Teacher(self._distill, self._strategy, samples, cached_logits=known)
         return Teacher(
             self._distill,
             self._strategy,

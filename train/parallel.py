@@ -1,8 +1,8 @@
 """Data parallel training with a full copy of the weights in each process (DDP), or a single process.
 
 A training step consists of many forward and backward passes, and processes run different numbers of them: their streams
-differ in length. Torch's DistributedDataParallel reduces gradients in each backward pass; here they are summed once per
-step, which needs no agreement before.
+differ in length. Torch's DistributedDataParallel is therefore not used: it reduces gradients in each backward pass, so
+all processes would need the same number of passes. Here gradients are summed once per step.
 """
 
 from __future__ import annotations

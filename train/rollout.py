@@ -80,7 +80,7 @@ class Rollout:
     encoders : BatchEncoder
         At the start of the streams; their prefix is streamed here.
     teacher : Teacher, optional
-        Follows every step.
+        Runs every step of the student on its own full cache.
     strategy : ParallelStrategy
         Processes that train together.
     dtype : torch.dtype

@@ -20,9 +20,9 @@ MAY_CHANGE = (
     "train.logging_steps", "train.save_steps", "train.save_total_limit", "train.offload", "train.report_to",
     "train.ddp_timeout", "eval", "data.path", "data.root", "data.prefetch_chunks", "distill.cache_dir",
 )  # fmt: skip
-"""Keys that a resumed run may change; a changed number of steps changes the schedules from here on.
+"""Keys that a resumed run may change; a new number of steps changes the schedules after resuming.
 
-Data are compared by fingerprint.
+data.path and data.root may change because the data are compared by fingerprint.
 """
 
 
@@ -55,7 +55,7 @@ def prepare_run_directory(output_dir: Path, recipe: Recipe, rows: list[Row]) -> 
             raise OmniMemError(f"{output_dir} holds a run on other data; use another output_dir or the same data")
     else:
         for folder in output_dir.glob("best*"):
-            remove_directory(folder)  # from a run that was never saved; this run must not count them
+            remove_directory(folder)  # of a run without a checkpoint; keep_best would rank them
     atomic_write_json(output_dir / DATA_FILE, fingerprint)
 
 

@@ -41,7 +41,7 @@ class Schedule:
         # A step that ends one epoch and starts the next needs both permutations.
         self._order = lru_cache(maxsize=2)(self._permutation)
 
-    def step(self, step: int, rank: int) -> list[list[Sample]]:
+    def batches(self, step: int, rank: int) -> list[list[Sample]]:
         """Batches that `rank` runs in a step: one list of samples per accumulation step."""
         first = step * self.samples_per_step + rank * self._samples_per_rank
         samples = [self._sample(first + i) for i in range(self._samples_per_rank)]

@@ -26,7 +26,7 @@ from omnimem.memory.offload_store import DiskStore, HostStore, Store
 from omnimem.recipe import Recipe
 from omnimem.selection import SelectionMethod, build_selection, options_of
 from omnimem.stream_settings import StreamSettings
-from train.checkpoint import EVICTED
+from train.checkpoint import EVICTED_FOLDER
 from train.objective import StreamObjective
 from train.parallel import ParallelStrategy
 from train.teacher_cache import TeacherCache
@@ -212,7 +212,7 @@ def selection_gradient(recipe: Recipe, progress: float) -> SelectionGradient | N
 def offload_store(recipe: Recipe, output_dir: Path, accelerator: Accelerator) -> Store:
     """Store of evicted tokens for the backward pass; on the CPU, device and host memory are the same."""
     if recipe.train.offload == "disk":
-        folder = output_dir / EVICTED / str(accelerator.process_index)
+        folder = output_dir / EVICTED_FOLDER / str(accelerator.process_index)
         folder.mkdir(parents=True, exist_ok=True)
         return DiskStore(folder)
     if recipe.train.offload == "none" or accelerator.device.type == "cpu":

@@ -30,6 +30,6 @@ def add_stats_action(actions: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def _stats(args: argparse.Namespace) -> None:
-    from train.data_stats import stats_command
+    from train.data_stats import run_stats
 
-    stats_command(args)
+    run_stats(args)

@@ -1,4 +1,7 @@
-"""The teacher of distillation: the same model with a full cache, over the same streams as the student."""
+"""The teacher of distillation reads the student's streams with a full cache.
+
+It is the base model or, with `distill.teacher_adapter=true`, the model with its adapter.
+"""
 
 from __future__ import annotations
 
@@ -46,13 +49,13 @@ class Teacher:
         strategy: ParallelStrategy,
         samples: list[Sample],
         stream: Stream | None = None,
-        weights: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        weights_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         cache: TeacherCache | None = None,
-        known: dict[TokenizedQuestion, Tensor] | None = None,
+        cached_logits: dict[TokenizedQuestion, Tensor] | None = None,
     ) -> None:
         self.weight, self._temperature = distill.weight, distill.temperature
         self._strategy, self._samples, self._stream = strategy, samples, stream
-        self._weights, self._cache, self._known = weights, cache, known
+        self._weights, self._cache, self._known = weights_context, cache, cached_logits
 
     def run(self, step: Callable[[Stream], Any]) -> Any:
         """Run a step of the student on the teacher's stream, if it has one."""

@@ -47,7 +47,11 @@ class TeacherCache:
 
     @classmethod
     def of(cls, recipe: Recipe, output_dir: Path) -> TeacherCache:
-        """Cache of a recipe's base model. Its weights are identified by the size and modification time of its files."""
+        """Cache of a recipe's base model.
+
+        The weights are identified by name, size and modification time of the files of a local folder, by the content of
+        the files of the tiny model, and by the name alone for a model on the Hugging Face hub.
+        """
         tiny = recipe.model.name_or_path == TINY
         path = output_dir / BASE_FOLDER if tiny else Path(recipe.model.name_or_path)
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else []

@@ -1,6 +1,6 @@
 """Multiple choice: read options in the ways tables write them, append them to the question, find the answer's letter.
 
-letter, counted = answer_letter("a dog", read_options(["A. a cat", "B. a dog"]))  # "B"
+letter, from_zero = answer_letter("a dog", read_options(["A. a cat", "B. a dog"]))  # "B", False
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def with_options(question: str, options: list[str]) -> str:
 
 
 def answer_letter(answer: Any, options: list[str], form: AnswerForm = "auto") -> tuple[str, bool]:
-    """Return the letter of the right option, and whether it was given as a number counted from 0.
+    """Return the letter of the right option, and whether "auto" read the answer as a number from 0.
 
     Parameters
     ----------
@@ -75,7 +75,8 @@ def answer_letter(answer: Any, options: list[str], form: AnswerForm = "auto") ->
         A letter (`B`, `(b)`, `B. text`), a number, or the text of an option.
     options : list of str
     form : {"auto", "letter", "index", "index1", "text"}
-        What `answer` is; index counts from 0, index1 from 1. "auto" takes the only form that fits.
+        What `answer` is; index counts from 0, index1 from 1. "auto" tries letter, text and index, and takes the option
+        if all forms that fit name the same one.
 
     Raises
     ------

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_prep.decoded_clips.format import PrepareSettings
 from data_prep.decoded_clips.prepare import Report, prepare
-from data_prep.decoded_clips.shard_writer import Prepared, RejectedClip
+from data_prep.decoded_clips.shard_writer import Prepared, RefusedClip
 from data_prep.manifest import read_manifest
 from omnimem.errors import OmniMemError
 
@@ -51,9 +51,9 @@ def prepare_command(args: argparse.Namespace, recipe: RecipeData | None) -> None
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("clips", total=len(rows.rows))
 
-        def on_clip(outcome: Prepared | RejectedClip) -> None:
+        def on_clip(outcome: Prepared | RefusedClip) -> None:
             progress.advance(bar)
-            if isinstance(outcome, RejectedClip):
+            if isinstance(outcome, RefusedClip):
                 progress.console.print(f"refused: {outcome.reason}", markup=False, highlight=False, soft_wrap=True)
 
         report = prepare(

@@ -86,7 +86,7 @@ def read_prepared(folder: str | os.PathLike[str], on_bad_row: str = "error") -> 
     Raises
     ------
     OmniMemError
-        Not a prepared folder; such a shard under "error"; no usable row.
+        Not a prepared folder; no usable row; or, if `on_bad_row` is "error", a shard that is missing or truncated.
     """
     _, clips = read_settings(folder)
     rows: list[Row] = []

@@ -93,7 +93,7 @@ class ClipMetadata:
     def from_dict(cls, known: dict[str, Any]) -> ClipMetadata:
         """Read the JSON form of `asdict`."""
         frame_size = None if known["frame_size"] is None else tuple(known["frame_size"])
-        return cls(**{**known, "info": MediaInfo.of(known["info"]), "frame_size": frame_size})
+        return cls(**{**known, "info": MediaInfo.from_dict(known["info"]), "frame_size": frame_size})
 
 
 def read_footer(path: Path) -> tuple[PrepareSettings, ClipMetadata]:
@@ -113,7 +113,7 @@ def frame_stride(
     audio: bool,
     max_seconds: float | None,
 ) -> int:
-    """Every how many-th stored frame is read to get `fps`.
+    """Return n such that every n-th stored frame gives `fps`; check all requested settings.
 
     Raises
     ------

@@ -29,7 +29,7 @@ from data_prep.decoded_clips.folder import (
     read_settings,
 )
 from data_prep.decoded_clips.format import VERSION, ClipMetadata, PrepareSettings
-from data_prep.decoded_clips.shard_writer import Prepared, RejectedClip, Task, prepare_clip, source, worker_died
+from data_prep.decoded_clips.shard_writer import Prepared, RefusedClip, Task, prepare_clip, source, worker_died
 from data_prep.manifest import Manifest, Row
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_file, atomic_write_json, remove_leftovers
@@ -68,7 +68,7 @@ def prepare(
     executor: str = "process",
     on_bad_row: str = "error",
     on_start: Callable[[int], None] = lambda total: None,
-    on_clip: Callable[[Prepared | RejectedClip], None] = lambda outcome: None,
+    on_clip: Callable[[Prepared | RefusedClip], None] = lambda outcome: None,
 ) -> Report:
     """Decode the clips of a manifest into a prepared folder; existing shards are reused.
 
@@ -101,7 +101,7 @@ def prepare(
     tasks = [_task(row, settings, store) for row in manifest.rows]  # rows with the same clip have equal tasks
     with _lock(store):
         known = _known_shards(folder, store)
-        outcomes: dict[Task, Prepared | RejectedClip] = {
+        outcomes: dict[Task, Prepared | RefusedClip] = {
             task: known[key] for task in set(tasks) if (key := _task_key(task)) in known
         }
         missing = [task for task in dict.fromkeys(tasks) if task not in outcomes]
@@ -181,7 +181,10 @@ def _check_folder(folder: Path, store: Path, settings: PrepareSettings) -> None:
 
 @contextmanager
 def _lock(store: Path) -> Iterator[None]:
-    """Hold the folder of shards; delete temporary files of killed runs unless another run is writing there."""
+    """Hold a shared lock on the folder of shards while shards are written.
+
+    Before that, delete the temporary files of killed runs, unless another run holds the lock.
+    """
     try:
         store.mkdir(parents=True, exist_ok=True)
         lock = (store / ".lock").open("w")
@@ -202,7 +205,7 @@ def _known_shards(folder: Path, store: Path) -> dict[str, Prepared]:
     """Shards of an earlier run with the same settings, by `_sources_key`."""
     found: dict[str, Prepared] = {}
     if is_prepared(folder):
-        # Of a partly copied folder the lines may be truncated: those shards are then found by their content.
+        # In a partly copied folder, lines may be truncated. `prepare_clip` finds their shards by content.
         with suppress(OmniMemError, KeyError, TypeError):
             for known in read_records(folder):
                 if is_complete(store / known["shard"], known["nbytes"]):

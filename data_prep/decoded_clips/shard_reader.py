@@ -131,7 +131,8 @@ class ShardReader:
         """Second at which the clip ends, unless `max_seconds` ends it earlier."""
         end = Fraction(self._metadata.end)
         if self._metadata.frame_size is not None:
-            # A file is not read beyond the last requested frame, so its reader does not know if it ends right after.
+            # As `MediaReader`, which does not read beyond the last requested frame and so does not know whether the
+            # clip ends right after it.
             if self._limit is not None and self._num_frames >= math.ceil(self._limit * self._fps):
                 return end if self._settings.max_seconds == float(self._limit) else self._limit
             # The clip ends with its audio; its video may have ended earlier.

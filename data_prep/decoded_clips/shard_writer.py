@@ -34,7 +34,8 @@ ROW_GROUP_SECONDS, ROW_GROUP_FRAMES = 10, 32
 """Length of a row group and its largest number of frames; a reader holds one row group in memory."""
 
 EDGE_SECONDS = 0.05
-"""A clip that ends less than this after the edge of a row group would lose its exact end: choose another length."""
+"""Seconds. A clip that ends just after the edge of a row group would lose its exact end; another length is chosen if
+the stated end is less than half of this before or after an edge."""
 
 
 @dataclass(frozen=True)
@@ -77,26 +78,26 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class RejectedClip:
+class RefusedClip:
     """Why a clip cannot be used."""
 
     reason: str
 
 
-def worker_died(task: Task) -> RejectedClip:
+def worker_died(task: Task) -> RefusedClip:
     """The outcome of a clip whose worker process died."""
     reason = "the worker process that decoded it died (a crash in a decoder, or out of memory: lower --workers)"
-    return RejectedClip(f"{task.media.name}: {reason}")
+    return RefusedClip(f"{task.media.name}: {reason}")
 
 
-def prepare_clip(task: Task) -> Prepared | RejectedClip:
+def prepare_clip(task: Task) -> Prepared | RefusedClip:
     """Decode a clip into its shard unless the shard exists; errors of the clip are returned, not raised."""
     try:
         sources = [source(path) for path in task.files]
         for known in sources:
             known["digest"] = file_digest(Path(known["path"]))
     except OSError as error:
-        return RejectedClip(f"{task.media.name}: cannot be read: {error.strerror}")
+        return RefusedClip(f"{task.media.name}: cannot be read: {error.strerror}")
     shard = shard_name([known["digest"] for known in sources], task.settings)
     path = task.clips / shard
     try:
@@ -107,7 +108,7 @@ def prepare_clip(task: Task) -> Prepared | RejectedClip:
         with atomic_file(path) as temporary:
             metadata = write_shard(temporary, task)
     except MediaError as error:
-        return RejectedClip(str(error))
+        return RefusedClip(str(error))
     return Prepared(shard, path.stat().st_size, sources, metadata, reused=False)
 
 
@@ -156,7 +157,7 @@ def write_shard(path: Path, task: Task) -> ClipMetadata:
 
 
 def _open(task: Task) -> MediaReader:
-    """A reader whose chunks are row groups; no row group ends shortly before the clip does (`EDGE_SECONDS`)."""
+    """A reader whose chunks are row groups. It avoids lengths with an edge near the clip's end (`EDGE_SECONDS`)."""
     settings = task.settings
 
     def reader(seconds: float) -> MediaReader:

@@ -13,10 +13,10 @@ Try it: `accelerate launch train.py recipe=quickstart data.path=my.jsonl dry_run
 
 from data_prep.manifest.check import BadRow, find_media, read_row, short
 from data_prep.manifest.reader import drop_nulls, media_root, read_manifest
-from data_prep.manifest.rows import LONGEST, Manifest, Question, Row, manifest_fingerprint, rejected_answers
+from data_prep.manifest.rows import MAX_QUESTION_TIME, Manifest, Question, Row, manifest_fingerprint, rejected_answers
 
 __all__ = [
-    "LONGEST",
+    "MAX_QUESTION_TIME",
     "BadRow",
     "Manifest",
     "Question",

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data_prep.manifest.rows import LONGEST, Question, Row
+from data_prep.manifest.rows import MAX_QUESTION_TIME, Question, Row
 
 QUESTION_KEYS = ("question", "answer", "time", "rejected")
 ROW_KEYS = ("media", "audio_path", "audio", "questions", *QUESTION_KEYS)
@@ -143,7 +143,7 @@ def _read_question(entry: Any) -> Question:
     time = entry.get("time")
     if time is not None:
         number = isinstance(time, int | float) and not isinstance(time, bool)
-        if not number or not 0 <= time < LONGEST:  # NaN, which Python's JSON reads, fails the comparison
+        if not number or not 0 <= time < MAX_QUESTION_TIME:  # NaN, which Python's JSON reads, fails the comparison
             raise BadRow(f"time must be seconds from the start, at least 0, or null; got {short(time)}")
         time = float(time)
     rejected = entry.get("rejected")

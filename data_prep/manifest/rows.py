@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-LONGEST = 1e9
+MAX_QUESTION_TIME = 1e9
 """Upper limit of a question's `time` in seconds; catches milliseconds since 1970 and infinities."""
 
 
@@ -88,7 +88,7 @@ def rejected_answers(rows: Iterable[Row]) -> int:
 
 
 def manifest_fingerprint(rows: Iterable[Row]) -> str:
-    """SHA-256 of the rows in order: media name and size, audio on or off, questions.
+    """SHA-256 of the rows in order: media name and size, audio on or off, audio file, questions.
 
     It does not depend on the data root or on blank lines: a copied data set has the same fingerprint.
     """

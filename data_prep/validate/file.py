@@ -99,8 +99,8 @@ def _errors(source: Source, tracks: list[Track], used: list[Track], failure: str
             found.append(Finding("decode_error", message))
     ends = [track.end - source.zero for track in used if track.end is not None]
     reached = min(ends, default=Fraction(0))
-    end, promised = max(ends, default=Fraction(0)), source.promised_end
-    missing = Fraction(0) if promised is None else promised - source.zero - end
+    end, stated = max(ends, default=Fraction(0)), source.header_end
+    missing = Fraction(0) if stated is None else stated - source.zero - end
     truncated = any(track.truncated for track in used)
     if truncated or (not found and missing > max(MISSING_SECONDS, MISSING_SHARE * (end + missing))):
         # Bytes are missing: both tracks are readable only up to the end of the shorter one.

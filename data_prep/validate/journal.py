@@ -40,7 +40,9 @@ def is_reusable(entry: dict[str, Any], wanted: dict[str, Any]) -> bool:
         return False
     same = all(entry[key] == wanted[key] for key in ("path", "size", "mtime_ns"))
     had, wants = entry["checks"], wanted["checks"]
-    return same and {**had, "fast": wants["fast"]} == wants and had["fast"] <= wants["fast"]
+    same_versions = {**had, "fast": wants["fast"]} == wants
+    thorough_enough = wants["fast"] or not had["fast"]
+    return same and same_versions and thorough_enough
 
 
 def printable(path: str | os.PathLike[str]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
@@ -24,7 +23,7 @@ from av.error import FFmpegError
 from av.packet import Packet
 from av.video.frame import VideoFrame
 
-from omnimem.media.container import is_cut_short, open_container, reason
+from omnimem.media.container import is_truncated, open_container, reason
 from omnimem.media.selective_decoder import is_shown
 from omnimem.media.tracks import STILLS
 
@@ -113,7 +112,7 @@ def _read(container: InputContainer, fast: bool, logs: list[Any]) -> tuple[list[
     for index, reader in readers.items():
         if not fast:
             reader.finish()
-        reader.track.truncated = not reader.track.still and is_cut_short(container, streams[index])
+        reader.track.truncated = not reader.track.still and is_truncated(container, streams[index])
     return [readers[index].track for index in sorted(readers)], failure
 
 
@@ -235,11 +234,11 @@ def step_range(times: array[int], tick: Fraction) -> tuple[float, float]:
 
 def backward_steps(times: array[int]) -> int:
     """Number of frames whose timestamp does not exceed that of the previous frame, in decoding order."""
-    return sum(1 for before, after in _pairs(times) if after <= before)
+    return sum(1 for before, after in pairwise(times) if after <= before)
 
 
 def _steps(times: array[int]) -> Counter[int]:
-    return Counter(after - before for before, after in _pairs(array("q", sorted(times))))
+    return Counter(after - before for before, after in pairwise(sorted(times)))
 
 
 def _median(steps: Counter[int], total: int) -> int:
@@ -249,7 +248,3 @@ def _median(steps: Counter[int], total: int) -> int:
         if 2 * seen >= total:
             return step
     return 0
-
-
-def _pairs(times: array[int]) -> Iterator[tuple[int, int]]:
-    return pairwise(times)

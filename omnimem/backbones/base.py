@@ -1,7 +1,8 @@
 """Interface that streaming and training code uses, whichever model it runs; `QwenBackbone` adds loading.
 
-A backbone's folder holds loading and module names (`backbone.py`), unless shared, chunks of media to decoder inputs
-(`stream_encoder.py`) and a tiny random model for tests (`tiny.py`). How to add one is in the README of this folder.
+A backbone's folder holds `backbone.py` (model class and module names), `tiny.py` (a tiny random model for tests) and,
+unless it shares one, `stream_encoder.py` (chunks of media to decoder inputs). The README of this folder describes how
+to add a backbone.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class TokenSpan:
     modality : int
         See `omnimem.modality`.
     time : Tensor
-        float32 ``[N]`` seconds since the start of the media; NaN for text.
+        float32 ``[N]`` seconds since the start of the media; NaN for text and closing tokens.
     deepstack : Tensor or None
         ``[L, N, C]``, see `ChunkInputs`.
     """
@@ -177,9 +177,8 @@ class LayoutEncoder(StreamEncoder):
         if position_id > self.position_limit and not self._warned:
             self._warned = True
             logger.warning(
-                "position ids exceed the trained range of %d; answers may degrade (for models with "
-                "time ids data.time_scale below 1, or "
-                "selection.position_ids=compact keep them in range)",
+                "position ids exceed the trained range of %d; answers may degrade. To keep them in range, set "
+                "selection.position_ids=compact or, for models with time ids, data.time_scale below 1",
                 self.position_limit,
             )
 

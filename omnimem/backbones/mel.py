@@ -1,4 +1,6 @@
-"""Streaming log-mel features: those of Whisper's feature extractor on the whole clip, up to the clamp of quiet values.
+"""Log-mel features of a stream.
+
+They equal those of Whisper's feature extractor on the whole clip, except for clamped quiet values.
 
 The extractor pads the clip by reflection at the start, with zeros at the end (by reflection where the processor does
 not pad to full length), and clamps values 8 decades below the *maximum* of the clip. A stream does not know its
@@ -29,7 +31,7 @@ class MelStream:
     block_frames : int
         Frames per block: frames of a block are computed together and share the running maximum.
     floor : "running" or float
-        Maximum log10 power, from which the clamp is 8 below: the maximum so far, or this number.
+        Loudest log10 power, values more than 8 below it are raised to that limit: the maximum so far, or this number.
     reflect_end : bool
         Set for processors that do not pad clips: pad by reflection at the end, drop the frame of an incomplete hop.
     """

@@ -1,4 +1,7 @@
-"""Base class of all backbones; the defaults (ChatML prompts, frame sizes, module names) are those of Qwen-VL models."""
+"""Implementation of `Backbone` that all models share: loading, prompts, frame sizes.
+
+The defaults (ChatML prompts, frame sizes, module names) are those of Qwen-VL models.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ from omnimem.backbones.layout import LayoutEncoder, common_multiple, patches_per
 from omnimem.backbones.vision import PixelLimits
 from omnimem.memory import attach
 
-ANSWER_END = "<|im_end|>"
+TURN_END = "<|im_end|>"
 """Token that ends a turn (ChatML)."""
 
 
-class QwenBackbone(Backbone):
+class TransformersBackbone(Backbone):
     """A transformers model; by default with ChatML prompts and a vision tower that encodes temporal patches.
 
     Parameters
@@ -57,7 +60,7 @@ class QwenBackbone(Backbone):
     @classmethod
     def load(
         cls, path: str | Path, dtype: torch.dtype, device: torch.device | str, load_in_4bit: bool = False
-    ) -> QwenBackbone:
+    ) -> TransformersBackbone:
         """Load a checkpoint from a folder or the hub (see `load_pretrained`)."""
         quantized = cls.skip_quantization_modules if load_in_4bit else None
         model = load_pretrained(cls.model_class, path, dtype, device, quantized)
@@ -138,6 +141,7 @@ class QwenBackbone(Backbone):
 
     def text_tokens(self, fps: float, seconds: float, timestamps: int | None) -> int:
         """Timestamps, and start and end token of each group of patches, for models that write timestamps."""
+        # Of the models that use this method, only those with advancing ids write timestamps.
         if not self.spatial_ids_advance:
             return 0
         patches = math.ceil(math.ceil(seconds * fps) / self.temporal_patch)
@@ -151,12 +155,12 @@ class QwenBackbone(Backbone):
     @property
     def prompt_prefix(self) -> str:
         """Text before the media: the system turn, if any, and the start of the user turn."""
-        system = "" if self.system_prompt is None else f"<|im_start|>system\n{self.system_prompt}{ANSWER_END}\n"
+        system = "" if self.system_prompt is None else f"<|im_start|>system\n{self.system_prompt}{TURN_END}\n"
         return f"{system}<|im_start|>user\n"
 
     def question_turn(self, question: str) -> str:
         """Text after the media: the question and the start of the assistant turn."""
-        return f"{question}{ANSWER_END}\n<|im_start|>assistant\n"
+        return f"{question}{TURN_END}\n<|im_start|>assistant\n"
 
     def question_ids(self, question: str) -> Tensor:
         """Token ids of `question_turn`, int64 ``[1, Q]``."""
@@ -164,7 +168,7 @@ class QwenBackbone(Backbone):
 
     def answer_ids(self, answer: str) -> Tensor:
         """Token ids of the answer and ``<|im_end|>``, int64 ``[1, A]``."""
-        return self.text_ids(answer + ANSWER_END)
+        return self.text_ids(answer + TURN_END)
 
     @property
     def vision_start(self) -> int:
@@ -187,7 +191,7 @@ class QwenBackbone(Backbone):
     @property
     def end_token_ids(self) -> list[int]:
         """``<|im_end|>`` and the tokenizer's own end and padding tokens."""
-        known = (self.token_id(ANSWER_END), self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        known = (self.token_id(TURN_END), self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         return sorted(set(known) - {None})
 
     def set_rope_deltas(self, deltas: Tensor) -> None:

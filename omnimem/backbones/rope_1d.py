@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnimem.backbones.qwen import QwenBackbone
+from omnimem.backbones.qwen import TransformersBackbone
 from omnimem.errors import OmniMemError
 from omnimem.memory import CompressedCache
 
 
-class Rope1DBackbone(QwenBackbone):
+class Rope1DBackbone(TransformersBackbone):
     """A backbone with 1-D position ids and the prompts of the checkpoint's chat template; parameters: `QwenBackbone`.
 
     Raises

@@ -84,8 +84,8 @@ def encode_frames(backbone: Any, frames: np.ndarray, limits: PixelLimits) -> Fra
 def patchify(processor: BaseVideoProcessor, frames: np.ndarray, limits: PixelLimits) -> tuple[Tensor, Tensor]:
     """Pixels ``[P * h * w, D]`` and grid ``[1, 3]`` of frames uint8 ``[T, H, W, 3]``, each resized independently.
 
-    Some video processors divide a pixel budget by the number of frames, which a stream does not know; the resize here
-    is done before, so that they do not.
+    Some video processors divide a pixel budget by the number of frames of the clip, which a stream does not know.
+    Frames are therefore resized here and passed with `do_resize=False`.
     """
     video = torch.from_numpy(frames).permute(0, 3, 1, 2)
     height, width = limits.resized(*video.shape[-2:])

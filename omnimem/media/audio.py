@@ -19,7 +19,7 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.error import FFmpegError
 
-from .container import discard_other_streams, is_cut_short, open_container, reason
+from .container import discard_other_streams, is_truncated, open_container, reason
 from .probe import Source
 
 log = logging.getLogger("omnimem.media")
@@ -46,7 +46,7 @@ class AudioTimeline:
     def __init__(self, source: Source, on_fault: Callable[[Fraction, str], None]) -> None:
         self.source = source
         self.on_fault = on_fault
-        self.cut_short = False
+        self.truncated = False
         self._written = 0
         self._last_samples: int | None = None  # samples of the final frame that are presented
 
@@ -67,7 +67,7 @@ class AudioTimeline:
                 yield from self._place(run.at, run.push(frame))
             if run is not None:
                 yield from self._place(run.at, run.finish(self._last_samples))
-            self.cut_short = is_cut_short(container, stream)
+            self.truncated = is_truncated(container, stream)
 
     def _time(self, frame: AudioFrame) -> Fraction | None:
         """Seconds after time zero; None for a frame without timestamp."""

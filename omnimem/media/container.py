@@ -150,7 +150,7 @@ def discard_other_streams(container: InputContainer, stream: Stream) -> None:
             other.discard = Discard.all
 
 
-def is_cut_short(container: InputContainer, stream: Stream) -> bool:
+def is_truncated(container: InputContainer, stream: Stream) -> bool:
     """Whether the index of an MP4/MOV file names data that lies beyond the end of the file."""
     if not container.format.name.startswith("mov") or len(stream.index_entries) == 0:
         return False

@@ -82,12 +82,12 @@ class MediaInfo:
     audio_offset: float | None
 
     @classmethod
-    def of(cls, known: dict[str, Any]) -> MediaInfo:
+    def from_dict(cls, known: dict[str, Any]) -> MediaInfo:
         """Rebuild from the output of `asdict` after JSON.
 
         Raises
         ------
-        TypeError
+        KeyError, TypeError
             The keys differ, because another version wrote them.
         """
         return cls(**{**known, "audio_tracks": tuple(AudioTrack(**track) for track in known["audio_tracks"])})
@@ -97,7 +97,7 @@ class MediaInfo:
 class Source:
     """A file with its chosen streams and exact start times: the input of `VideoSampler` and `AudioTimeline`.
 
-    ``zero`` and ``promised_end`` are seconds on the clock of the file; ``promised_end`` is the end of the streams
+    ``zero`` and ``header_end`` are seconds on the clock of the file; ``header_end`` is the end of the streams
     according to the header, None if that is an estimate. ``first_pts`` is the presentation time of the first frame in
     ticks of the video stream, ``layout`` the scaling and rotation of frames; both are None without video.
     """
@@ -105,7 +105,7 @@ class Source:
     path: Path
     info: MediaInfo
     zero: Fraction
-    promised_end: Fraction | None
+    header_end: Fraction | None
     first_pts: int | None
     layout: FrameLayout | None
 

@@ -171,7 +171,7 @@ class _ClipReader:
         frames = list(itertools.islice(self._frames, len(instants)))
         before, audio, after = self._audio.read(round(t0 * RATE), round(t1 * RATE))
         continues = t1 != self._limit and (self._audio.has_next or self._frames.has_next())
-        self._check_break(t1)
+        self._check_truncation(t1)
         if not continues:
             t1 = min(t1, self._end())
         height_width = self._source.layout.shape if self._source.layout else (0, 0, 3)
@@ -187,20 +187,20 @@ class _ClipReader:
             last=not continues,
         )
 
-    def _check_break(self, t1: Fraction) -> None:
-        """Raise (or log) if a file is cut off before ``t1``."""
+    def _check_truncation(self, t1: Fraction) -> None:
+        """Raise (or log) if a file is truncated before ``t1``; raise a pending decoding error."""
         audio_end = Fraction(self._audio.length, RATE)
-        if self._timeline is not None and self._timeline.cut_short and audio_end < t1:
+        if self._timeline is not None and self._timeline.truncated and audio_end < t1:
             self._fault(self._audio_source, audio_end, "the file ends early")
         if self._video is not None and self._video.end is not None and self._video.end < t1:
-            if self._video.cut_short:
+            if self._video.truncated:
                 self._fault(self._source, self._video.end, "the file ends early")
             self._frames.raise_pending_error()
 
     def _end(self) -> Fraction:
         """End of the clip in seconds after time zero; checks each file against the duration in its header."""
         audio_end = Fraction(self._audio.length, RATE)
-        audio_cut = self._timeline is not None and self._timeline.cut_short
+        audio_cut = self._timeline is not None and self._timeline.truncated
         if self._video is None:
             self._check_end(self._audio_source, audio_end, audio_cut)
             return audio_end
@@ -208,17 +208,17 @@ class _ClipReader:
             return self._limit or Fraction(0)
         end = max(audio_end, self._video.end)
         if self._audio_source is self._source:
-            self._check_end(self._source, end, audio_cut or self._video.cut_short)
+            self._check_end(self._source, end, audio_cut or self._video.truncated)
         else:
-            self._check_end(self._source, self._video.end, self._video.cut_short)
+            self._check_end(self._source, self._video.end, self._video.truncated)
             self._check_end(self._audio_source, audio_end, audio_cut)
         return end
 
-    def _check_end(self, source: Source, end: Fraction, cut_short: bool) -> None:
+    def _check_end(self, source: Source, end: Fraction, truncated: bool) -> None:
         """Raise (or log) if ``source`` ends at ``end``, but its header states a later end."""
         if self._limit is None or end + TOLERANCE < self._limit:
-            missing = Fraction(0) if source.promised_end is None else source.promised_end - source.zero - end
-            if cut_short or missing > max(MISSING_SECONDS, MISSING_SHARE * (end + missing)):
+            missing = Fraction(0) if source.header_end is None else source.header_end - source.zero - end
+            if truncated or missing > max(MISSING_SECONDS, MISSING_SHARE * (end + missing)):
                 self._fault(source, end, "the file ends early")
 
     def _fault(self, source: Source, reached: Fraction, cause: str) -> None:

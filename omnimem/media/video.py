@@ -20,7 +20,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from .container import discard_other_streams, is_cut_short, open_container, reason
+from .container import discard_other_streams, is_truncated, open_container, reason
 from .frame_layout import FrameLayout
 from .plan import FramePlan, PlanImpossible
 from .probe import Source
@@ -49,7 +49,7 @@ class VideoSampler:
     ----------
     end : Fraction or None
         End of the video in seconds after time zero; None until the stream is read to its end.
-    cut_short : bool
+    truncated : bool
         Whether the file ends before data that its index refers to.
     """
 
@@ -62,7 +62,7 @@ class VideoSampler:
         self.count = count
         self.on_fault = on_fault
         self.end: Fraction | None = None
-        self.cut_short = False
+        self.truncated = False
         self.stats = DecodeStats()
         self._layout: FrameLayout = source.layout
         self._end_ticks = 0
@@ -190,7 +190,7 @@ class VideoSampler:
     def _finish(self, container: InputContainer, stream: VideoStream) -> None:
         """Record the end of the video."""
         self.end = self._end_ticks * self._tick - self.source.zero
-        self.cut_short = is_cut_short(container, stream)
+        self.truncated = is_truncated(container, stream)
 
     def _fail(self, ticks: int, error: FFmpegError) -> None:
         """End the video at ``ticks`` because of an error."""

@@ -88,7 +88,7 @@ def check_equality(
         assert logits.shape == expected.shape
         assert (logits - expected).abs().max() <= TOLERANCE[dtype]
         assert torch.equal(modality == VISUAL, seen)
-        # Rows of pictures say where in the frame a position is.
+        # Ids of visual tokens say where in the frame a token is.
         assert torch.equal(positions[0], torch.arange(seen.shape[1])[None])
         assert (positions[1:] == positions[0])[:, ~seen].all()
         places = positions[1:, seen].view(2, -1, PER_FRAME)
@@ -186,7 +186,7 @@ def test_a_template_that_cannot_be_streamed_is_refused(path, template, problem):
 # ---- limits, checkpoint, training ------------------------------------------------------------------------------------
 
 
-def test_reindexed_positions_stay_in_the_trained_range(path):
+def test_reindexed_position_ids_stay_in_the_trained_range(path):
     """The limit is lowered to 60 ids, six frames; at the published 4,096 it is 28 frames of 144."""
     backbone: Any = load_backbone(path, dtype=torch.float32, device="cpu")
     backbone.config.text_config.max_position_embeddings = 60
@@ -196,7 +196,7 @@ def test_reindexed_positions_stay_in_the_trained_range(path):
         assert following(session.cache) == backbone.prompt_prefix_ids.shape[1] + last
 
 
-def test_sound_alone_and_smaller_frames_are_refused(llava):
+def test_audio_alone_and_smaller_frames_are_refused(llava):
     with pytest.raises(OmniMemError, match="no video, and llava_next_video does not support audio"):
         list(session_of(llava).watch(JFK))
     with pytest.raises(OmniMemError, match="84×84"):

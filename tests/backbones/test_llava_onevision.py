@@ -74,7 +74,7 @@ def test_streaming_equals_reference_prefill(llava, llava64, path, clip, fps, opt
         logits, positions, modality = streamed(backbone, clip, fps, chunk_seconds, **options)
         assert logits.shape == expected.shape
         assert (logits - expected).abs().max() <= TOLERANCE[dtype]
-        # Rows of pictures say where in the frame a position is; all of the video but the newline is picture.
+        # Ids of visual tokens say where in the frame a token is; all of the video but the newline is visual.
         assert torch.equal(positions[0], torch.arange(ids.shape[1])[None])
         seen = modality == VISUAL
         assert int(seen.sum()) == int((ids == backbone.config.video_token_id).sum()) - 1
@@ -136,14 +136,14 @@ def test_original_ids_leave_the_trained_range_and_say_so_and_reindexed_ones_stay
             ends[positions] = [following(session.cache) for _ in session.watch(WEBB)]
         assert positions == "compact" or sum("trained range" in record.message for record in caplog.records) == 1
     assert ends["original"] == [prefix + 3 * PER_FRAME * (number + 1) for number in range(4)]
-    # Eight of the twelve are the budget of pictures; a memory that is full stays where it is.
+    # Eight of the twelve are the budget of visual tokens; a memory that is full stays where it is.
     assert ends["compact"] == [prefix + 8] * 4
 
 
 # ---- what it refuses -------------------------------------------------------------------------------------------------
 
 
-def test_sound_alone_is_refused_and_beside_pictures_ignored(llava):
+def test_audio_alone_is_refused_and_beside_video_ignored(llava):
     with pytest.raises(OmniMemError, match="no video, and llava_onevision does not support audio") as refused:
         list(session_of(llava).watch(JFK))
     assert "\n" not in str(refused.value)
@@ -179,7 +179,7 @@ def test_what_training_and_plans_ask_for(llava, path):
 
 
 def test_a_trained_run_exports_what_the_reference_classes_load(tmp_path):
-    """The sound of the clips is not asked for."""
+    """The audio of the clips is not asked for."""
     check_trained_run(tmp_path, LlavaOnevision, "<video>")
 
 

@@ -50,7 +50,7 @@ def mel_frames(samples: int) -> int:
 
 
 def reference_positions(backbone, fps: float, frames: int | None, samples: int | None):
-    """Rotary positions and modalities of the whole clip and a question, by the transformers processor and model."""
+    """Rotary ids and modalities of the whole clip and a question, by the transformers processor and model."""
     processor, config = backbone.processor, backbone.config
     audio_tokens = 0 if samples is None else ((mel_frames(samples) - 1) // 2 + 1 - 2) // 2 + 1
     extra = {}
@@ -101,27 +101,27 @@ def streamed_positions(backbone, fps, chunk_seconds, frames, samples, **options)
 
 LAYOUTS = {
     "both 8 s": (8, 8 * RATE),
-    "sound half as long": (10, 5 * RATE),
-    "sound ends inside a hop": (10, 5 * RATE + 77),
-    "sound of a few samples": (10, 200),
-    "sound ends early in the last group": (6, 43 * RATE // 10),
-    "sound longer": (4, 11 * RATE),
-    "sound much longer, odd tail": (2, 13 * RATE + 4321),
-    "no sound": (9, None),
+    "audio half as long": (10, 5 * RATE),
+    "audio ends inside a hop": (10, 5 * RATE + 77),
+    "audio of a few samples": (10, 200),
+    "audio ends early in the last group": (6, 43 * RATE // 10),
+    "audio longer": (4, 11 * RATE),
+    "audio much longer, odd tail": (2, 13 * RATE + 4321),
+    "no audio": (9, None),
     "one frame": (1, None),
     "odd frames": (7, 7 * RATE),
-    "odd frames, sound longer": (5, 9 * RATE),
-    "sound only": (None, 9 * RATE + 333),
-    "short sound only": (None, RATE // 2),
+    "odd frames, audio longer": (5, 9 * RATE),
+    "audio only": (None, 9 * RATE + 333),
+    "short audio only": (None, RATE // 2),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fps", [1.0, 2.0, 3.0, 4.0])
-def test_positions_equal_the_reference_models_for_any_chunking(tiny, layout, fps):
+def test_position_ids_equal_the_reference_models_for_any_chunking(tiny, layout, fps):
     frames, samples = LAYOUTS[layout]
     if frames is not None and fps > 1:
-        # The same seconds of picture, one frame more or less where that makes the number odd.
+        # The same seconds of video, one frame more or less where that makes the number odd.
         frames = int(frames * fps) - (frames % 2)
     expected, expected_kinds = reference_positions(tiny, fps, frames, samples)
     for chunk_seconds in (2, 6, 20):
@@ -131,7 +131,7 @@ def test_positions_equal_the_reference_models_for_any_chunking(tiny, layout, fps
 
 
 @pytest.mark.parametrize("fps", [1.0, 2.0, 3.0, 4.0, 6.0])
-def test_positions_equal_the_reference_models_over_minutes(tiny, fps, monkeypatch):
+def test_position_ids_equal_the_reference_models_over_minutes(tiny, fps, monkeypatch):
     """Rates that do not divide a second must not drift or fall into the wrong group after many patches."""
     frames, samples = int(64 * fps), 64 * RATE
     expected, expected_kinds = reference_positions(tiny, fps, frames, samples)
@@ -142,7 +142,7 @@ def test_positions_equal_the_reference_models_over_minutes(tiny, fps, monkeypatc
 
 
 def skip_towers(backbone, monkeypatch) -> None:
-    """Positions do not depend on what the encoders see, so long clips can do without them."""
+    """Position ids do not depend on what the encoders compute, so long clips can do without them."""
     from types import SimpleNamespace
 
     width = backbone.config.text_config.hidden_size
@@ -159,7 +159,7 @@ def skip_towers(backbone, monkeypatch) -> None:
     monkeypatch.setattr(backbone.model.model.audio_tower, "forward", sound)
 
 
-def test_golden_positions_of_a_small_clip(tiny):
+def test_golden_position_ids_of_a_small_clip(tiny):
     """Written out by hand: get_rope_index has changed between releases ; this must not."""
     encoder = tiny.stream_encoder(video=True, audio=True, fps=1.0)
     prefix = encoder.prefix()
@@ -175,13 +175,13 @@ def test_golden_positions_of_a_small_clip(tiny):
     assert first[:, 16:].T.tolist() == [[start + i] * 3 for i in range(50)]
     assert second[:, :16].T.tolist() == [[start + 50, start + h, start + w] for h, w in grid]
     assert second[:, 16:].T.tolist() == [[start + 50 + i] * 3 for i in range(25)]
-    # Sound is the last piece and ends at id 74; both closing tokens share the next one.
+    # Audio is the last piece and ends at id 74; both closing tokens share the next one.
     assert encoder.closing().position_ids.unique().tolist() == [start + 75]
     assert encoder.closing().next_position_id.tolist() == [start + 76]
 
 
 @pytest.mark.parametrize("fps", [0.5, 1.0, 2.0, 3.0, 4.0])
-def test_positions_know_their_seconds(tiny, fps, monkeypatch):
+def test_position_ids_follow_the_seconds(tiny, fps, monkeypatch):
     skip_towers(tiny, monkeypatch)
     frames = int(12 * fps)
     positions, kinds, seconds, encoder = streamed_positions(tiny, fps, 12, frames, 12 * RATE)
@@ -205,7 +205,7 @@ def test_positions_know_their_seconds(tiny, fps, monkeypatch):
     ("fps", "seconds"),
     [(0.5, 4), (0.25, 8), (1, 2), (2, 2), (3, 2), (4, 2), (1.5, 4), (25, 2), (0.2, 10), (2.5, 4), (0.1, 20)],
 )
-def test_the_alignment_holds_whole_sound_blocks_and_whole_patches(tiny, fps, seconds):
+def test_the_alignment_holds_whole_audio_blocks_and_whole_patches(tiny, fps, seconds):
     assert tiny.chunk_alignment(fps) == seconds
     assert seconds / 2 == round(seconds / 2)
     frames = Fraction(fps).limit_denominator(1000) * seconds
@@ -309,7 +309,7 @@ def test_a_given_time_scale_is_used(tiny, monkeypatch, scale):
     assert (sound - torch.arange(500) * scale).abs().max() < 1
 
 
-# ---- sound features ------------------------------------------------------------------------------------------------
+# ---- audio features ------------------------------------------------------------------------------------------------
 
 
 def speech_like(samples: int) -> np.ndarray:
@@ -337,7 +337,7 @@ def streamed_mel(extractor, sound, seconds, floor="running") -> torch.Tensor:
 
 
 def reference_mel(extractor, sound: np.ndarray) -> torch.Tensor:
-    # The processor pads far beyond the sound; a short pad of zeros gives the same windows at the end.
+    # The processor pads far beyond the audio; a short pad of zeros gives the same windows at the end.
     padded = np.pad(sound, (0, 1600))
     features = extractor(padded, sampling_rate=RATE, padding="longest", truncation=False, return_tensors="pt")
     return features["input_features"][0][:, : mel_frames(len(sound))]

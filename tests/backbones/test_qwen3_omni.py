@@ -154,12 +154,12 @@ def compare(backbone, path, clip, fps, dtype, lengths, **options) -> float:
 
 
 CLIPS = {
-    "with sound": (WEBB, 1.0, {}),
+    "with audio": (WEBB, 1.0, {}),
     "2 fps": (WEBB, 2.0, {"max_seconds": 8.7}),
-    "no sound": (RABBIT, 1.0, {"audio": False}),
+    "no audio": (RABBIT, 1.0, {"audio": False}),
     "odd length": (RABBIT, 1.0, {"max_seconds": 5.3}),
     "a tail of half a second": (WEBB, 1.0, {"max_seconds": 4.53}),
-    "sound alone": (JFK, 1.0, {"max_seconds": 6.41}),
+    "audio alone": (JFK, 1.0, {"max_seconds": 6.41}),
 }
 
 
@@ -171,7 +171,7 @@ def test_streaming_equals_reference_prefill(backbone, backbone64, path, name, dt
     assert compare(model, path, clip, fps, dtype, (2, 4, 20), **options) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("name", ["with sound", "2 fps"])
+@pytest.mark.parametrize("name", ["with audio", "2 fps"])
 def test_with_the_published_window_of_eight_seconds_too(wide, name):
     clip, fps, options = CLIPS[name]
     assert compare(wide, Path(wide.model_id), clip, fps, torch.float32, (8, 16), **options) <= 1e-5
@@ -186,18 +186,18 @@ def test_longer_clips(wide, fps):
 
 def test_what_is_compared_can_be_told_apart(backbone, path):
     """The clip's own loudest point is given to the streams above; without it they would differ."""
-    clip, fps, options = CLIPS["with sound"]
+    clip, fps, options = CLIPS["with audio"]
     whole = whole_clip(clip, fps, **options)
     expected, _ = reference_run(backbone, path, torch.float32, whole, whole.audio)
     logits, _, _ = streamed(backbone, clip, fps, 4, **options)
     assert 1e-4 < (logits - expected).abs().max() < 1.0
 
 
-# ---- layout and positions ------------------------------------------------------------------------------------------
+# ---- layout and position ids ---------------------------------------------------------------------------------------
 
 
 def skip_towers(backbone, monkeypatch) -> None:
-    """Layout and positions do not depend on what the encoders see, so long clips can do without them."""
+    """Layout and position ids do not depend on what the encoders compute, so long clips can do without them."""
     width = backbone.config.text_config.hidden_size
 
     def video(pixels, grid):
@@ -214,7 +214,7 @@ def skip_towers(backbone, monkeypatch) -> None:
 
 
 def reference_positions(backbone, fps: float, frames: int | None, samples: int | None):
-    """Rotary positions and modalities of a whole clip and a question, by the transformers processor and model."""
+    """Rotary ids and modalities of a whole clip and a question, by the transformers processor and model."""
     processor, config = backbone.processor, backbone.config
     heard = None if samples is None else torch.tensor([samples // 160])
     tokens = 0 if samples is None else audio_tokens(samples // 160, 100)
@@ -263,18 +263,18 @@ def streamed_positions(backbone, fps, chunk_seconds, frames, samples, **options)
 
 LAYOUTS = {
     "both 8 s": (8.0, 8 * RATE),
-    "sound half as long": (10.0, 5 * RATE),
-    "sound ends inside a hop": (10.0, 5 * RATE + 77),
-    "sound of a few samples": (10.0, 250),
-    "sound longer": (4.0, 11 * RATE),
-    "sound much longer, odd tail": (2.0, 43 * RATE + 4321),
-    "sound ends where a chunk does": (24.0, 16 * RATE),
-    "sound ends right behind a chunk": (24.0, 16 * RATE + 200),
-    "no sound": (9.0, None),
+    "audio half as long": (10.0, 5 * RATE),
+    "audio ends inside a hop": (10.0, 5 * RATE + 77),
+    "audio of a few samples": (10.0, 250),
+    "audio longer": (4.0, 11 * RATE),
+    "audio much longer, odd tail": (2.0, 43 * RATE + 4321),
+    "audio ends where a chunk does": (24.0, 16 * RATE),
+    "audio ends right behind a chunk": (24.0, 16 * RATE + 200),
+    "no audio": (9.0, None),
     "odd frames": (7.0, 7 * RATE),
-    "odd frames, sound longer": (5.0, 9 * RATE),
-    "sound only": (None, 9 * RATE + 333),
-    "short sound only": (None, RATE // 2),
+    "odd frames, audio longer": (5.0, 9 * RATE),
+    "audio only": (None, 9 * RATE + 333),
+    "short audio only": (None, RATE // 2),
     "a minute": (61.0, 62 * RATE + 801),
 }
 
@@ -282,7 +282,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fps", [0.5, 1.0, 2.0, 3.0, 4.0, 6.0])
 @pytest.mark.parametrize("size", ["backbone", "wide"])
-def test_positions_equal_the_reference_models_for_any_chunking(layout, fps, size, request, monkeypatch):
+def test_position_ids_equal_the_reference_models_for_any_chunking(layout, fps, size, request, monkeypatch):
     model = request.getfixturevalue(size)
     skip_towers(model, monkeypatch)
     seconds, samples = LAYOUTS[layout]
@@ -317,7 +317,7 @@ def test_a_chunk_that_starts_inside_a_window_is_refused(wide):
 
 
 @pytest.mark.parametrize("fps", [1.0, 3.0])
-def test_positions_know_their_seconds(backbone, monkeypatch, fps):
+def test_position_ids_follow_the_seconds(backbone, monkeypatch, fps):
     skip_towers(backbone, monkeypatch)
     positions, kinds, seconds, encoder = streamed_positions(backbone, fps, 4, round(12 * fps), 12 * RATE)
     assert torch.equal(seconds.isnan(), kinds == TEXT)
@@ -383,7 +383,7 @@ def test_a_fraction_is_not_rounded_away_beside_the_count_of_a_long_stream(backbo
 
 
 @pytest.mark.parametrize("positions", ["original", "compact"])
-def test_a_small_memory_holds_pictures_and_sound(backbone, positions):
+def test_a_small_memory_holds_visual_and_audio_tokens(backbone, positions):
     profile = BudgetProfile.uniform(backbone.config, 40)
     assert profile.model == ModelFingerprint("qwen3_omni_moe_text", 4, 2, 16)
     settings = StreamSettings(fps=3.0, chunk_seconds=2)

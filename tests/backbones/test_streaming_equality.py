@@ -121,7 +121,7 @@ def streamed_logits(backbone: Backbone, path: Path, fps: float, chunk_seconds: f
         (RABBIT, 1.0, {"audio": False}),
         (RABBIT, 1.0, {"max_seconds": 5.3}),
     ],
-    ids=["with-sound", "2fps", "no-sound", "odd-length"],
+    ids=["with-audio", "2fps", "no-audio", "odd-length"],
 )
 def test_streaming_equals_reference_prefill(tiny, tiny64, tiny_path, clip, fps, options, dtype):
     backbone = tiny if dtype == torch.float32 else tiny64

@@ -95,7 +95,7 @@ def test_streaming_equals_reference_prefill(llama, llama64, path, clip, fps, opt
 
 
 def chunk_of(frames: np.ndarray, index: int, start: int) -> Chunk:
-    """Silent pictures, one a second."""
+    """Frames without audio, one a second."""
     nothing, end = np.zeros(0, np.float32), start + len(frames)
     times = np.arange(start, end, dtype=np.float64)
     return Chunk(index, float(start), float(end), frames, times, None, nothing, nothing, last=False)
@@ -103,7 +103,7 @@ def chunk_of(frames: np.ndarray, index: int, start: int) -> Chunk:
 
 @torch.no_grad()
 def test_what_did_not_change_is_left_out_across_chunks(llama):
-    """Every picture stands still for three frames, so chunks of two begin with a copy now and then."""
+    """Every frame comes three times, so chunks of two begin with a copy now and then."""
     still = np.repeat(whole_clip(RABBIT, 1.0, max_seconds=4).frames, 3, axis=0)
     processor = llama.processor.video_processor
     mask = processor(videos=[torch.from_numpy(still).permute(0, 3, 1, 2)], return_tensors="pt")[
@@ -177,17 +177,17 @@ def test_a_long_stream_has_the_time_every_few_frames(llama):
     assert text_of(3) == ["Time 0.0s:", "Time 3.0s:", "Time 6.0s:"]
 
 
-def test_reindexed_positions_stay_in_the_trained_range(path):
+def test_reindexed_position_ids_stay_in_the_trained_range(path):
     backbone = load_backbone(path, dtype=torch.float32, device="cpu")
     ends = {}
     for positions in ("original", "compact"):
         session = session_of(backbone, mean=12, position_ids=positions)
         ends[positions] = [following(session.cache) for _ in session.watch(WEBB)]
-    # What stays is text, and of the pictures eight positions.
+    # What stays is text, and eight visual tokens.
     assert ends["original"][-1] > 120 and ends["compact"][-1] - ends["compact"][-2] < 40
 
 
-def test_sound_alone_is_refused_and_beside_pictures_ignored(llama):
+def test_audio_alone_is_refused_and_beside_video_ignored(llama):
     with pytest.raises(OmniMemError, match="no video, and video_llama_3 does not support audio"):
         list(session_of(llama).watch(JFK))
     assert llama.stream_encoder(video=True, audio=True, fps=1.0).has_audio is False

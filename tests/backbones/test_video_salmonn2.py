@@ -1,4 +1,4 @@
-"""video-SALMONN 2+, both families: published layouts load whole, streams equal the whole prompt, positions are theirs.
+"""video-SALMONN 2+, both families: published layouts load whole, streams equal whole prompts, position ids are theirs.
 
 What the authors' code computed is in `golden_models` (see `check_golden_models`); the reference for streams of real
 clips is our own model on the whole prompt, as our processor lays it out.
@@ -252,7 +252,7 @@ def test_a_checkpoint_saved_again_has_the_published_names_and_loads_everywhere(
     expected = backbone.model(**given).logits
     assert torch.equal(auto(**given).logits, expected) and torch.equal(ours.model(**given).logits, expected)
     silent = {name: value for name, value in given.items() if name != "input_features"}
-    assert not torch.allclose(expected, backbone.model(**silent).logits), "the sound is heard"
+    assert not torch.allclose(expected, backbone.model(**silent).logits), "the audio has an effect"
 
 
 def parts(backbone: Backbone) -> dict[str, Any]:
@@ -265,7 +265,7 @@ def parts(backbone: Backbone) -> dict[str, Any]:
 HEARS = {"audio_config": {"d_model": 1280, "qformer_config": {"model_type": "bert", "encoder_width": 1280}}}
 CONFIGS = {
     "7B as published": ({"model_type": "qwen2_5_vl", "hidden_size": 3584, **HEARS}, QWEN2_5),
-    "7B, nothing said of its sound": ({"model_type": "qwen2_5_vl", "audio_config": {"model_type": "whisper"}}, QWEN2_5),
+    "7B, nothing said of its audio": ({"model_type": "qwen2_5_vl", "audio_config": {"model_type": "whisper"}}, QWEN2_5),
     "8B as published": ({"model_type": "qwen3_vl", "text_config": {"model_type": "qwen3_vl_text"}, **HEARS}, QWEN3),
     "7B saved again": (
         {"model_type": "video_salmonn2_qwen2_5", "text_config": {"model_type": "qwen2_5_vl_text"}, **HEARS},
@@ -274,7 +274,7 @@ CONFIGS = {
     "8B saved again": ({"model_type": "video_salmonn2", "text_config": {"model_type": "qwen3_vl_text"}}, QWEN3),
     "Qwen2.5-VL": ({"model_type": "qwen2_5_vl", "hidden_size": 3584}, "qwen2_5_vl"),
     "Qwen2.5-VL, nested": ({"model_type": "qwen2_5_vl", "text_config": {"hidden_size": 8}}, "qwen2_5_vl"),
-    "Qwen2.5-VL, no sound": ({"model_type": "qwen2_5_vl", "audio_config": None}, "qwen2_5_vl"),
+    "Qwen2.5-VL, no audio": ({"model_type": "qwen2_5_vl", "audio_config": None}, "qwen2_5_vl"),
     "Qwen3-VL": ({"model_type": "qwen3_vl", "text_config": {"model_type": "qwen3_vl_text"}}, "qwen3_vl"),
     "Qwen2.5-Omni": ({"model_type": "qwen2_5_omni", "thinker_config": {"audio_config": {}}}, "qwen2_5_omni"),
 }
@@ -359,13 +359,13 @@ def whole(backbone: Backbone, clip: Whole, group: int = 1, layout: str = "train"
 
 
 CLIPS = {
-    "with sound": (1.0, 35, 35.0, (30, 60)),
+    "with audio": (1.0, 35, 35.0, (30, 60)),
     "2 fps, odd": (2.0, 63, 31.3, (30, 60)),
-    "sound ends long before": (1.0, 64, 7.0, (30, 60, 90)),
-    "sound ends where a chunk does": (1.0, 45, 30.0, (30, 60)),
-    "sound goes on": (1.0, 7, 47.0, (30, 60)),
-    "no sound": (1.0, 9, None, (2, 6, 20)),
-    "sound alone": (1.0, 0, 44.0, (30, 60)),
+    "audio ends long before": (1.0, 64, 7.0, (30, 60, 90)),
+    "audio ends where a chunk does": (1.0, 45, 30.0, (30, 60)),
+    "audio goes on": (1.0, 7, 47.0, (30, 60)),
+    "no audio": (1.0, 9, None, (2, 6, 20)),
+    "audio alone": (1.0, 0, 44.0, (30, 60)),
 }
 
 
@@ -379,9 +379,9 @@ def apollo(name: str) -> tuple[Whole, tuple[float, ...]]:
 
 LAYOUTS = [
     *((QWEN3, name, None) for name in CLIPS),
-    *((QWEN3, name, 3) for name in ("with sound", "sound ends long before", "sound goes on", "no sound")),
+    *((QWEN3, name, 3) for name in ("with audio", "audio ends long before", "audio goes on", "no audio")),
     *((QWEN2_5, name, "train") for name in CLIPS),
-    *((QWEN2_5, name, "release") for name in ("with sound", "2 fps, odd", "sound ends long before", "sound goes on")),
+    *((QWEN2_5, name, "release") for name in ("with audio", "2 fps, odd", "audio ends long before", "audio goes on")),
 ]
 
 
@@ -394,7 +394,7 @@ def test_a_stream_equals_the_whole_prompt(loaded, family, name, layout):
     else:
         options, of_whole = {"position_layout": layout}, {"layout": layout}
     # Double precision is slow, and says the same of every clip: it is asked of some.
-    for dtype in (torch.float32, torch.float64) if name in ("with sound", "no sound") else (torch.float32,):
+    for dtype in (torch.float32, torch.float64) if name in ("with audio", "no audio") else (torch.float32,):
         backbone = loaded(family, dtype)
         expected, ids, kinds = whole(backbone, clip, **of_whole)
         for chunk_seconds in lengths:
@@ -404,7 +404,7 @@ def test_a_stream_equals_the_whole_prompt(loaded, family, name, layout):
 
 
 def test_a_clip_from_a_file_is_the_same_stream(loaded):
-    """Decoded chunk by chunk, with the sound of another file beside the pictures."""
+    """Decoded chunk by chunk, with the audio of another file beside the frames."""
     settings = StreamSettings(chunk_seconds=30, timestamps=None)
     for sound in (None, COMMENTARY):
         clip = clip_of(APOLLO, 1.0, short_side=360, audio_path=sound)
@@ -421,7 +421,7 @@ def test_a_clip_from_a_file_is_the_same_stream(loaded):
 
 def test_the_double_precision_comparison_can_fail(loaded):
     """The transformers norms round to single precision, which hides what is below; a single id is not hidden."""
-    backbone, (clip, _) = loaded(QWEN2_5, torch.float64), apollo("no sound")
+    backbone, (clip, _) = loaded(QWEN2_5, torch.float64), apollo("no audio")
     given = prompt(backbone, clip)
     expected, ids, _ = whole(backbone, clip)
     ids[0, 0, -1] += 1
@@ -463,16 +463,16 @@ def test_the_golden_comparison_can_fail(tmp_path):
     assert not any(".train" in name for name in failures["layout"])
 
 
-# ---- positions by hand -----------------------------------------------------------------------------------------------
+# ---- position ids by hand --------------------------------------------------------------------------------------------
 
 V, A, T = 1, 2, 3
 TOKENS = MediaTokens(video=V, audio=A, merge=2)
 PATCH = [V] * 6
-"""Pictures of 2 × 3 positions."""
+"""Frames of 2 × 3 visual tokens."""
 
 
 def patch(time: int, corner: int) -> list[tuple[int, int, int]]:
-    """Six positions of a picture, row after row; height and width count from `corner`."""
+    """Position ids of the six visual tokens of a frame, row after row; height and width count from `corner`."""
     top = [(time, corner, corner), (time, corner, corner + 1), (time, corner, corner + 2)]
     return [*top, *((t, h + 1, w) for t, h, w in top)]
 
@@ -482,32 +482,32 @@ def text(*ids: int) -> list[tuple[int, int, int]]:
 
 
 def heard(first: int, count: int, height: int) -> list[tuple[int, int, int]]:
-    """Sound beside pictures in the Qwen2.5-VL family."""
+    """Position ids of audio tokens beside frames in the Qwen2.5-VL family."""
     return [(i, height, i) for i in range(first, first + count)]
 
 
 SPANS = {
-    # Two patches of two seconds: four ids and four positions of sound each. The span begins at 2.
-    "sound as long": (
+    # Two patches of two seconds: four ids and four audio tokens each. The span begins at 2.
+    "audio as long": (
         [T, T, *PATCH, *[A] * 4, *PATCH, *[A] * 4, T, T],
         [2],
         [*text(0, 1), *patch(2, 2), *heard(2, 4, 2), *patch(6, 2), *heard(6, 4, 2), *text(10, 11)],
     ),
-    "sound longer": (
+    "audio longer": (
         [T, T, *PATCH, *[A] * 4, *PATCH, *[A] * 7, T, T],
         [2],
         [*text(0, 1), *patch(2, 2), *heard(2, 4, 2), *patch(6, 2), *heard(6, 7, 2), *text(13, 14)],
     ),
-    "sound shorter": (
+    "audio shorter": (
         [T, T, *PATCH, *[A] * 3, *PATCH, T, T],
         [2],
         [*text(0, 1), *patch(2, 2), *heard(2, 3, 2), *patch(6, 2), *text(7, 8)],
     ),
     "silent": ([T, T, *PATCH, *PATCH, T], [2], [*text(0, 1), *patch(2, 2), *patch(6, 2), *text(7)]),
-    # Without sound text goes on behind the largest id, which is a column; with sound behind the largest time.
+    # Without audio text goes on behind the largest id, which is a column; with audio behind the largest time.
     "one patch, silent": ([T, *PATCH, T], [1], [*text(0), *patch(1, 1), *text(4)]),
-    "one patch, little sound": ([T, *PATCH, A, A, T], [1], [*text(0), *patch(1, 1), *heard(1, 2, 1), *text(3)]),
-    "sound only": ([T, T, *[A] * 3, T], [], text(0, 1, 2, 3, 4, 5)),
+    "one patch, little audio": ([T, *PATCH, A, A, T], [1], [*text(0), *patch(1, 1), *heard(1, 2, 1), *text(3)]),
+    "audio only": ([T, T, *[A] * 3, T], [], text(0, 1, 2, 3, 4, 5)),
     "text only": ([T, T], [], text(0, 1)),
 }
 TWO = [T, *PATCH, A, A, *PATCH, A, A, T, *PATCH, A, T]
@@ -515,12 +515,12 @@ TWO = [T, *PATCH, A, A, *PATCH, A, A, T, *PATCH, A, T]
 
 RELEASED = {
     # Twelve positions get the ids of two patches, whatever they are; what follows is text.
-    "sound as long": [*text(0, 1), *patch(2, 2), *patch(6, 2), *text(7, 8, 9, 10, 11, 12, 13, 14), *text(15, 16)],
-    "sound longer": [*text(0, 1), *patch(2, 2), *patch(6, 2), *text(*range(7, 20))],
-    "sound shorter": [*text(0, 1), *patch(2, 2), *patch(6, 2), *text(7, 8, 9, 10, 11)],
+    "audio as long": [*text(0, 1), *patch(2, 2), *patch(6, 2), *text(7, 8, 9, 10, 11, 12, 13, 14), *text(15, 16)],
+    "audio longer": [*text(0, 1), *patch(2, 2), *patch(6, 2), *text(*range(7, 20))],
+    "audio shorter": [*text(0, 1), *patch(2, 2), *patch(6, 2), *text(7, 8, 9, 10, 11)],
     "silent": SPANS["silent"][2],
     "one patch, silent": SPANS["one patch, silent"][2],
-    "sound only": SPANS["sound only"][2],
+    "audio only": SPANS["audio only"][2],
 }
 
 
@@ -575,12 +575,12 @@ GROUPS = {
         [2],
         [*text(0), *patch(1, 1), *text(4, 5), *text(6, 7), *patch(8, 8), *text(11, 12), *text(13)],
     ),
-    "sound longer": (
+    "audio longer": (
         [T, *PATCH, A, A, T, *PATCH, *[A] * 5, T],
         [2],
         [*text(0), *patch(1, 1), *text(4, 5, 6), *patch(7, 7), *text(10, 11, 12, 13, 14, 15)],
     ),
-    "sound shorter": (
+    "audio shorter": (
         [T, *PATCH, A, T, *PATCH, T],
         [2],
         [*text(0), *patch(1, 1), *text(4, 5), *patch(6, 6), *text(9)],
@@ -601,7 +601,7 @@ GROUPS = {
         [2, 2],
         [*text(0), *patch(1, 1), *text(4, 5), *patch(6, 6), *text(9), *patch(10, 10), *patch(11, 10), *text(13, 14)],
     ),
-    "sound only": ([T, A, A, T], [], text(0, 1, 2, 3)),
+    "audio only": ([T, A, A, T], [], text(0, 1, 2, 3)),
 }
 
 
@@ -620,7 +620,7 @@ def test_groups_that_do_not_fit_the_grid_are_one_line(tokens, patches):
 
 
 class AudioEncoder:
-    """As many positions as there are samples."""
+    """As many tokens as there are samples."""
 
     tokens_per_second = 2.0
 
@@ -631,7 +631,7 @@ class AudioEncoder:
 
 @pytest.fixture
 def by_hand(loaded, monkeypatch):
-    """Ids and kinds of a stream: pictures of 2 × 3 positions, every text one position, two seconds a patch."""
+    """Ids and kinds of a stream: frames of 2 × 3 tokens, every text one token, two seconds a patch."""
 
     def run(family: str, patches: int, sounds: int | None, patches_a_chunk: int, **options: Any):
         backbone = loaded(family)
@@ -673,9 +673,9 @@ def mixed(*runs: tuple[int, int]) -> list[int]:
 @pytest.mark.parametrize(
     ("name", "sounds", "kinds"),
     [
-        ("sound as long", 8, mixed((TEXT, 2), (VISUAL, 6), (AUDIO, 4), (VISUAL, 6), (AUDIO, 4), (TEXT, 1))),
-        ("sound longer", 11, mixed((TEXT, 2), (VISUAL, 6), (AUDIO, 4), (VISUAL, 6), (AUDIO, 7), (TEXT, 1))),
-        ("sound shorter", 3, mixed((TEXT, 2), (VISUAL, 6), (AUDIO, 3), (VISUAL, 6), (TEXT, 1))),
+        ("audio as long", 8, mixed((TEXT, 2), (VISUAL, 6), (AUDIO, 4), (VISUAL, 6), (AUDIO, 4), (TEXT, 1))),
+        ("audio longer", 11, mixed((TEXT, 2), (VISUAL, 6), (AUDIO, 4), (VISUAL, 6), (AUDIO, 7), (TEXT, 1))),
+        ("audio shorter", 3, mixed((TEXT, 2), (VISUAL, 6), (AUDIO, 3), (VISUAL, 6), (TEXT, 1))),
     ],
 )
 @pytest.mark.parametrize("layout", ["train", "release"])
@@ -684,7 +684,7 @@ def test_golden_ids_of_a_streamed_span(by_hand, name, sounds, kinds, layout, pat
     assert by_hand(QWEN2_5, 2, sounds, patches_a_chunk, position_layout=layout) == (expected, kinds)
 
 
-def test_golden_ids_of_streams_with_pictures_or_sound_alone(by_hand):
+def test_golden_ids_of_streams_with_video_or_audio_alone(by_hand):
     assert by_hand(QWEN2_5, 1, 2, 1)[0] == [*text(0, 1), *patch(2, 2), *heard(2, 2, 2), *text(4, 5)]
     assert by_hand(QWEN2_5, 1, None, 1)[0] == [*text(0, 1), *patch(2, 2), *text(5, 6)]
     assert by_hand(QWEN2_5, 0, 4, 1)[0] == text(*range(8))
@@ -693,20 +693,20 @@ def test_golden_ids_of_streams_with_pictures_or_sound_alone(by_hand):
 
 
 STREAMED_GROUPS = {
-    # Opening, time, start; a patch; its four positions of sound; end, time, start; and so on.
+    # Opening, time, start; a patch; its four audio tokens; end, time, start; and so on.
     ("per patch", 2, 8, None): (
         [*text(0, 1, 2), *patch(3, 3), *text(6, 7, 8, 9), *text(10, 11, 12), *patch(13, 13), *text(16, 17, 18, 19)],
         20,
     ),
-    ("sound longer", 2, 10, None): (
+    ("audio longer", 2, 10, None): (
         [*text(0, 1, 2), *patch(3, 3), *text(6, 7, 8, 9), *text(10, 11, 12), *patch(13, 13), *text(*range(16, 22))],
         22,
     ),
-    ("sound shorter", 2, 3, None): (
+    ("audio shorter", 2, 3, None): (
         [*text(0, 1, 2), *patch(3, 3), *text(6, 7, 8), *text(9, 10, 11), *patch(12, 12)],
         15,
     ),
-    # Three patches in groups of two: the sound of both stands behind the second.
+    # Three patches in groups of two: the audio of both stands behind the second.
     ("grouped", 3, 12, 2): (
         [
             *text(0, 1, 2), *patch(3, 3), *patch(4, 3), *text(*range(6, 14)),
@@ -714,11 +714,11 @@ STREAMED_GROUPS = {
         ],
         24,
     ),
-    ("grouped, sound ends early", 4, 5, 2): (
+    ("grouped, audio ends early", 4, 5, 2): (
         [*text(0, 1, 2), *patch(3, 3), *patch(4, 3), *text(*range(6, 14)), *patch(14, 14), *patch(15, 14)],
         17,
     ),
-    ("one group, sound goes on", 3, 15, 1): (
+    ("one group, audio goes on", 3, 15, 1): (
         [*text(0, 1, 2), *patch(3, 3), *patch(4, 3), *patch(5, 3), *text(*range(6, 21))],
         21,
     ),
@@ -762,7 +762,7 @@ def greedy(backbone: Backbone, given: Any, count: int, layout: str) -> list[int]
     ids=["train", "release", "a patch", "a group open across chunks"],
 )
 def test_an_answer_is_the_greedy_one_of_the_whole_prompt(loaded, family, settings, group):
-    """Also half-way: then the prompt is what has been streamed. Sound that waits for its group is heard."""
+    """Also half-way: then the prompt is what has been streamed. Audio that waits for its group is included."""
     backbone, layout = loaded(family), settings.get("position_layout", "train")
     session = StreamingSession(
         backbone,
@@ -789,7 +789,7 @@ def test_an_answer_is_the_greedy_one_of_the_whole_prompt(loaded, family, setting
 
 
 @every_family
-def test_a_small_memory_holds_pictures_and_sound(loaded, family):
+def test_a_small_memory_holds_visual_and_audio_tokens(loaded, family):
     backbone = loaded(family)
     settings = StreamSettings(chunk_seconds=30, short_side=120)
     session = StreamingSession(backbone, BudgetProfile.uniform(backbone.config, 40), settings=settings)
@@ -802,7 +802,7 @@ def test_a_small_memory_holds_pictures_and_sound(loaded, family):
 @every_family
 def test_the_plan_counts_what_a_stream_has(loaded, family):
     backbone = loaded(family)
-    for name in ("with sound", "2 fps, odd", "no sound", "sound alone"):
+    for name in ("with audio", "2 fps, odd", "no audio", "audio alone"):
         clip, _ = apollo(name)
         encoder = backbone.stream_encoder(video=len(clip.frames) > 0, audio=clip.audio is not None, fps=clip.fps)
         encoder.prefix()
@@ -844,11 +844,11 @@ LONG = {
     "qwen2_5_vl": (0, 2_000),
     "qwen3_vl": (0, 262_144),
 }
-"""Positions a second of sound, and a trained range that a stream of 20 minutes would leave without a time scale."""
+"""Position ids a second of audio, and a trained range that a stream of 20 minutes would leave without a time scale."""
 
 
 def skip_towers(backbone: Backbone, monkeypatch) -> None:
-    """Layout and positions do not depend on what the encoders see."""
+    """Layout and position ids do not depend on what the encoders compute."""
     width = backbone.config.get_text_config().hidden_size
     layers = 3 if backbone.spatial_ids_advance or backbone.name == "qwen3_omni" else 0
 
@@ -926,7 +926,7 @@ def test_twenty_minutes_are_neither_cut_nor_kept(loaded, monkeypatch, name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", [QWEN3, "qwen3_vl"])
-def test_the_text_between_pictures_is_bounded(loaded, monkeypatch, name):
+def test_the_text_between_frames_is_bounded(loaded, monkeypatch, name):
     backbone = loaded(name)
     skip_towers(backbone, monkeypatch)
     reader = open_media(APOLLO, fps=1.0, chunk_seconds=30, short_side=60, audio=backbone.supports_audio)
@@ -957,7 +957,7 @@ def test_the_text_between_pictures_is_bounded(loaded, monkeypatch, name):
 
 @pytest.mark.parametrize("name", [QWEN3, QWEN2_5, "qwen3_vl", "qwen2_5_vl"])
 def test_two_clips_side_by_side_are_each_alone(loaded, tmp_path, name):
-    """Five seconds without, and eight with sound; where it has them with deepstack maps."""
+    """Five seconds without, and eight with audio; where it has them with deepstack maps."""
     backbone = loaded(name, torch.float64)
     recipe = load_recipe(arguments(tmp_path, f"model.backbone={name}", "data.chunk_seconds=30"))
     settings, method = stream_settings(recipe), selection_method(recipe)
@@ -993,7 +993,7 @@ def test_lora_reaches_the_language_model_and_nothing_else(loaded, family):
     hit = [name for name in names if re.fullmatch(backbone.lora_target_regex(PROJECTIONS), name)]
     assert len(hit) == 4 * 7 and all(name.startswith("model.language_model.layers.") for name in hit)
     in_encoders = [name for name in names if name.endswith("q_proj") and name not in hit]
-    assert in_encoders, "the sound encoder has modules of the same names"
+    assert in_encoders, "the audio encoder has modules of the same names"
     for other in ("query", "key", "dense", "audio_proj", "fc1", "qkv"):
         assert not [name for name in names if re.fullmatch(backbone.lora_target_regex([other]), name)]
     for name in backbone.projectors.values():
@@ -1002,7 +1002,7 @@ def test_lora_reaches_the_language_model_and_nothing_else(loaded, family):
 
 @pytest.fixture(scope="module")
 def run_of(tmp_path_factory):
-    """Finished runs that have trained what stands between the sound's encoder and the language model."""
+    """Finished runs that have trained what stands between the audio encoder and the language model."""
     folder = tmp_path_factory.mktemp("runs")
     options = ("data.chunk_seconds=30", "train.max_steps=2", "train.learning_rate=3e-2", "train.save_steps=2")
 
@@ -1072,8 +1072,8 @@ def test_an_export_has_the_published_names_and_the_logits_of_base_and_adapter(ru
 
 
 @pytest.mark.parametrize(("family", "timestamps"), [(QWEN2_5, 256), (QWEN3, 256), (QWEN3, 4)])
-def test_gradients_of_what_hears_are_those_of_plain_autograd(tmp_path, family, timestamps):
-    """Two chunks; on the way back each is heard again."""
+def test_gradients_with_trained_projectors_are_those_of_plain_autograd(tmp_path, family, timestamps):
+    """Two chunks; in the backward pass each is encoded again."""
     rows = [{"media": APOLLO.name, "questions": [{"question": "What is heard?", "answer": "A hammer."}]}]
     options = ("data.chunk_seconds=30", "data.fps=0.6", f"data.timestamps={timestamps}", "model.dtype=float64")
     recipe = load_recipe(

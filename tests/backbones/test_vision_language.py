@@ -116,7 +116,7 @@ def trained_ids(backbone: Backbone, model: Any, inputs: Any) -> Tensor:
 
 
 CLIPS = {
-    "a clip with sound": (WEBB, 1.0, {"max_seconds": 12}),
+    "a clip with audio": (WEBB, 1.0, {"max_seconds": 12}),
     "2 fps, odd length": (RABBIT, 2.0, {"max_seconds": 6.6}),
     "3 fps": (RABBIT, 3.0, {"max_seconds": 4}),
 }
@@ -227,7 +227,7 @@ def session_of(backbone: Backbone, mean: int = 4000, **options: Any) -> Streamin
 @torch.no_grad()
 @every_model
 def test_an_answer_is_the_reference_models(loaded, path_of, name):
-    """Half-way and at the end; Qwen2.5-VL is read again for every token, as its transformers positions are others."""
+    """Half-way and at the end; Qwen2.5-VL is read again for every token, as transformers has other position ids."""
     backbone, model = loaded(name), reference(path_of(name), name)
     silent = [backbone.config.video_token_id, backbone.config.image_token_id, backbone.config.vision_start_token_id]
     count = {"max_new_tokens": 6, "min_new_tokens": 6, "suppress_tokens": silent}
@@ -254,7 +254,7 @@ def test_an_answer_is_the_reference_models(loaded, path_of, name):
 
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @every_model
-def test_a_small_memory_holds_pictures_alone(loaded, name, positions):
+def test_a_small_memory_holds_visual_tokens_alone(loaded, name, positions):
     session = session_of(loaded(name), 24, position_ids=positions)
     events = list(session.watch(RABBIT))
     assert events[-1].retained["visual"] == 23 and events[-1].retained["audio"] == 0
@@ -263,7 +263,7 @@ def test_a_small_memory_holds_pictures_alone(loaded, name, positions):
 
 
 @every_model
-def test_sound_is_neither_heard_nor_asked_for(loaded, name):
+def test_audio_is_neither_processed_nor_asked_for(loaded, name):
     backbone = loaded(name)
     with pytest.raises(OmniMemError, match=f"{name} does not support audio") as error:
         list(session_of(backbone).watch(JFK))
@@ -326,7 +326,7 @@ def test_a_weight_that_is_missing_is_named(path_of, tmp_path, name, key):
 @every_model
 @pytest.mark.parametrize("key", ["visual.blocks.9.norm1.weight", "audio.q_tokens"])
 def test_a_weight_too_many_is_named(path_of, tmp_path, name, key):
-    """Among them those of a model that hears, whose files call themselves by the same name."""
+    """Among them those of a model that takes audio, whose files call themselves by the same name."""
     more = {("model." if name == QWEN3 else "") + key: torch.zeros(2)}
     with pytest.raises(OmniMemError, match=f"1 unexpected keys: .*{re.escape(key)}"):
         load_backbone(changed(path_of(name), tmp_path / "broken", lambda w: w.update(more)), device="cpu")
@@ -363,7 +363,7 @@ def test_lora_reaches_the_language_model_and_nothing_else(loaded, name):
 @torch.no_grad()
 @every_model
 def test_a_run_exports_what_the_reference_classes_load(tmp_path, name, capsys):
-    """Two steps, with the projector; the sound of the clips is not asked for."""
+    """Two steps, with the projector; the audio of the clips is not asked for."""
     options = ("train.max_steps=2", "train.learning_rate=3e-2", "lora.modules_to_save=[visual]", "data.audio=false")
     run = trained_run(tmp_path, f"model.backbone={name}", *options)
     whole = {key for key in adapter(run) if "lora" not in key}

@@ -44,7 +44,7 @@ from train.budgets import profile_at
 from train.data import load_rows
 from train.distributed import new_accelerator, new_strategy
 from train.environment import _version, environment
-from train.loop import rate_at
+from train.loop import learning_rate_ratio
 from train.memory_plan import device_bytes, memory_plan
 from train.objective import StreamObjective
 from train.parallel import ParallelStrategy
@@ -78,12 +78,12 @@ def run_step(
     processes: ParallelStrategy,
 ) -> dict[str, Any]:
     """One optimizer step, as in `train.loop.train`: number of tokens, and whether AdamW changed the weights."""
-    processes.set_learning_rate(rate_at(number, schedule.steps, recipe.train))
+    processes.set_learning_rate(learning_rate_ratio(number, schedule.steps, recipe.train))
     gradient = selection_gradient(recipe, number / max(1, schedule.steps - 1))
     budgets = profile_at(recipe, profile, number, schedule.steps)
     weight, loss, tokens = 1 / schedule.answer_tokens(number), 0.0, 0
     with processes.accumulate():
-        for batch in schedule.step(number, 0):
+        for batch in schedule.batches(number, 0):
             outcome = objective(batch, gradient, budgets)
             outcome.backward(weight * processes.loss_scale)
             loss += outcome.loss.item() * weight

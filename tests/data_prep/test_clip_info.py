@@ -208,6 +208,7 @@ def test_one_of_two_processes_opens_the_clips(tmp_path):
     assert [record["step"] for record in metrics(tmp_path / "run")] == [1]
 
 
+@pytest.mark.long
 def test_a_bad_clip_ends_two_processes_with_one_line(tmp_path):
     rows = [{"media": name, **ASKED} for name in (FLOWER, NO_INDEX)]
     done = launched(tmp_path, *arguments(tmp_path, "train.max_steps=1", rows=rows))

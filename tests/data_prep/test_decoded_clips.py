@@ -25,7 +25,7 @@ from data_prep.decoded_clips.folder import PreparedRow, is_prepared, read_prepar
 from data_prep.decoded_clips.format import PrepareSettings
 from data_prep.decoded_clips.prepare import prepare
 from data_prep.decoded_clips.shard_reader import ShardReader
-from data_prep.decoded_clips.shard_writer import Prepared, RejectedClip, Task, group_lengths, prepare_clip
+from data_prep.decoded_clips.shard_writer import Prepared, RefusedClip, Task, group_lengths, prepare_clip
 from data_prep.manifest import Manifest, manifest_fingerprint, read_manifest
 from media_files import tone, write_media
 from omnimem.cli import main as omnimem
@@ -236,10 +236,10 @@ def test_a_damaged_clip_is_refused_and_the_others_are_prepared(tmp_path):
 
 def test_worker_processes_write_the_same_shards(tmp_path):
     rows = manifest(tmp_path, RABBIT.name, FLOWER, HALF)
-    told: list[Prepared | RejectedClip] = []
+    told: list[Prepared | RefusedClip] = []
     for folder, workers in (("one", 1), ("two", 2)):
         prepare(rows, tmp_path / folder, PrepareSettings(), workers=workers, on_bad_row="skip", on_clip=told.append)
-    assert len(told) == 6 and sum(isinstance(one, RejectedClip) for one in told) == 2
+    assert len(told) == 6 and sum(isinstance(one, RefusedClip) for one in told) == 2
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / f / "clips").glob("*.parquet")} for f in ("one", "two"))
     assert one == two and len(one) == 2
     assert (tmp_path / "one" / "rows.jsonl").read_bytes() == (tmp_path / "two" / "rows.jsonl").read_bytes()

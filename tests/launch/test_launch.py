@@ -219,7 +219,7 @@ def test_a_job_without_gpus_is_one_line(tmp_path):
     assert not (tmp_path / "fakes" / "srun.txt").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_trains(tmp_path, alone):
     job = submit(fake(tmp_path / "fakes"), *arguments(tmp_path, *PLAIN))
     told = job.communicate()[1].decode()
@@ -228,7 +228,7 @@ def test_a_job_trains(tmp_path, alone):
     assert not (tmp_path / "fakes" / "scontrol.txt").exists(), "nothing to queue again"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_near_its_time_limit_saves_is_requeued_and_resumes(tmp_path):
     """No step is lost or repeated; the checkpoint it resumes from is not one of `train.save_steps`."""
     env = fake(tmp_path / "fakes")

@@ -108,6 +108,7 @@ def test_the_command_from_clip_to_figure_and_again(tiny_path, tmp_path, capsys):
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()} == before
 
 
+@pytest.mark.long
 def test_a_model_retrained_in_the_same_folder_is_measured_again(tiny_path, tmp_path):
     model, out = tmp_path / "model", tmp_path / "bench"
     shutil.copytree(tiny_path, model)

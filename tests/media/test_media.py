@@ -1,4 +1,4 @@
-"""The media room: frames as a player shows them, sound to the sample, bounded memory, one-line errors.
+"""The media room: frames as a player shows them, audio to the sample, bounded memory, one-line errors.
 
 Uses the clips of the project and files synthesised here with PyAV.
 
@@ -50,7 +50,7 @@ MILLISECOND = Fraction(1, 1000)
 
 
 def naive_pictures(path, index, wanted=None):
-    """Every presented picture by full decode: (seconds, duration, digest of the displayed RGB or None)."""
+    """Every presented frame by full decode: (seconds, duration, digest of the displayed RGB or None)."""
     found = []
     with av.open(str(path), metadata_errors="ignore") as file:
         stream = file.streams[index]
@@ -68,12 +68,12 @@ def fingerprint(pixels):
 
 
 def shown_at(times, instant):
-    """Index of the picture a player shows at ``instant``."""
+    """Index of the frame a player shows at ``instant``."""
     return max((i for i, time in enumerate(times) if time <= instant + MILLISECOND), default=0)
 
 
 def naive_sampling(pictures, fps, zero):
-    """Indices into ``pictures`` of the instants 0, 1/fps, … while the picture lasts."""
+    """Indices into ``pictures`` of the instants 0, 1/fps, … while the video lasts."""
     times = [pts * tick - zero for pts, tick, _, _ in pictures]
     end = times[-1] + (pictures[-1][2] * pictures[-1][1] or times[-1] - times[-2])
     count = next(i for i in itertools.count(1) if i / fps + MILLISECOND >= end)
@@ -171,7 +171,7 @@ def write_gif(path):
 
 
 def test_frame_of_an_instant_is_the_one_shown_then():
-    """The clip shows a running timecode at exactly 30 pictures a second: instant t is picture 30 t."""
+    """The clip shows a running timecode at exactly 30 frames a second: instant t is frame 30 t."""
     ticks = [pts for pts, *_ in naive_pictures(TIMECODE, 0, wanted=())]
     pictures = naive_pictures(TIMECODE, 0, wanted=set(ticks[::15]))
     assert len({p[3] for p in pictures if p[3]}) == 85  # they can be told apart
@@ -212,7 +212,7 @@ def run_plan(packets, limits):
     return plan
 
 
-def test_plan_settles_an_instant_when_no_earlier_picture_can_follow():
+def test_plan_settles_an_instant_when_no_earlier_frame_can_follow():
     plan = run_plan([(0, -2), (4, -1), (2, 0), (1, 1)], limits=[0, 2])
     assert list(plan.wanted) == [(0, 1)]  # decoding time 1 has passed 0, not 2
     plan.add(3, 2, True)
@@ -222,7 +222,7 @@ def test_plan_settles_an_instant_when_no_earlier_picture_can_follow():
     assert plan.done
 
 
-def test_plan_repeats_a_picture_over_several_instants():
+def test_plan_repeats_a_frame_over_several_instants():
     plan = run_plan([(0, 0), (10, 10)], limits=[0, 3, 6, 9, 12])
     assert list(plan.wanted) == [(0, 4)]
     plan.finish(5)
@@ -269,7 +269,7 @@ def test_rotated_clip():
     assert (info.width, info.height, info.rotation) == (270, 480, 90)
     upright = next(iter(open_media(WEBB, audio=False, max_seconds=1, chunk_seconds=1))).frames[0]
     turned = next(iter(open_media(ROTATED, chunk_seconds=1))).frames[0]
-    assert np.abs(np.rot90(upright).astype(int) - turned).mean() < 8  # the same first picture, turned left
+    assert np.abs(np.rot90(upright).astype(int) - turned).mean() < 8  # the same first frame, turned left
 
 
 @pytest.mark.parametrize(("bound", "shape"), [(90, (160, 90)), (101, (178, 100)), (270, (480, 270)), (999, (480, 270))])
@@ -290,7 +290,7 @@ def test_size_change_midway_keeps_the_first_size(tmp_path):
     assert len(frames) == 8
 
 
-def test_ten_bit_pictures():
+def test_ten_bit_frames():
     chunk = next(iter(open_media(HEVC)))
     assert chunk.frames.dtype == np.uint8
     assert chunk.frames.shape == (2, 180, 320, 3)
@@ -336,7 +336,7 @@ def test_chunk_length_does_not_change_what_is_read():
     assert two[-1].t1 == six[-1].t1
 
 
-def test_context_is_the_neighbouring_sound():
+def test_context_is_the_neighbouring_audio():
     sound = all_sound(RABBIT)
     for chunk in open_media(RABBIT, context_seconds=0.25):
         start = round(chunk.t0 * 16000)
@@ -370,7 +370,7 @@ def test_max_seconds_ends_the_clip():
     assert list(open_media(RABBIT, max_seconds=60))[-1].t1 == pytest.approx(7.8)
 
 
-def test_picture_or_sound_alone():
+def test_video_or_audio_alone():
     silent = list(open_media(RABBIT, audio=False))
     assert all(c.audio is None and c.audio_before.size == 0 for c in silent)
     assert sum(len(c.frames) for c in silent) == 8
@@ -389,17 +389,17 @@ def test_cover_art_is_not_video():
     assert sum(len(c.audio) for c in chunks) == 30 * 16000
 
 
-def test_clip_without_sound():
+def test_clip_without_audio():
     assert all(c.audio is None for c in open_media(VFR))
     assert not probe(VFR).has_audio
 
 
-def test_silent_track_is_sound():
+def test_silent_track_is_audio():
     sound = all_sound(FLOWER)
     assert len(sound) > 80000 and not sound.any()
 
 
-def test_picture_may_end_before_the_sound(tmp_path):
+def test_video_may_end_before_the_audio(tmp_path):
     sound = {"samples": tone(5.0)}
     path = write_media(tmp_path / "short_picture.mkv", seconds=2, audio_tracks=[sound])
     chunks = list(open_media(path))
@@ -408,7 +408,7 @@ def test_picture_may_end_before_the_sound(tmp_path):
     assert [len(c.audio) for c in chunks] == [32000, 32000, 16000]
 
 
-def test_sound_may_end_before_the_picture(tmp_path):
+def test_audio_may_end_before_the_video(tmp_path):
     path = write_media(tmp_path / "short_sound.mkv", seconds=5, audio_tracks=[{"samples": tone(2.05)}])
     chunks = list(open_media(path))
     assert [len(c.audio) for c in chunks] == [32000, 800, 0]
@@ -416,10 +416,10 @@ def test_sound_may_end_before_the_picture(tmp_path):
     assert [len(c.frames) for c in chunks] == [2, 2, 1]
 
 
-# ---------------------------------------------------------------- sound
+# ---------------------------------------------------------------- audio
 
 
-def test_late_sound_begins_with_silence(tmp_path):
+def test_late_audio_begins_with_silence(tmp_path):
     path = write_media(tmp_path / "late_sound.mkv", audio_tracks=[{"samples": tone(2.0), "start": 1.5}])
     info = probe(path)
     assert (info.video_offset, info.audio_offset) == (0, pytest.approx(1.5))
@@ -428,14 +428,14 @@ def test_late_sound_begins_with_silence(tmp_path):
     np.testing.assert_allclose(sound[24000:56000], tone(2.0)[0] / 32768, atol=1e-4)
 
 
-def test_late_picture_shows_its_first_frame_from_the_start(tmp_path):
+def test_late_video_shows_its_first_frame_from_the_start(tmp_path):
     path = write_media(tmp_path / "late.mkv", seconds=2, video_start=1.5, audio_tracks=[{"samples": tone(3.5)}])
     assert probe(path).video_offset == pytest.approx(1.5)
     chunks, frames = collect(path, fps=2)
     assert [len(c.frames) for c in chunks] == [4, 3]
     levels = frames[:, -1, -1, 0].astype(int)
-    assert np.abs(levels[:4] - 20).max() <= 3  # picture 0 until 1.5 s
-    assert abs(levels[4] - (20 + 7 * 12)) <= 10  # half a second later picture 12 (of 25 a second)
+    assert np.abs(levels[:4] - 20).max() <= 3  # frame 0 until 1.5 s
+    assert abs(levels[4] - (20 + 7 * 12)) <= 10  # half a second later frame 12 (of 25 a second)
     np.testing.assert_allclose(np.concatenate([c.audio for c in chunks]), tone(3.5)[0] / 32768, atol=1e-4)
 
 
@@ -450,7 +450,7 @@ def test_start_of_both_streams_is_time_zero(tmp_path):
 
 @pytest.mark.parametrize(("shift", "extra"), [(0.5, 8000), (0.015, 0), (-0.04, -640)])
 def test_gaps_become_silence_and_overlaps_are_cut(tmp_path, shift, extra):
-    """A shift of the timestamps at 1 s moves the sound; one below 20 ms is taken for rounding."""
+    """A shift of the timestamps at 1 s moves the audio; one below 20 ms is taken for rounding."""
     samples = tone(2.0)
     path = tmp_path / "gap.mkv"
     write_media(path, codec=None, audio_tracks=[{"samples": samples, "cuts": [(16000, shift)]}])
@@ -478,7 +478,7 @@ def test_padding_of_the_last_frame_is_trimmed(tmp_path):
 
 
 def test_resampling_keeps_time(tmp_path):
-    """A click at 1.25 s of 44.1 kHz is heard at sample 20000."""
+    """A click at 1.25 s of 44.1 kHz is decoded to sample 20000."""
     samples = np.zeros((1, 2 * 44100), np.int16)
     samples[0, round(1.25 * 44100)] = 30000
     path = write_media(tmp_path / "click.wav", codec=None, audio_tracks=[{"samples": samples, "rate": 44100}])
@@ -520,7 +520,7 @@ def test_track_flagged_default_is_chosen_then_the_best(tmp_path, caplog):
     assert spectrum.argmax() == 600
 
 
-def test_multistream_clip_uses_the_larger_picture_and_the_better_sound():
+def test_multistream_clip_uses_the_larger_video_and_the_better_audio():
     info = probe(WEBB)
     assert (info.video_index, info.width, info.height) == (3, 480, 270)
     assert info.audio_index == 4
@@ -528,7 +528,7 @@ def test_multistream_clip_uses_the_larger_picture_and_the_better_sound():
     assert len(all_sound(WEBB, audio_track=1)) == pytest.approx(208896, abs=2)
 
 
-def test_damaged_sound_packets_become_silence(tmp_path, caplog):
+def test_damaged_audio_packets_become_silence(tmp_path, caplog):
     path = write_media(tmp_path / "sound.mkv", codec=None, audio_tracks=[{"samples": tone(3.0), "codec": "aac"}])
     with av.open(str(path)) as file:
         packets = [bytes(packet) for packet in file.demux(file.streams.audio[0]) if packet.size]
@@ -746,18 +746,18 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     finally:
         tracemalloc.stop()
     assert seen == 160
-    assert peak < whole / 10  # two chunks, a picture ahead, and PyAV's objects
+    assert peak < whole / 10  # two chunks, a frame ahead, and PyAV's objects
     sampler = VideoSampler(inspect(path), Fraction(2), None, on_fault=pytest.fail)
     assert sum(1 for _ in sampler.frames()) == 160
     assert sampler.stats.held <= 2 * 50 + 10
 
 
-# ---------------------------------------------------------------- sound from a file beside the video
+# ---------------------------------------------------------------- audio from a file beside the video
 
 
 @pytest.mark.parametrize(("video", "sound"), [(RABBIT, JFK), (APOLLO, COMMENTARY), (VFR, COMMENTARY)])
-def test_sound_beside_the_video_is_that_file_read_alone(video, sound):
-    """Pictures and samples are those of each file read by itself; the stream lasts as long as the longer one."""
+def test_audio_beside_the_video_is_that_file_read_alone(video, sound):
+    """Frames and samples are those of each file read by itself; the stream lasts as long as the longer one."""
     options = {"fps": 1, "short_side": 64}
     chunks = list(open_media(video, audio_path=sound, **options))
     seen, heard = list(open_media(video, audio=False, **options)), list(open_media(sound, **options))
@@ -776,7 +776,7 @@ def test_sound_beside_the_video_is_that_file_read_alone(video, sound):
     assert (info.video_offset, info.audio_offset) == (0, 0)
 
 
-def test_sound_beside_the_video_is_left_alone_when_not_wanted(tmp_path):
+def test_audio_beside_the_video_is_left_alone_when_not_wanted(tmp_path):
     (chunk, *_) = open_media(RABBIT, audio_path=tmp_path / "missing.wav", audio=False)
     assert chunk.audio is None and not open_media(RABBIT, audio_path=JFK, audio=False).info.audio_codec
     blind = list(open_media(RABBIT, audio_path=JFK, video=False))
@@ -786,7 +786,7 @@ def test_sound_beside_the_video_is_left_alone_when_not_wanted(tmp_path):
     assert copy.info.has_audio and next(iter(copy)).audio is not None
 
 
-def test_sound_beside_the_video_says_which_file_is_wrong(caplog):
+def test_audio_beside_the_video_says_which_file_is_wrong(caplog):
     with pytest.raises(MediaError, match=f"^{VFR.name}: no audio stream"):
         open_media(RABBIT, audio_path=VFR)
     with pytest.raises(MediaError, match=f"^{JFK.name}: no video stream"):

@@ -45,7 +45,7 @@ def remux(source: Path, target: Path) -> Path:
 
 @pytest.fixture
 def outside(tmp_path) -> Path:
-    """A folder with a film, its MPEG-TS form and a picture, which nothing in the data root may read."""
+    """A folder with a film, its MPEG-TS form and an image, which nothing in the data root may read."""
     folder = tmp_path / "outside"
     folder.mkdir()
     remux(RABBIT, folder / "secret.mp4")
@@ -147,7 +147,7 @@ def test_preparing_refuses_it(evil, root, tmp_path):
     assert [record["name"] for record in read_records(folder)] == ["good.webm"]
 
 
-def test_training_refuses_it_as_media_and_as_sound(evil, root):
+def test_training_refuses_it_as_media_and_as_audio(evil, root):
     for row in ({"media": evil.name}, {"media": inner(root), "audio_path": evil.name}):
         with pytest.raises(OmniMemError, match=re.escape(evil.name)):
             load_rows(DataConfig(path=str(manifest(root, row))))
@@ -218,7 +218,7 @@ def test_a_film_whose_data_lie_in_another_file_is_not_followed(outside, root):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
-def test_a_still_picture_is_no_film(tmp_path, suffix):
+def test_a_still_image_is_no_film(tmp_path, suffix):
     Image.new("RGB", (64, 64)).save(tmp_path / f"photo.{suffix}")
     (tmp_path / f"photo.{suffix}").rename(tmp_path / "photo.mp4")
     with pytest.raises(MediaError, match="a still picture") as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.convert.table import seconds
-from data_prep.manifest import LONGEST, BadRow, manifest_fingerprint, read_manifest
+from data_prep.manifest import MAX_QUESTION_TIME, BadRow, manifest_fingerprint, read_manifest
 from data_prep.validate.tracks import backward_steps, is_variable
 from omnimem.budget import BudgetProfile, LayerBudget
 from omnimem.budget.allocation import DEFAULT_FLOOR, with_mean
@@ -29,13 +29,13 @@ def manifest(folder: Path, **row) -> Path:
     return path
 
 
-@pytest.mark.parametrize("time", [0, 0.0, 1e-9, LONGEST * (1 - 1e-15)])
+@pytest.mark.parametrize("time", [0, 0.0, 1e-9, MAX_QUESTION_TIME * (1 - 1e-15)])
 def test_a_question_may_be_asked_from_the_first_second_on(tmp_path, time):
     (row,) = read_manifest(manifest(tmp_path, time=time)).rows
     assert row.questions[0].time == time
 
 
-@pytest.mark.parametrize("time", [-1e-9, LONGEST])
+@pytest.mark.parametrize("time", [-1e-9, MAX_QUESTION_TIME])
 def test_no_question_is_asked_before_it_or_in_milliseconds_since_1970(tmp_path, time):
     assert "time must be seconds" in read_failure(manifest(tmp_path, time=time))
 

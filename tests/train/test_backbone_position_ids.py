@@ -133,7 +133,7 @@ def streamed(monkeypatch, backbone: Backbone, method: str, budget: int, chunks: 
 METHODS = ("omnimem", "streaming_llm", "h2o", "snapkv", "infinipot_v")
 
 
-@pytest.mark.parametrize("name", ["video_salmonn2", "qwen3_omni"])
+@pytest.mark.parametrize("name", ["video_salmonn2", pytest.param("qwen3_omni", marks=pytest.mark.long)])
 @pytest.mark.parametrize("method", METHODS)
 def test_ids_of_a_long_stream_stay_bounded_and_equal_a_reference(monkeypatch, tiny_of, name, method):
     backbone = load_backbone(tiny_of(name), dtype="float32", device="cpu")

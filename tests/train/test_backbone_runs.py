@@ -41,6 +41,7 @@ from small_runs import (
 RUN = ("model.backbone=video_salmonn2", *CHUNKED["video_salmonn2"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "more",
     [

@@ -13,7 +13,7 @@ from data_prep.manifest import read_manifest
 from omnimem.cli import main
 from omnimem.errors import OmniMemError
 from train.data_stats import count, durations, stats
-from train.memory_plan import EVICTED
+from train.memory_plan import EVICTED_PART
 from train.stream_plan import StreamPlan
 
 TIMECODE = "speech_burned_in_timecode_42s.mp4"
@@ -58,7 +58,7 @@ def test_memory_of_the_clip(tmp_path, tiny):
     features = text.num_hidden_layers * text.hidden_size * 4  # what the selection compares
     assert memory["retained"] == 96 * (position + features)
     parts = memory["training_step_parts"]
-    waiting = [size for name, size in parts.items() if EVICTED in name]
+    waiting = [size for name, size in parts.items() if EVICTED_PART in name]
     assert len(waiting) == 1
     assert memory["training_step"] == sum(parts.values()) - sum(waiting)
 

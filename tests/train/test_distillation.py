@@ -68,7 +68,7 @@ def test_a_teacher_with_the_same_cache_has_no_divergence(bench, batch):
         assert (one - other).abs().max() <= 1e-8
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("temperature", [2.5, pytest.param(1.0, marks=pytest.mark.long)])
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_the_divergence_equals_that_of_two_separate_streams(bench, temperature, with_adapter):
     recipe, backbone, model, samples = bench
@@ -153,6 +153,7 @@ def test_logits_of_the_teacher_are_computed_once(tmp_path, monkeypatch):
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "teacher").iterdir()}
 
 
+@pytest.mark.long
 def test_other_settings_have_other_cached_logits(tmp_path):
     """The file name is a hash of everything the logits depend on; damaged files are replaced."""
     settings = ("distill.weight=1.0", "train.max_steps=2", f"distill.cache_dir={tmp_path / 'teacher'}")

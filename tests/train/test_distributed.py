@@ -87,7 +87,7 @@ def test_the_streams_of_the_ranks_have_different_lengths(two):
     samples = [tokenize_row(row, backbone) for row in load_rows(recipe.data).rows]
     schedule = Schedule(samples, recipe.train, recipe.data.shuffle, processes=2)
     for step in range(2):
-        first, second = (schedule.step(step, rank)[0][0].row.name for rank in (0, 1))
+        first, second = (schedule.batches(step, rank)[0][0].row.name for rank in (0, 1))
         assert first != second
 
 
@@ -154,13 +154,13 @@ EXTRAS = {
 @pytest.mark.parametrize(
     ("launcher", "extra"),
     [
-        ("multi_gpu", "hard"),
-        ("deepspeed_zero2", "hard"),
-        ("deepspeed_zero2", "all_options"),
         ("deepspeed_zero3", "all_options"),
         *(
             pytest.param(*row, marks=pytest.mark.long)
             for row in (
+                ("multi_gpu", "hard"),
+                ("deepspeed_zero2", "hard"),
+                ("deepspeed_zero2", "all_options"),
                 ("deepspeed_zero2", "probes"),
                 ("deepspeed_zero3", "probes"),
                 ("deepspeed_zero3", "hard"),
@@ -186,8 +186,8 @@ def test_parameters_equal_those_of_one_process(tmp_path, alone, launcher, extra)
         assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed_zero2", pytest.param("deepspeed_zero3", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["deepspeed_zero2", "deepspeed_zero3"])
 def test_a_sharded_run_resumes_to_the_same_parameters(tmp_path, launcher):
     """With AdamW, whose state is restored; evaluations take place before and after."""
     settings = ("train.save_steps=2", "lora.lora_dropout=0.1", "train.max_steps=3")
@@ -210,7 +210,7 @@ def test_a_sharded_run_resumes_to_the_same_parameters(tmp_path, launcher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["multi_gpu", "deepspeed_zero2"])
+@pytest.mark.parametrize("launcher", ["multi_gpu", pytest.param("deepspeed_zero2", marks=pytest.mark.long)])
 def test_every_process_group_has_the_timeout_of_the_recipe(tmp_path, launcher):
     """DeepSpeed creates its own group, which would have the backend's default (10 minutes with NCCL)."""
     script = tmp_path / "timeouts.py"
@@ -236,8 +236,8 @@ def test_every_process_group_has_the_timeout_of_the_recipe(tmp_path, launcher):
         assert len(found) == (2 if launcher == "deepspeed_zero2" else 1) and set(found) == {4321.0}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed_zero2", pytest.param("deepspeed_zero3", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["deepspeed_zero2", "deepspeed_zero3"])
 def test_all_processes_skip_a_sharded_step_that_is_not_finite(tmp_path, launcher):
     """One process has the bad clip; no process updates its parameters, and the run continues."""
     script = tmp_path / "poisoned.py"
@@ -271,7 +271,7 @@ SOUND = {"media": SPEECH, "question": "What is heard?", "answer": "Two sentences
 PICTURE = {"media": SILENT, "question": "What is seen?", "answer": "A mirror."}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_projectors_train_with_zero_2_when_a_process_has_no_frames(tmp_path):
     """One process has audio, the other video; each has gradients for one projector, both update both."""
     settings = (
@@ -297,11 +297,13 @@ def test_a_skipped_clip_does_not_block_other_processes(tmp_path):
     assert [record["skipped"] for record in metrics(tmp_path / "run")] == [False, False]
 
 
+@pytest.mark.long
 def test_projectors_under_zero_3_are_one_line(tmp_path):
     done = configured("deepspeed_zero3", *arguments(tmp_path, "lora.modules_to_save=[audio]"))
     assert done.returncode != 0 and "projectors are trained with ZeRO-2" in done.stderr
 
 
+@pytest.mark.long
 def test_disabled_deepspeed_is_one_line(tmp_path):
     done = start("train.py", *arguments(tmp_path), ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_USE_CPU="true")
     assert done.returncode == 2

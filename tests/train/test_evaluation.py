@@ -81,6 +81,7 @@ def test_early_stopping(tmp_path):
     assert [record["step"] for record in metrics(run)][:3] == [1, 2, 3] and len(metrics(run)) <= 3
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_to_the_same_best(evaluated, tmp_path):
     options = (*held_out(tmp_path), "eval.eval_steps=2", "train.max_steps=5", "train.save_steps=2")
     run = trained_run(tmp_path, *options)
@@ -113,6 +114,7 @@ def test_an_evaluation_that_is_nan_saves_nothing_and_does_not_stop_the_run(tmp_p
     assert kept == {"best": {"step": 3, "loss": 0.5}, "best-step-00000001": {"step": 1, "loss": 1.0}}
 
 
+@pytest.mark.long
 def test_a_step_that_is_evaluated_twice_is_saved_once(tmp_path):
     """A run that is killed between an evaluation and its checkpoint repeats the step when it resumes."""
     options = (
@@ -135,6 +137,7 @@ def test_a_step_that_is_evaluated_twice_is_saved_once(tmp_path):
     assert found() == before
 
 
+@pytest.mark.long
 def test_the_best_of_a_run_that_was_never_saved_does_not_count(tmp_path):
     options = (*held_out(tmp_path), "eval.eval_steps=1", "train.max_steps=3")
     run = trained_run(tmp_path, *options)
@@ -147,7 +150,7 @@ def test_the_best_of_a_run_that_was_never_saved_does_not_count(tmp_path):
     assert json.loads((run / "best" / "evaluation.json").read_text()) == best
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("keep", [2, *(pytest.param(keep, marks=pytest.mark.long) for keep in (1, 3))])
 def test_save_total_limit_best_adapters_are_kept(tmp_path, monkeypatch, keep):
     """For any order of the losses; the best one is always `best/`."""
     losses = [3.0, 1.0, 2.0, 0.5, 4.0, 0.7]

@@ -39,7 +39,7 @@ def test_the_example_in_the_docstring_of_manifest_plans_a_run(elsewhere, capsys)
     assert "mine.webm" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_example_in_the_docstring_of_prepare_prepares_and_trains(elsewhere, capsys):
     """The question also works for a prepared clip: the decoded data are read, not the original."""
     row = {"media": "mine.webm", "question": "What is seen?", "answer": "A flower."}

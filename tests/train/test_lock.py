@@ -17,7 +17,7 @@ import pytest
 import train.lock
 from omnimem.errors import OmniMemError
 from small_runs import ROOT, arguments, configured, environment, lines, main, metrics, start
-from train.checkpoint import EVICTED
+from train.checkpoint import EVICTED_FOLDER
 from train.lock import LOCK_FILE, Owner, hold_lock
 
 
@@ -34,7 +34,7 @@ def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_runs_at_once_and_one_after_a_kill(tmp_path):
     """The second run names the first and changes nothing; when the first is killed, its folder is free."""
     args, run = arguments(tmp_path, "train.offload=disk", "train.save_steps=1"), tmp_path / "run"
@@ -49,7 +49,7 @@ def test_two_runs_at_once_and_one_after_a_kill(tmp_path):
         (line,) = lines(second.stderr)
         assert line.startswith(f"train: {run} is in use by a run on {os.uname().nodename}, process {first.pid}, since ")
         wait_for_step(first, run, logged(run) + 3)
-        assert (run / EVICTED).is_dir()
+        assert (run / EVICTED_FOLDER).is_dir()
     finally:
         first.kill()
     # Not waited for yet: a killed process that its parent has not looked at is still in the process table.
@@ -186,7 +186,7 @@ def test_a_folder_that_cannot_be_created_is_one_line(tmp_path):
         pytest.fail("held")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_only_the_main_process_of_two_reports_that_the_lock_is_held(tmp_path):
     with hold_lock(tmp_path / "run"):
         done = configured("multi_gpu", *arguments(tmp_path))

@@ -12,7 +12,7 @@ import torch
 
 from data_prep.manifest import Row
 from omnimem.recipe import TrainConfig
-from train.loop import rate_at
+from train.loop import learning_rate_ratio
 from train.samples import Sample
 from train.schedule import Schedule
 
@@ -43,7 +43,7 @@ def test_every_row_occurs_once_per_epoch(rows, batch, accumulation, processes):
     order = []
     for step in range(made.steps):
         for rank in range(processes):
-            batches = made.step(step, rank)
+            batches = made.batches(step, rank)
             assert [len(one) for one in batches] == [batch] * accumulation
             order += names(batches)
     for epoch in range(epochs):
@@ -53,23 +53,23 @@ def test_every_row_occurs_once_per_epoch(rows, batch, accumulation, processes):
 
 def test_order_is_a_function_of_seed_and_step_alone():
     first, second = schedule(9, per_device_train_batch_size=2), schedule(9, per_device_train_batch_size=2)
-    forwards = [names(first.step(step, 0)) for step in range(20)]
+    forwards = [names(first.batches(step, 0)) for step in range(20)]
     torch.manual_seed(123)
-    backwards = [names(second.step(step, 0)) for step in reversed(range(20))][::-1]
+    backwards = [names(second.batches(step, 0)) for step in reversed(range(20))][::-1]
     assert forwards == backwards
     other = schedule(9, per_device_train_batch_size=2, seed=1)
-    assert [names(other.step(step, 0)) for step in range(20)] != forwards
+    assert [names(other.batches(step, 0)) for step in range(20)] != forwards
     rows = [name for step in forwards for name in step]
     assert rows[:9] != rows[9:18], "the second pass is in another order"
     plain = schedule(4, shuffle=False)
-    assert [names(plain.step(step, 0))[0] for step in range(8)] == list("01230123")
+    assert [names(plain.batches(step, 0))[0] for step in range(8)] == list("01230123")
 
 
 def test_the_same_samples_in_the_same_step_on_any_number_of_ranks():
     one = schedule(5, gradient_accumulation_steps=4)
     two = schedule(5, gradient_accumulation_steps=2, processes=2)
     for step in range(10):
-        assert names(one.step(step, 0)) == names(two.step(step, 0)) + names(two.step(step, 1))
+        assert names(one.batches(step, 0)) == names(two.batches(step, 0)) + names(two.batches(step, 1))
         assert one.answer_tokens(step) == two.answer_tokens(step)
 
 
@@ -80,7 +80,7 @@ def test_steps_follow_from_epochs_unless_given():
 
 
 def rates(steps: int, **settings: Any) -> list[float]:
-    return [rate_at(step, steps, TrainConfig(**settings)) for step in range(steps + 1)]
+    return [learning_rate_ratio(step, steps, TrainConfig(**settings)) for step in range(steps + 1)]
 
 
 def test_learning_rate_has_linear_warmup_and_cosine_decay():

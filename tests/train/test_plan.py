@@ -13,7 +13,7 @@ import train.batch_encoder
 from omnimem.recipe import load_recipe
 from small_runs import RABBIT, arguments
 from train.data import load_rows
-from train.memory_plan import EVICTED, memory_plan
+from train.memory_plan import EVICTED_PART, memory_plan
 from train.objective import StreamObjective
 from train.samples import tokenize_row
 from train.setup import (
@@ -99,4 +99,4 @@ def test_a_step_takes_the_planned_memory(tmp_path, monkeypatch, more):
     of_a_step = sum(size for name, size in parts.items() if name not in ("weights", "adapter, gradients, optimizer"))
     found = measured(recipe, profile, tmp_path, monkeypatch)
     assert 0.75 <= of_a_step / found <= 1.33
-    assert any(EVICTED in name for name in parts)
+    assert any(EVICTED_PART in name for name in parts)

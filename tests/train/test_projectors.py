@@ -93,6 +93,7 @@ def test_projectors_have_their_own_learning_rate(tmp_path):
             assert torch.equal(value, original.double()) and not torch.equal(value, moved[name])
 
 
+@pytest.mark.long
 def test_a_run_with_projectors_resumes_to_the_same_bits(tmp_path):
     settings = (BOTH, "train.max_steps=4", "train.save_steps=2")
     whole = trained_run(tmp_path, *settings, out="whole")

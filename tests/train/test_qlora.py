@@ -57,6 +57,7 @@ def test_the_export_is_the_full_precision_base_and_the_adapter(run, tmp_path, ca
     assert "NF4" in card
 
 
+@pytest.mark.long
 def test_a_quantized_run_resumes_to_the_same_bits(run, tmp_path):
     again = trained_run(tmp_path, QLORA, "train.max_steps=20", "train.save_steps=10", out="again")
     assert all(torch.equal(value, adapter(again)[name]) for name, value in adapter(run).items())

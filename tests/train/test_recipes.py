@@ -117,11 +117,16 @@ def reference(tmp_path_factory) -> Path:
     ("call", "number", "folder"),
     [
         ("fsync", 1, "/.step-00000004"),  # flushing the second checkpoint
-        ("fsync", 4, "/.step-00000004"),
         ("rename", 1, "/.step-00000004"),  # giving it its name
-        ("fsync", 3, "/metrics.jsonl"),  # a line of the metrics
-        ("fsync", 1, "run/..adapter"),  # the adapter of the finished run
-        ("replace", 1, "run/.budget_profile"),
+        *(
+            pytest.param(*row, marks=pytest.mark.long)
+            for row in (
+                ("fsync", 4, "/.step-00000004"),
+                ("fsync", 3, "/metrics.jsonl"),  # a line of the metrics
+                ("fsync", 1, "run/..adapter"),  # the adapter of the finished run
+                ("replace", 1, "run/.budget_profile"),
+            )
+        ),
     ],
 )
 def test_a_full_disk_is_one_line_and_loses_no_checkpoint(
@@ -181,7 +186,17 @@ def test_threads_of_a_recipe_are_used(tmp_path, monkeypatch):
     assert seen == [2]
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda path: path.stem)
+STARTED_ELSEWHERE = ("single", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3")
+"""Launch configurations that other tests of the suite train with."""
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.long] if path.stem in STARTED_ELSEWHERE else [])
+        for path in sorted((ROOT / "launch").glob("*.yaml"))
+    ],
+)
 def test_every_launch_configuration_starts(tmp_path, file):
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(file)]
     nothing_after = ["finish.export=false", "finish.question=null", "finish.media=null"]

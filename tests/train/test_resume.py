@@ -159,15 +159,13 @@ def train_until(moment: str, args: list[str]) -> None:
     main(args)
 
 
-MOMENTS = [
+MOMENTS = ["while the adapter of a checkpoint is written", "before the rename", "while the final adapter is written"]
+MORE_MOMENTS = [
     "before the first checkpoint",
     "while metrics are written",
-    "while the adapter of a checkpoint is written",
     "while the optimizer is written",
-    "before the rename",
     "after the rename, before old ones go",
     "while an old checkpoint is deleted",
-    "while the final adapter is written",
 ]
 
 
@@ -186,7 +184,7 @@ def killed_at(moment: str, args: list[str], processes) -> None:
     assert process.exitcode == -signal.SIGKILL, f"not killed but ended with {process.exitcode}"
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", [*MOMENTS, *(pytest.param(one, marks=pytest.mark.long) for one in MORE_MOMENTS)])
 def test_killed_at_the_worst_moments(reference, tmp_path, processes, moment):
     args, run = arguments(tmp_path, *SETTINGS), tmp_path / "run"
     killed_at(moment, args, processes)

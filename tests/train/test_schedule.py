@@ -61,7 +61,7 @@ def test_the_order_equals_that_of_a_permutation_drawn_for_every_sample(rows, bat
     for step in (*range(made.steps), 0, made.steps - 1):  # backwards too: a resumed run begins anywhere
         for rank in range(processes):
             first = (step * processes + rank) * per_rank
-            found = [sample.row.line for one in made.step(step, rank) for sample in one]
+            found = [sample.row.line for one in made.batches(step, rank) for sample in one]
             assert found == [expected_number(first + i, rows, seed) for i in range(per_rank)]
 
 
@@ -71,7 +71,7 @@ def test_one_permutation_is_drawn_per_epoch(permutations):
     for step in range(8):
         made.answer_tokens(step)
         for rank in range(2):
-            made.step(step, rank)
+            made.batches(step, rank)
     assert permutations == [64]
 
 
@@ -81,14 +81,14 @@ def test_steps_across_two_epochs_draw_each_permutation_once(permutations):
     for step in range(steps):
         made.answer_tokens(step)
         for rank in range(2):
-            made.step(step, rank)
+            made.batches(step, rank)
         made.answer_tokens(step)
     assert permutations == [60] * 4
 
 
 def test_no_permutation_is_drawn_for_the_order_of_the_manifest(permutations):
     made = schedule([Sample(row(i), ()) for i in range(5)], 2, 1, 1, 0, shuffle=False)
-    assert [sample.row.line for step in range(5) for (one,) in [made.step(step, 0)] for sample in one] == [
+    assert [sample.row.line for step in range(5) for (one,) in [made.batches(step, 0)] for sample in one] == [
         0, 1, 2, 3, 4, 0, 1, 2, 3, 4,
     ]  # fmt: skip
     assert not permutations
@@ -109,7 +109,7 @@ def test_rows_are_tokenized_when_a_step_needs_them(tiny, monkeypatch):
     assert targets == sum(genuine(tiny, q.answer).shape[1] for n in numbers for q in rows[n].questions)
 
     answers.clear()
-    found = [sample for rank in range(2) for one in made.step(0, rank) for sample in one]
+    found = [sample for rank in range(2) for one in made.batches(0, rank) for sample in one]
     assert not answers, "what a step has counted it does not tokenize_row again"
     assert [sample.row for sample in found] == [rows[n] for n in numbers]
     for sample, number in zip(found, numbers, strict=True):

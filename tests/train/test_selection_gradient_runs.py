@@ -44,7 +44,7 @@ def test_a_selection_gradient_changes_the_training_but_not_the_first_loss(tmp_pa
     assert [record["gate_temperature"] for record in second] == [0.3] * 4
 
 
-@pytest.mark.parametrize("margin", ["gate.margin=null", "gate.margin=3"])
+@pytest.mark.parametrize("margin", ["gate.margin=3", pytest.param("gate.margin=null", marks=pytest.mark.long)])
 def test_offload_to_disk_gives_the_same_run_and_leaves_no_files(tmp_path, margin):
     options = (WITH_GRADIENT, margin, "train.max_steps=2", "train.save_steps=2")
     runs = [trained_run(tmp_path, *options, f"train.offload={place}", out=place) for place in ("none", "disk")]
@@ -119,7 +119,7 @@ def test_temperatures_go_from_start_to_end(tmp_path, schedule):
 
 
 @pytest.mark.parametrize("form", ["straight_through", "soft"])
-@pytest.mark.parametrize("attention", ["false", "true"])
+@pytest.mark.parametrize("attention", ["true", pytest.param("false", marks=pytest.mark.long)])
 def test_the_selection_gradient_works_in_bfloat16(tmp_path, form, attention):
     """Scores and gates are float32 and states bfloat16, in the backward pass too."""
     options = (

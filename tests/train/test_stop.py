@@ -23,8 +23,10 @@ def ignore_interrupts() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrapper", "signals"),
-    [((), [signal.SIGINT]), (("nohup",), [signal.SIGHUP, signal.SIGTERM])],
-    ids=["SIGINT", "nohup SIGTERM"],
+    [
+        pytest.param((), [signal.SIGINT], id="SIGINT"),
+        pytest.param(("nohup",), [signal.SIGHUP, signal.SIGTERM], id="nohup SIGTERM", marks=pytest.mark.long),
+    ],
 )
 def test_a_background_run_saves_the_current_step(tmp_path, wrapper, signals):
     run = tmp_path / "run"

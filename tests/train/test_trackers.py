@@ -72,7 +72,7 @@ def test_wandb_has_one_run_however_often_it_is_resumed(tmp_path, monkeypatch):
     assert other.run_id != one.run_id and (other.project, other.display_name) == ("omnimem", "other")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_trackio_has_one_run_however_often_it_is_resumed(tmp_path, monkeypatch):
     """A run in another folder is another tracked run, even with the same name."""
     assert "trackio" not in sys.modules, "it looks at its folder when it is imported"

@@ -30,7 +30,7 @@ from small_runs import (
 )
 from train.checkpoint import checkpoints
 from train.data import load_rows
-from train.loop import rate_at
+from train.loop import learning_rate_ratio
 from train.setup import selection_method, stream_settings
 
 FIELDS = {
@@ -78,7 +78,7 @@ def test_metrics_have_a_line_per_step_with_every_field(trained):
     for record in records:
         assert set(record) == FIELDS
         assert math.isfinite(record["loss"]) and record["grad_norm"] > 0 and record["skipped"] is False
-        assert record["learning_rate"] == recipe.train.learning_rate * rate_at(
+        assert record["learning_rate"] == recipe.train.learning_rate * learning_rate_ratio(
             record["step"] - 1, trained.steps, recipe.train
         )
         assert record["epoch"] == record["step"] / 2

@@ -7,13 +7,13 @@ from typing import ClassVar
 from transformers import Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
 from omnimem.backbones.layout import common_multiple
-from omnimem.backbones.qwen import QwenBackbone
+from omnimem.backbones.qwen import TransformersBackbone
 from omnimem.backbones.qwen2_5_omni.prompt import SYSTEM_PROMPT
 from omnimem.backbones.qwen2_5_omni.stream_encoder import AUDIO_TOKENS_PER_SECOND, Qwen2_5OmniStreamEncoder
 from omnimem.backbones.qwen2_5_omni.tiny import build_tiny
 
 
-class Qwen2_5Omni(QwenBackbone):
+class Qwen2_5Omni(TransformersBackbone):
     """Video and audio in, text out."""
 
     name = "qwen2_5_omni"

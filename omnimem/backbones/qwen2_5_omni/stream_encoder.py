@@ -21,7 +21,7 @@ from torch import Tensor
 from omnimem.backbones.chunk_inputs import ChunkInputs
 from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_position_ids
 from omnimem.backbones.mel import MelStream
-from omnimem.backbones.qwen import QwenBackbone
+from omnimem.backbones.qwen import TransformersBackbone
 from omnimem.backbones.vision import encode_frames
 from omnimem.media import Chunk
 from omnimem.modality import AUDIO, VISUAL
@@ -39,9 +39,9 @@ class Qwen2_5OmniStreamEncoder(LayoutEncoder):
         See `MelStream`.
     """
 
-    backbone: QwenBackbone
+    backbone: TransformersBackbone
 
-    def __init__(self, backbone: QwenBackbone, *, mel_floor: float | str = "running", **options: Any) -> None:
+    def __init__(self, backbone: TransformersBackbone, *, mel_floor: float | str = "running", **options: Any) -> None:
         super().__init__(backbone, **options)
         config = backbone.config
         self.block_seconds = float(config.seconds_per_chunk)

@@ -26,7 +26,6 @@ from omnimem.backbones.checkpoint import quiet_transformers
 from omnimem.backbones.qwen2_5_omni.prompt import SYSTEM_PROMPT
 from omnimem.backbones.tiny import chat_template, mrope_section, tiny_tokenizer, write_tiny
 
-MODEL_ID = "omnimem/tiny-qwen2_5_omni"
 HUB_PREFIX = "thinker."
 
 SPECIAL_TOKENS = {

@@ -6,12 +6,12 @@ from typing import ClassVar
 
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-from omnimem.backbones.qwen import QwenBackbone
+from omnimem.backbones.qwen import TransformersBackbone
 from omnimem.backbones.qwen2_5_vl.stream_encoder import Qwen2_5VLStreamEncoder
 from omnimem.backbones.qwen2_5_vl.tiny import build_tiny
 
 
-class Qwen2_5VL(QwenBackbone):
+class Qwen2_5VL(TransformersBackbone):
     """Video in, text out; position ids as in the training of the published checkpoints.
 
     Text continues after the largest position id of the video. transformers 5.23 instead continues at the start id plus

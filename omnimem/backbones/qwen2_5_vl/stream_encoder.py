@@ -14,7 +14,7 @@ from torch import Tensor
 
 from omnimem.backbones.chunk_inputs import ChunkInputs
 from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_position_ids
-from omnimem.backbones.qwen import QwenBackbone
+from omnimem.backbones.qwen import TransformersBackbone
 from omnimem.backbones.vision import FramePatches, encode_frames
 from omnimem.errors import OmniMemError
 from omnimem.media import Chunk
@@ -33,9 +33,9 @@ class Qwen2_5VLStreamEncoder(LayoutEncoder):
         text. This needs a known duration that equals the duration of the video.
     """
 
-    backbone: QwenBackbone
+    backbone: TransformersBackbone
 
-    def __init__(self, backbone: QwenBackbone, **options: Any) -> None:
+    def __init__(self, backbone: TransformersBackbone, **options: Any) -> None:
         super().__init__(backbone, **options)
         audio_encoder = backbone.audio_encoder()
         self.audio_encoder = audio_encoder if self.has_audio else None

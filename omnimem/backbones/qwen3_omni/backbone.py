@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from omnimem.backbones.layout import common_multiple
-from omnimem.backbones.qwen import QwenBackbone
+from omnimem.backbones.qwen import TransformersBackbone
 from omnimem.backbones.qwen3_omni.stream_encoder import (
     Qwen3OmniStreamEncoder,
     attention_window_frames,
@@ -26,7 +26,7 @@ from omnimem.backbones.qwen3_omni.tiny import build_tiny
 from omnimem.errors import OmniMemError
 
 
-class Qwen3Omni(QwenBackbone):
+class Qwen3Omni(TransformersBackbone):
     """Video and audio in, text out."""
 
     name = "qwen3_omni"
@@ -55,7 +55,7 @@ class Qwen3Omni(QwenBackbone):
     @classmethod
     def load(
         cls, path: str | Path, dtype: torch.dtype, device: torch.device | str, load_in_4bit: bool = False
-    ) -> QwenBackbone:
+    ) -> TransformersBackbone:
         """Load a checkpoint from a folder or the hub (see `load_pretrained`)."""
         try:
             return super().load(path, dtype, device, load_in_4bit)

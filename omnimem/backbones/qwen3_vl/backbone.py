@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
-from omnimem.backbones.qwen import QwenBackbone
+from omnimem.backbones.qwen import TransformersBackbone
 from omnimem.backbones.qwen3_vl.stream_encoder import Qwen3VLStreamEncoder
 from omnimem.backbones.qwen3_vl.tiny import build_tiny
 
@@ -17,7 +17,7 @@ PROJECTORS = {
 """Mergers of the last layer of the vision tower and of the three DeepStack layers."""
 
 
-class Qwen3VL(QwenBackbone):
+class Qwen3VL(TransformersBackbone):
     """Video in, text out; timestamps are written between temporal patches.
 
     The first timestamp directly follows the start of the user turn, as in training. transformers 5.23 keeps the start

@@ -15,7 +15,7 @@ import torch
 
 from omnimem.backbones.chunk_inputs import ChunkInputs
 from omnimem.backbones.layout import LayoutEncoder, TokenSpan, patch_position_ids, patches_per_timestamp
-from omnimem.backbones.qwen import QwenBackbone
+from omnimem.backbones.qwen import TransformersBackbone
 from omnimem.backbones.vision import FramePatches, encode_frames
 from omnimem.media import Chunk
 from omnimem.modality import AUDIO, VISUAL
@@ -31,9 +31,9 @@ class Qwen3VLStreamEncoder(LayoutEncoder):
         patch.
     """
 
-    backbone: QwenBackbone
+    backbone: TransformersBackbone
 
-    def __init__(self, backbone: QwenBackbone, **options: Any) -> None:
+    def __init__(self, backbone: TransformersBackbone, **options: Any) -> None:
         super().__init__(backbone, **options)
         audio_encoder = backbone.audio_encoder()
         self.audio_encoder = audio_encoder if self.has_audio else None
@@ -61,8 +61,9 @@ class Qwen3VLStreamEncoder(LayoutEncoder):
         spans, position_id = [], int(self.next_position_id)
         if self.has_video and self.in_group is None:
             return self.join(spans)
-        numbers = torch.arange(len(self.pending_audio)) + position_id
-        spans.append(TokenSpan(self.pending_audio, numbers.expand(3, -1), AUDIO, numbers * torch.nan))
+        ids = torch.arange(len(self.pending_audio)) + position_id
+        time = torch.full((len(self.pending_audio),), torch.nan)  # as for all closing tokens
+        spans.append(TokenSpan(self.pending_audio, ids.expand(3, -1), AUDIO, time))
         position_id += len(self.pending_audio)
         spans.append(self.text(torch.tensor([[self.backbone.vision_end]]), [position_id]))
         return self.join(spans, position_id + 1)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from omnimem.backbones.layout import common_multiple
-from omnimem.backbones.qwen import QwenBackbone
+from omnimem.backbones.qwen import TransformersBackbone
 from omnimem.backbones.qwen2_5_vl.stream_encoder import Qwen2_5VLStreamEncoder
 from omnimem.backbones.qwen3_vl.backbone import PROJECTORS
 from omnimem.backbones.qwen3_vl.stream_encoder import Qwen3VLStreamEncoder
@@ -41,7 +41,7 @@ class WhisperQFormerEncoder:
         return self.backbone.model.model.get_audio_features(features.to(self.backbone.device)).flatten(0, 1)
 
 
-class VideoSalmonn2Backbone(QwenBackbone):
+class VideoSalmonn2Backbone(TransformersBackbone):
     """Shared by both families."""
 
     processor_class = VideoSalmonn2Processor

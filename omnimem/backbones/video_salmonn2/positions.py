@@ -58,7 +58,7 @@ def span_position_ids(
     OmniMemError
         Video tokens and grids do not match.
     """
-    videos = [_grid(grid, tokens, step) for grid, step in zip(grids, ids_per_patch, strict=True)]
+    videos = [_video_position_ids(grid, tokens, step) for grid, step in zip(grids, ids_per_patch, strict=True)]
     if position_layout == "release":
         return _release_ids(ids, videos, tokens)
     found, start = [], 0
@@ -69,7 +69,7 @@ def span_position_ids(
             found.append(_text(len(span), start))
             start += len(span)
             continue
-        video = _next(videos, int(visual.sum()))
+        video = _take_video(videos, int(visual.sum()))
         span_positions = torch.zeros(3, len(span), dtype=torch.int64)
         span_positions[:, visual] = video
         audio = torch.arange(int((~visual).sum()))
@@ -85,9 +85,9 @@ def group_position_ids(ids: Tensor, grids: Tensor, tokens: MediaTokens) -> Tenso
     """Position ids ``[3, T]`` of a prompt ``[T]`` in the Qwen3-VL family (see `Qwen3VLStreamEncoder`)."""
     sides = [(t, h // tokens.merge, w // tokens.merge) for t, h, w in grids.tolist()]
     found, start = [], 0
-    for key, run in groupby(ids.tolist(), lambda token: token == tokens.video):
+    for is_video, run in groupby(ids.tolist(), lambda token: token == tokens.video):
         length = len(list(run))
-        if not key:
+        if not is_video:
             found.append(_text(length, start))
             start += length
             continue
@@ -104,7 +104,7 @@ def group_position_ids(ids: Tensor, grids: Tensor, tokens: MediaTokens) -> Tenso
     return torch.cat(found, dim=1)
 
 
-def _grid(grid: Tensor, tokens: MediaTokens, ids_per_patch: Tensor) -> Tensor:
+def _video_position_ids(grid: Tensor, tokens: MediaTokens, ids_per_patch: Tensor) -> Tensor:
     """Position ids of a video, relative to its start."""
     patches, height, width = grid.tolist()
     return patch_position_ids(torch.arange(patches), height // tokens.merge, width // tokens.merge, ids_per_patch)
@@ -119,7 +119,10 @@ def _spans(ids: Tensor, tokens: MediaTokens) -> Iterator[tuple[bool, Tensor]]:
 
 
 def _release_ids(ids: Tensor, videos: list[Tensor], tokens: MediaTokens) -> Tensor:
-    """Release layout: from the first video token on, as many tokens as a grid has get its ids; others are text."""
+    """Release layout: from the first video token on, tokens get the ids of the grid in order.
+
+    This includes audio tokens. The tokens before the video and after its last grid id are text.
+    """
     found, start, assigned = [], 0, 0
     while videos:
         video = videos.pop(0)
@@ -134,7 +137,7 @@ def _release_ids(ids: Tensor, videos: list[Tensor], tokens: MediaTokens) -> Tens
     return torch.cat(found, dim=1)
 
 
-def _next(videos: list[Tensor], count: int) -> Tensor:
+def _take_video(videos: list[Tensor], count: int) -> Tensor:
     """Take the ids of the next video, which must have `count` tokens."""
     if not videos or videos[0].shape[1] != count:
         raise OmniMemError(

@@ -124,9 +124,9 @@ class VideoSalmonn2Processor(ProcessorMixin):
             data["input_features"] = log_mel_segments(self.feature_extractor, audio)
             audio_count = len(data["input_features"]) * SEGMENT_SECONDS * TOKENS_PER_SECOND
         placeholder = VIDEO if frames is not None else AUDIO
-        if text.count(VIDEO) + text.count(AUDIO) != text.count(placeholder) or text.count(placeholder) != (
-            frames is not None or audio is not None
-        ):
+        expected = 0 if frames is None and audio is None else 1
+        total = text.count(VIDEO) + text.count(AUDIO)
+        if text.count(placeholder) != expected or total != expected:
             raise OmniMemError(f"the prompt needs one placeholder for its media and no other, got {text[:80]!r}")
         if frames is not None:
             limits = {} if size is None else {"size": size}
@@ -146,6 +146,7 @@ class VideoSalmonn2Processor(ProcessorMixin):
             text = text.replace(AUDIO, AUDIO * audio_count)
         ids = self.tokenizer(text, return_tensors="pt")
         kinds = torch.zeros_like(ids["input_ids"])
+        # transformers marks video tokens with 2.
         kinds[ids["input_ids"] == self.tokenizer.convert_tokens_to_ids(VIDEO)] = 2
         return BatchFeature({**ids, "mm_token_type_ids": kinds, **data})
 

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 
 from omnimem.backbones import Backbone, load_backbone
-from omnimem.backbones.adapter import load_adapter, resolve_checkpoint
+from omnimem.backbones.adapter import has_lora, load_adapter, resolve_checkpoint
 from omnimem.backbones.base import StreamEncoder
-from omnimem.budget import PROFILE_FILE, BudgetProfile
+from omnimem.budget import PROFILE_FILE, BudgetProfile, ModelFingerprint
 from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
 from omnimem.generation import generate_text
@@ -31,6 +31,8 @@ from omnimem.media import Chunk
 from omnimem.media.prefetch import prefetch
 from omnimem.memory import CompressedCache
 from omnimem.selection import build_selection
+from omnimem.selection.heads_file import HEADS_FILE, load_heads
+from omnimem.selection.learned import Learned
 from omnimem.stream_settings import StreamSettings
 
 
@@ -81,8 +83,15 @@ class StreamingSession:
         Selection method, see `SELECTION_METHODS`.
     settings : StreamSettings
         How media are read.
+    heads : path, optional
+        Heads file (``selection.safetensors``) for ``method="learned"``.
     **options
         Hyper-parameters of the method.
+
+    Raises
+    ------
+    OmniMemError
+        The profile belongs to another model; method or options are unknown; heads are missing or do not fit.
     """
 
     def __init__(
@@ -91,6 +100,7 @@ class StreamingSession:
         profile: BudgetProfile,
         method: str = "omnimem",
         settings: StreamSettings | None = None,
+        heads: str | Path | None = None,
         **options: Any,
     ) -> None:
         profile.check_model(backbone.config)
@@ -98,7 +108,14 @@ class StreamingSession:
         self.profile = profile
         self.settings = settings or StreamSettings.for_backbone(backbone)
         self.method = method
-        self.cache = CompressedCache(profile, build_selection(method, **options))
+        selection = build_selection(method, **options)
+        if isinstance(selection, Learned) and heads is not None:
+            dtype = torch.promote_types(backbone.model.dtype, torch.float32)
+            fingerprint, channels = ModelFingerprint.of(backbone.config), backbone.language_model.config.hidden_size
+            expected = profile.selection_heads
+            load_heads(Path(heads), selection, fingerprint, channels, expected, device=backbone.device, dtype=dtype)
+        self.heads = heads
+        self.cache = CompressedCache(profile, selection)
         self._stream = Stream(backbone, self.cache)
         self._encoder: StreamEncoder | None = None
 
@@ -148,10 +165,13 @@ class StreamingSession:
             file = profile or next((file for file in saved if file.is_file()), None)
             profile = None if file is None else BudgetProfile.load(file)
         backbone = load_backbone(base, dtype=dtype, device=device)
-        if adapter is not None:
+        if adapter is not None and has_lora(adapter):
             load_adapter(backbone, adapter)
         if profile is None or mean_budget is not None or ratio is not None:
-            recorded = {} if profile is None else {"selection": profile.selection, "stream": profile.stream}
+            recorded = {}
+            if profile is not None:
+                names = ("selection", "selection_heads", "stream")
+                recorded = {name: getattr(profile, name) for name in names}
             ratio = (ratio or 5.0) if backbone.supports_audio else math.inf
             uniform = BudgetProfile.uniform(backbone.config, mean_budget or 8192, ratio, backbone.model_id)
             profile = replace(uniform, **recorded)
@@ -163,7 +183,8 @@ class StreamingSession:
             options = {**recorded, **options}
         known = {field.name for field in fields(StreamSettings)}
         given = {**{k: v for k, v in profile.stream.items() if k in known}, **(settings or {})}
-        return cls(backbone, profile, chosen, StreamSettings.for_backbone(backbone, **given), **options)
+        heads = Path(adapter or path) / HEADS_FILE
+        return cls(backbone, profile, chosen, StreamSettings.for_backbone(backbone, **given), heads, **options)
 
     @torch.no_grad()
     def watch(self, media: str | Path, **settings: Any) -> Iterator[StreamEvent]:

@@ -2,6 +2,7 @@
 
     <output_dir>/checkpoints/step-00000040/
         adapter_model.safetensors, adapter_config.json, budget_profile.json    a complete adapter
+        selection.safetensors                                                  heads of selection.method=learned
         optimizer.safetensors, rng-0.safetensors (one per rank), state.json
 
 A checkpoint folder gets its name when it is complete. No pickle is written or read.
@@ -13,7 +14,9 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_directory, atomic_write_json, remove_directory, remove_leftovers
+from omnimem.selection.heads_file import HEADS_FILE, heads_in, save_heads
 from train.parallel import ParallelStrategy
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -33,17 +37,37 @@ EVICTED_FOLDER = ".evicted"
 
 
 def save_adapter(
-    folder: Path, model: PeftModel, profile: BudgetProfile, weights: dict[str, torch.Tensor] | None = None
+    folder: Path, model: Any, profile: BudgetProfile, weights: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Write adapter and profile into an existing folder; each file is complete or absent.
+    """Write adapter, selection heads (those that are trained) and profile into an existing folder.
 
-    `weights` maps the names of the model's parameters to the weights to write; the model's own if omitted.
+    Each file is complete or absent.
+
+    Parameters
+    ----------
+    folder : Path
+        Existing folder.
+    model : PeftModel or PreTrainedModel
+        The model, with or without an adapter.
+    profile : BudgetProfile
+        Its budgets; the file also records the SHA-256 of the heads.
+    weights : dict, optional
+        Trained weights by the names of the model's parameters; the model's own if omitted.
     """
-    with atomic_directory(folder / TEMPORARY_ADAPTER_FOLDER, overwrite=True) as temporary:
-        model.save_pretrained(str(temporary), state_dict=weights, safe_serialization=True, save_embedding_layers=False)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        (folder / TEMPORARY_ADAPTER_FOLDER / name).replace(folder / name)
-    shutil.rmtree(folder / TEMPORARY_ADAPTER_FOLDER)
+    if isinstance(model, PeftModel):
+        with atomic_directory(folder / TEMPORARY_ADAPTER_FOLDER, overwrite=True) as temporary:
+            model.save_pretrained(
+                str(temporary), state_dict=weights, safe_serialization=True, save_embedding_layers=False
+            )
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            (folder / TEMPORARY_ADAPTER_FOLDER / name).replace(folder / name)
+        shutil.rmtree(folder / TEMPORARY_ADAPTER_FOLDER)
+    heads = heads_in(weights or dict(model.named_parameters()))
+    if heads:
+        heads = {name: weight.detach().cpu().contiguous() for name, weight in heads.items()}
+        base = str(model.config._name_or_path)
+        digest = save_heads(folder / HEADS_FILE, heads, profile.model, base, profile.selection)
+        profile = replace(profile, selection_heads=digest)
     profile.save(folder / PROFILE_FILE)
 
 
@@ -51,7 +75,7 @@ def save_checkpoint(
     output_dir: Path,
     step: int,
     accelerator: Accelerator,
-    model: PeftModel,
+    model: Any,
     strategy: ParallelStrategy,
     profile: BudgetProfile,
     keep: int,
@@ -87,8 +111,8 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted((output_dir / CHECKPOINTS_FOLDER).glob("step-*"))
 
 
-def load_weights(folder: Path, accelerator: Accelerator, model: PeftModel) -> int:
-    """Load the adapter, before it is sharded; return the number of completed steps.
+def load_weights(folder: Path, accelerator: Accelerator, model: Any) -> int:
+    """Load adapter and selection heads, before they are sharded; return the number of completed steps.
 
     Raises
     ------
@@ -102,10 +126,17 @@ def load_weights(folder: Path, accelerator: Accelerator, model: PeftModel) -> in
                 f"{folder}: saved by {state['processes']} processes, resumed by {accelerator.num_processes}; "
                 "use the same number of processes or another output_dir"
             )
-        weights = load_file(folder / "adapter_model.safetensors")
-        if mismatch := weights.keys() ^ get_peft_model_state_dict(model).keys():
-            raise ValueError(f"adapter weights are missing or unexpected, such as {sorted(mismatch)[0]}")
-        set_peft_model_state_dict(model, weights)
+        if isinstance(model, PeftModel):
+            weights = load_file(folder / "adapter_model.safetensors")
+            if mismatch := weights.keys() ^ get_peft_model_state_dict(model).keys():
+                raise ValueError(f"adapter weights are missing or unexpected, such as {sorted(mismatch)[0]}")
+            set_peft_model_state_dict(model, weights)
+        if heads := heads_in(dict(model.named_parameters())):
+            saved = load_file(folder / HEADS_FILE)
+            if mismatch := saved.keys() ^ heads.keys():
+                raise ValueError(f"weights of selection heads are missing or unexpected, such as {sorted(mismatch)[0]}")
+            for name, parameter in heads.items():
+                parameter.data.copy_(saved[name])
         return state["step"]
 
 

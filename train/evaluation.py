@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
 
 from data_prep.manifest import Row
 from omnimem.budget import BudgetProfile
@@ -80,7 +79,7 @@ class Evaluation:
         return loss / targets if targets else math.nan
 
     def keep_best(
-        self, step: int, loss: float, model: PeftModel, profile: BudgetProfile, weights: dict[str, torch.Tensor]
+        self, step: int, loss: float, model: Any, profile: BudgetProfile, weights: dict[str, torch.Tensor]
     ) -> None:
         """Save the adapter if it is among the best; only the main process calls it."""
         if not math.isfinite(loss):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from omnimem.budget import PROFILE_FILE, BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_directory
 from omnimem.recipe import Recipe, load_recipe
+from omnimem.selection.heads_file import HEADS_FILE
 from train.checkpoint import CHECKPOINTS_FOLDER as CHECKPOINTS
 from train.merge import Verification, merge_adapter, verify
 from train.model_card import model_card
@@ -92,6 +94,8 @@ def export_run(
             backbone.model.save_pretrained(folder, max_shard_size=SHARD)
             backbone.processor.save_pretrained(folder)
         profile.save(folder / PROFILE_FILE)
+        if (Path(adapter) / HEADS_FILE).is_file():
+            shutil.copyfile(Path(adapter) / HEADS_FILE, folder / HEADS_FILE)
         del backbone
         written = load_backbone(folder, backbone=name, dtype=wanted, device=device)
         checked = verify(merged, written)

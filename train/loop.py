@@ -51,6 +51,7 @@ from train.run_directory import prepare_run_directory
 from train.samples import Samples
 from train.schedule import Schedule
 from train.setup import (
+    add_heads,
     add_lora,
     backbone_name,
     build_objective,
@@ -58,6 +59,7 @@ from train.setup import (
     check_recipe,
     load_base,
     selection_gradient,
+    selection_method,
 )
 from train.stop import StopRequest
 
@@ -151,7 +153,9 @@ def train(
     # ZeRO-3 shards the layers before they are moved to the device.
     device = torch.device("cpu") if zero_stage(accelerator) == 3 else accelerator.device
     backbone = load_base(recipe, output_dir, device)
-    peft_model = add_lora(recipe, backbone)
+    method = selection_method(recipe)
+    model = add_lora(recipe, backbone)
+    add_heads(method, backbone)
     if accelerator.is_main_process:
         atomic_write_text(output_dir / RECIPE_FILE, to_yaml(recipe))
         atomic_write_json(output_dir / "environment.json", {**environment(), **launch_of(accelerator)})
@@ -159,17 +163,17 @@ def train(
     torch.manual_seed(recipe.train.seed + accelerator.process_index)
     # Only the main process lists the checkpoints: on a shared file system others may see an older state.
     saved = broadcast_value(checkpoints(output_dir))
-    done = load_weights(saved[-1], accelerator, peft_model) if saved else 0
-    strategy = new_strategy(accelerator, recipe, backbone, peft_model)
+    done = load_weights(saved[-1], accelerator, model) if saved else 0
+    strategy = new_strategy(accelerator, recipe, backbone, model)
     if saved:
         load_optimizer_and_rng(saved[-1], accelerator, strategy)
         log.info("resuming after step %d from %s", done, saved[-1])
-    objective = build_objective(recipe, output_dir, accelerator, backbone, peft_model, profile, strategy)
+    objective = build_objective(recipe, output_dir, accelerator, backbone, model, method, profile, strategy)
     evaluation = Evaluation(recipe, output_dir, Samples(held_out, backbone))
     metrics = Metrics(output_dir, done, schedule.steps, accelerator.is_main_process, recipe)
 
     # ---- step -------------------------------------------------------------------------------------------
-    peft_model.train()
+    model.train()
     skipped = 0
     steps = schedule.steps
     for step in range(done, steps):
@@ -230,7 +234,7 @@ def train(
             record["eval_loss"] = _finite(eval_loss)
             weights = strategy.weights()
             if accelerator.is_main_process:
-                evaluation.keep_best(step + 1, eval_loss, peft_model, profile, weights)
+                evaluation.keep_best(step + 1, eval_loss, model, profile, weights)
             accelerator.wait_for_everyone()
             base = " (base in NF4)" if recipe.model.load_in_4bit else ""
             log.info("step %d: held-out loss %.4f nats per token%s", step + 1, eval_loss, base)
@@ -239,9 +243,7 @@ def train(
         metrics.progress(record)
         # ---- save ---------------------------------------------------------------------------------------
         if (step + 1) % recipe.train.save_steps == 0 or step + 1 == steps or stopping:
-            save_checkpoint(
-                output_dir, step + 1, accelerator, peft_model, strategy, profile, recipe.train.save_total_limit
-            )
+            save_checkpoint(output_dir, step + 1, accelerator, model, strategy, profile, recipe.train.save_total_limit)
         if stopping and step + 1 < steps:
             metrics.close()
             log.info("stopped after step %d, which is saved: run the same command to continue", step + 1)
@@ -249,7 +251,7 @@ def train(
     metrics.close()
     weights = strategy.weights()
     if accelerator.is_main_process:
-        save_adapter(output_dir, peft_model, profile, weights)
+        save_adapter(output_dir, model, profile, weights)
         log.info("adapter and budget profile saved in %s", output_dir)
     accelerator.wait_for_everyone()
     accelerator.end_training()

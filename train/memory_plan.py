@@ -11,7 +11,7 @@ from omnimem.backbones import Backbone
 from omnimem.budget import BudgetProfile, ModelFingerprint
 from omnimem.recipe import Recipe
 from omnimem.selection import SelectionMethod
-from train.setup import add_lora
+from train.setup import add_heads, add_lora, selection_method
 from train.stream_plan import StreamPlan
 
 TRAINED_BYTES = 4 + 4 + 8
@@ -123,8 +123,9 @@ def weight_bytes(recipe: Recipe, backbone: Backbone) -> int:
 
 
 def adapter_bytes(recipe: Recipe, backbone: Backbone) -> int:
-    """Trained parameters with gradients and optimizer state; adds LoRA to the model."""
+    """Trained parameters with gradients and optimizer state; adds adapter and selection heads to the model."""
     model = add_lora(recipe, backbone)
+    add_heads(selection_method(recipe), backbone)
     return TRAINED_BYTES * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 

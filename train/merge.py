@@ -30,7 +30,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from omnimem.backbones import Backbone
-from omnimem.backbones.adapter import PREFIX, load_adapter, modules_to_save
+from omnimem.backbones.adapter import PREFIX, has_lora, load_adapter, modules_to_save
 from omnimem.errors import OmniMemError
 from train.peak_memory import peak_rss_bytes
 
@@ -109,6 +109,8 @@ def merge_adapter(backbone: Backbone, adapter: str | Path) -> Merged:
         The adapter does not fit or contains weights that cannot be merged, or a merged weight is not base + adapter.
     """
     digests = _digests(backbone.model.state_dict())
+    if not has_lora(adapter):
+        return Merged(digests, _probe_logits(backbone), 0.0)
     peft_model = load_adapter(backbone, adapter)
     full = {name.removeprefix(PREFIX): module for name, module in modules_to_save(peft_model).items()}
     _check_mergeable(peft_model, tuple(full), adapter)

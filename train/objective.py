@@ -207,6 +207,6 @@ class StreamObjective:
             self._strategy,
             samples,
             Stream(self._backbone, CompressedCache(self._profile, Full())),
-            nullcontext if self._distill.teacher_adapter else self.model.disable_adapter,
+            nullcontext if self._distill.teacher_adapter else getattr(self.model, "disable_adapter", nullcontext),
             self._teacher_cache,
         )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from omnimem.recipe import TrainConfig
+from omnimem.selection.heads_file import PARAMETER
 
 ADAM_STATES = ("exp_avg", "exp_avg_sq")
 """Optimizer state of AdamW for each parameter, besides the number of steps."""
@@ -25,11 +26,16 @@ ADAM_STATES = ("exp_avg", "exp_avg_sq")
 
 def new_optimizer(train: TrainConfig, parameters: dict[str, nn.Parameter]) -> Optimizer:
     """The optimizer of a recipe; each parameter group stores its own peak learning rate."""
+    heads = [parameter for name, parameter in parameters.items() if PARAMETER.search(name)]
     full = [parameter for name, parameter in parameters.items() if "modules_to_save" in name]
-    adapters = [parameter for name, parameter in parameters.items() if "modules_to_save" not in name]
-    groups: list[dict[str, Any]] = [{"params": adapters, "peak": train.learning_rate}]
-    if full:
-        groups.append({"params": full, "peak": train.modules_to_save_learning_rate})
+    others = {id(parameter) for parameter in (*heads, *full)}
+    adapters = [parameter for parameter in parameters.values() if id(parameter) not in others]
+    groups: list[dict[str, Any]] = [
+        {"params": adapters, "peak": train.learning_rate},
+        {"params": full, "peak": train.modules_to_save_learning_rate},
+        {"params": heads, "peak": train.selection_learning_rate, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
     if train.optim == "sgd":
         return torch.optim.SGD(groups, lr=train.learning_rate, weight_decay=train.weight_decay)
     betas = (train.adam_beta1, train.adam_beta2)

@@ -11,6 +11,7 @@ from omnimem.errors import OmniMemError
 from omnimem.files import atomic_write_json, remove_directory
 from omnimem.recipe import Recipe, load_recipe, to_dict
 from omnimem.recipe.messages import show_value
+from omnimem.selection.heads_file import HEADS_FILE
 from train.checkpoint import checkpoints
 
 DATA_FILE = "data.json"
@@ -37,7 +38,9 @@ def prepare_run_directory(output_dir: Path, recipe: Recipe, rows: list[Row]) -> 
     saved_recipe = output_dir / RECIPE_FILE
     fingerprint = {"fingerprint": manifest_fingerprint(rows), "rows": len(rows)}
     # A run that saved nothing starts again.
-    if saved_recipe.is_file() and (checkpoints(output_dir) or (output_dir / ADAPTER_CONFIG).is_file()):
+    if saved_recipe.is_file() and (
+        checkpoints(output_dir) or any((output_dir / name).is_file() for name in (ADAPTER_CONFIG, HEADS_FILE))
+    ):
         if not recipe.resume_from_checkpoint:
             raise OmniMemError(
                 f"{output_dir} already holds a run; use another output_dir, or "

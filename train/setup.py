@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,8 @@ from omnimem.memory import CompressedCache, SelectionGradient
 from omnimem.memory.offload_store import DiskStore, HostStore, Store
 from omnimem.recipe import Recipe
 from omnimem.selection import SelectionMethod, build_selection, options_of
+from omnimem.selection.heads_file import ATTRIBUTE
+from omnimem.selection.learned import Learned
 from omnimem.stream_settings import StreamSettings
 from train.checkpoint import EVICTED_FOLDER
 from train.objective import StreamObjective
@@ -143,8 +146,16 @@ def load_base(recipe: Recipe, output_dir: Path, device: torch.device) -> Backbon
     return backbone
 
 
-def add_lora(recipe: Recipe, backbone: Backbone) -> PeftModel:
-    """Add a new adapter to the decoder; outside the decoder only `lora.modules_to_save` are trained."""
+def add_lora(recipe: Recipe, backbone: Backbone) -> Any:
+    """Add a new adapter to the decoder; outside the decoder only `lora.modules_to_save` are trained.
+
+    Returns
+    -------
+    PeftModel or PreTrainedModel
+        The model with its adapter; the model itself with ``lora.r=0``.
+    """
+    if recipe.lora.r == 0:
+        return backbone.model
     torch.manual_seed(recipe.train.seed)
     projectors = [backbone.projectors[name] for name in recipe.lora.modules_to_save]
     targets = backbone.lora_target_regex(recipe.lora.target_modules)
@@ -163,6 +174,20 @@ def add_lora(recipe: Recipe, backbone: Backbone) -> PeftModel:
     for module in modules_to_save(model).values():
         _train_in_float32(module)
     return model
+
+
+def add_heads(method: SelectionMethod, backbone: Backbone) -> None:
+    """Add untrained heads to the layers of the decoder, if the method has heads.
+
+    They are modules of the layers, so that they are sharded, saved and restored with them.
+    """
+    if not isinstance(method, Learned):
+        return
+    model = backbone.language_model
+    dtype = torch.promote_types(backbone.model.dtype, torch.float32)
+    heads = method.new_heads(len(model.layers), model.config.hidden_size, dtype)
+    for layer, head in zip(model.layers, heads, strict=True):
+        setattr(layer, ATTRIBUTE, head.to(next(layer.parameters()).device))
 
 
 def _train_in_float32(module: torch.nn.Module) -> None:
@@ -232,16 +257,17 @@ def build_objective(
     output_dir: Path,
     accelerator: Accelerator,
     backbone: Backbone,
-    model: PeftModel,
+    model: Any,
+    method: SelectionMethod,
     profile: BudgetProfile,
     strategy: ParallelStrategy,
 ) -> StreamObjective:
-    """The training objective of a recipe."""
+    """The training objective of a recipe for a model and a selection method that hold their trained modules."""
     return StreamObjective(
         backbone,
         model,
         profile,
-        selection_method(recipe),
+        method,
         stream_settings(recipe),
         recipe.distill,
         skip_damaged=recipe.data.on_bad_row == "skip",

@@ -22,8 +22,12 @@ from transformers.core_model_loading import WeightRenaming
 from omnimem.backbones.base import Backbone
 from omnimem.backbones.checkpoint import quiet_transformers
 from omnimem.errors import OmniMemError
+from omnimem.selection.heads_file import HEADS_FILE, described
 
 ADAPTER_CONFIG = "adapter_config.json"
+CONFIG = "config.json"
+"""Configuration of a complete model: a folder with it is a checkpoint, not an adapter."""
+
 PREFIX = "base_model.model."
 """Prefix of PEFT before the weight names of a model."""
 
@@ -42,24 +46,37 @@ def resolve_checkpoint(path: str | Path, adapter: str | Path | None) -> tuple[st
     """
     folder = Path(path)
     if adapter is None:
-        if (folder / RECIPE_FILE).is_file() and not (folder / ADAPTER_CONFIG).is_file():
+        if (folder / RECIPE_FILE).is_file() and not _has_weights(folder):
             saved = sorted(folder.glob("checkpoints/step-*"))
             instead = f", or use its checkpoint {saved[-1]}" if saved else ""
             raise OmniMemError(
                 f"{path}: a run directory without an adapter; let the training finish or resume it{instead}"
             )
-        if not (folder / ADAPTER_CONFIG).is_file():
+        if not _has_weights(folder) or (folder / CONFIG).is_file():
             return path, None
         adapter, path = folder, _base_of(folder)
-    elif not (Path(adapter) / ADAPTER_CONFIG).is_file():
+    elif not _has_weights(Path(adapter)):
         raise OmniMemError(f"{adapter}: no {ADAPTER_CONFIG}; give a folder with a saved LoRA adapter")
     return path, adapter
+
+
+def has_lora(adapter: str | Path | None) -> bool:
+    """Whether a folder holds a LoRA adapter; a run with ``lora.r=0`` saves selection heads alone."""
+    return adapter is not None and (Path(adapter) / ADAPTER_CONFIG).is_file()
+
+
+def _has_weights(folder: Path) -> bool:
+    return has_lora(folder) or (folder / HEADS_FILE).is_file()
 
 
 def _base_of(adapter: Path) -> str:
     """Base model of an adapter: the one in the run directory, if any, else the one named in the configuration."""
     try:
-        base = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = (
+            json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+            if has_lora(adapter)
+            else described(adapter / HEADS_FILE)["base"]
+        )
     except (ValueError, KeyError):
         raise OmniMemError(f"{adapter / ADAPTER_CONFIG}: not readable or without base_model_name_or_path") from None
     in_run = adapter / BASE_FOLDER

@@ -26,6 +26,7 @@ FIELDS = {
     "layers": (list, "a list"),
     "model_id": (str, "a string"),
     "selection": (dict, "an object"),
+    "selection_heads": (str, "a string"),
     "stream": (dict, "an object"),
     "statistics": (dict, "an object"),
     "calibration_set": (str, "a string"),
@@ -93,6 +94,8 @@ class BudgetProfile:
         Hash of the calibration clips; empty without calibration.
     source : str
         ``uniform``, ``published``, ``calibrated`` or ``given``.
+    selection_heads : str
+        SHA-256 of the trained heads of the selection method (``selection.safetensors``); empty without.
 
     Raises
     ------
@@ -108,6 +111,7 @@ class BudgetProfile:
     statistics: dict[str, Any] = field(default_factory=dict)
     calibration_set: str = ""
     source: str = "given"
+    selection_heads: str = ""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -234,6 +238,7 @@ class BudgetProfile:
             "model": asdict(self.model) if self.model else None,
             "source": self.source,
             "selection": self.selection,
+            "selection_heads": self.selection_heads,
             "stream": self.stream,
             "mean_budget": self.mean_budget,
             "layers": [asdict(layer) for layer in self.layers],

@@ -121,7 +121,7 @@ def _cell(
     key = {**common, "method": name, "options": method.recorded(), "layers": budget}
 
     def compute() -> dict[str, Any]:
-        fresh = StreamingSession(session.backbone, profile, name, session.settings, **options)
+        fresh = StreamingSession(session.backbone, profile, name, session.settings, session.heads, **options)
         return answer_questions(fresh, rows, common["max_new_tokens"], warned)
 
     written = [name] + [f"{k}={v:g}" for k, v in labels.items() if k != "method" and v is not None]

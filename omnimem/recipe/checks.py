@@ -24,11 +24,12 @@ AT_LEAST: dict[int, tuple[str, ...]] = {
     0: (
         "model.seed", "train.seed", "selection.seed", "data.prefetch_chunks", "selection.lambda",
         "selection.num_sink_tokens", "distill.weight", "train.learning_rate", "train.modules_to_save_learning_rate",
+        "train.selection_learning_rate", "selection.head_hidden_size", "lora.r",
         "train.weight_decay", "train.detach_below_layer",
     ),
     1: (
         "data.short_side", "data.max_pixels", "data.timestamps", "selection.sketch_dim", "selection.query_stride",
-        "selection.window_size", "selection.kernel_size", "gate.margin", "lora.r", "lora.lora_alpha",
+        "selection.window_size", "selection.kernel_size", "gate.margin", "lora.lora_alpha",
         "train.max_steps", "train.per_device_train_batch_size",
         "train.gradient_accumulation_steps", "train.bptt_window", "train.detach_from_layer", "train.logging_steps",
         "train.save_steps", "train.save_total_limit", "train.threads", "train.ddp_timeout", "eval.eval_steps",
@@ -78,6 +79,11 @@ def keys_without_effect(recipe: Recipe) -> list[str]:
         ("selection.gradient=none", recipe.selection.gradient == "none", gate),
         ("distill.weight=0", recipe.distill.weight == 0, distill),
         ("lora.modules_to_save=[]", not recipe.lora.modules_to_save, ["train.modules_to_save_learning_rate"]),
+        (
+            f"selection.method={recipe.selection.method}",
+            recipe.selection.method != "learned",
+            ["train.selection_learning_rate"],
+        ),
         ("eval.path=null", recipe.eval.path is None, evaluation),
     )
     default, lines = Recipe(), []
@@ -158,6 +164,17 @@ def _check_chunks(recipe: Recipe) -> None:
 
 
 def _check_combinations(recipe: Recipe) -> None:
+    if recipe.lora.r == 0 and recipe.selection.method != "learned":
+        raise OmniMemError(
+            f"lora.r=0 with selection.method={recipe.selection.method} leaves nothing to train; set "
+            "selection.method=learned or lora.r above 0"
+        )
+    if recipe.lora.r == 0 and recipe.lora.modules_to_save:
+        raise OmniMemError("lora.modules_to_save is saved with the adapter and needs lora.r above 0")
+    if recipe.selection.method == "learned" and recipe.selection.gradient == "none":
+        raise OmniMemError(
+            "selection.method=learned trains its heads through selection.gradient: set it to straight_through or soft"
+        )
     if recipe.memory.random_budget is not None and recipe.memory.start_budget is not None:
         raise OmniMemError("memory.start_budget and memory.random_budget exclude each other; set one of them")
     if recipe.distill.weight > 0 and not recipe.distill.teacher_adapter and recipe.lora.modules_to_save:

@@ -81,8 +81,14 @@ class SelectionConfig:
     # omnimem: softmax of each head, or one softmax over the concatenated heads
     attention_scores: Literal["heads", "concat"] | None = None
     factor: Literal["linear", "sqrt"] | None = None  # omnimem: 1 − similarity, or its square root
-    sketch_dim: int | None = None  # omnimem, redundancy=sketch: numbers per sketch
-    query_stride: int | None = None  # omnimem: attention scores from every n-th query of a chunk
+    sketch_dim: int | None = None  # learned, novelty, omnimem with redundancy=sketch: numbers per sketch
+    sketch_bits: int | None = None  # learned, novelty: bits per number, 8 or 4
+    # learned, novelty: similarity to retained tokens measured when a token arrives, or again at every compression
+    novelty: Literal["arrival", "every_chunk"] | None = None
+    head_hidden_size: int | None = None  # learned: width of the head's hidden layer; 0: a linear head
+    attention_term: bool | None = None  # learned: add the log attention score, with a learned weight
+    age_term: bool | None = None  # learned: add the log age, with a learned weight
+    query_stride: int | None = None  # attention scores from every n-th query of a chunk
     seed: int = 0  # random projections and random retention
     position_ids: Literal["original", "compact"] | None = None  # of retained tokens: as first assigned, or renumbered
     num_sink_tokens: int | None = None  # streaming_llm: first tokens, never evicted
@@ -124,7 +130,7 @@ class DistillConfig:
 class LoraConfig:
     """The adapter, as in PEFT's LoraConfig."""
 
-    r: int = 128  # rank
+    r: int = 128  # rank; 0: no adapter, only the heads of selection.method=learned are trained
     lora_alpha: int = 256  # scaling is lora_alpha / r
     lora_dropout: float = 0.05  # on the input of the adapter
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])  # in the decoder
@@ -142,6 +148,7 @@ class TrainConfig:
     optim: Literal["adamw_torch", "sgd"] = "adamw_torch"  # optimizer
     learning_rate: float = 2e-5  # peak, for the adapter
     modules_to_save_learning_rate: float = 1e-5  # peak, for lora.modules_to_save
+    selection_learning_rate: float = 1e-2  # peak, for the heads of selection.method=learned; they have no weight decay
     weight_decay: float = 0.0  # decoupled for AdamW
     adam_beta1: float = 0.9  # AdamW
     adam_beta2: float = 0.999  # AdamW

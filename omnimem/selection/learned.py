@@ -20,6 +20,9 @@ from omnimem.errors import OmniMemError
 from omnimem.selection.base import Arrival, AttentionScoreSpec, Candidates, compute_dtype
 from omnimem.selection.novelty import Measured, Novelty, NoveltySettings, log_attention
 
+REFERENCE_WIDTH = 64
+"""Input width at which the output of a head is not rescaled; with it one learning rate serves all models."""
+
 TERMS = ("attention", "age")
 """Optional terms of the score; their weights start at 0."""
 
@@ -47,11 +50,12 @@ class SelectionHead(nn.Module):
         self.terms = ScoreTerms(terms)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Z ``[B, T]``, in the dtype of the head, of hidden states ``[B, T, C]``."""
+        """Return z ``[B, T]``, in the dtype of the head, of hidden states ``[B, T, C]``."""
         normal = F.layer_norm(states.to(self.outer.weight.dtype), states.shape[-1:])
         if self.inner is not None:
             normal = F.gelu(self.inner(normal))
-        return self.outer(normal)[..., 0]
+        # Adam changes every weight by about the learning rate, so without the factor z would change in proportion to C.
+        return self.outer(normal)[..., 0] * (REFERENCE_WIDTH / normal.shape[-1])
 
 
 class ScoreTerms(nn.Module):
@@ -79,11 +83,11 @@ class Learned(Novelty):
 
     Parameters
     ----------
-    hidden : int
+    head_hidden_size : int
         Width of one hidden layer of the head; 0: linear.
-    attention, age : bool
+    attention_term, age_term : bool
         Whether the log attention score and the log age are terms of the score, with learned weights.
-    measured, sketch_dim, sketch_bits, query_stride, seed
+    novelty, sketch_dim, sketch_bits, query_stride, seed
         See `NoveltySettings`.
 
     Attributes
@@ -97,29 +101,31 @@ class Learned(Novelty):
 
     def __init__(
         self,
-        hidden: int = 0,
-        attention: bool = False,
-        age: bool = False,
-        measured: Measured = "arrival",
+        head_hidden_size: int = 0,
+        attention_term: bool = False,
+        age_term: bool = False,
+        novelty: Measured = "arrival",
         sketch_dim: int = 32,
         sketch_bits: int = 8,
         query_stride: int = 4,
         seed: int = 0,
     ) -> None:
-        self.options = NoveltySettings(measured, sketch_dim, sketch_bits, query_stride, seed)
+        self.options = NoveltySettings(novelty, sketch_dim, sketch_bits, query_stride, seed)
         self.options.check("learned")
-        if hidden < 0:
-            raise OmniMemError(f"selection learned: hidden must be at least 0, got {hidden!r}")
-        self.hidden = hidden
-        self.terms = tuple(name for name, wanted in zip(TERMS, (attention, age), strict=True) if wanted)
-        self.attention_scores = AttentionScoreSpec("heads", query_stride) if attention else None
+        if head_hidden_size < 0:
+            raise OmniMemError(f"selection learned: head_hidden_size must be at least 0, got {head_hidden_size!r}")
+        self.head_hidden_size = head_hidden_size
+        self.terms = tuple(name for name, wanted in zip(TERMS, (attention_term, age_term), strict=True) if wanted)
+        self.attention_scores = AttentionScoreSpec("heads", query_stride) if attention_term else None
         self.heads: list[SelectionHead] | None = None
 
     def new_heads(self, num_layers: int, channels: int, dtype: torch.dtype = torch.float32) -> list[SelectionHead]:
         """Make untrained heads for a decoder of `num_layers` layers of width `channels`, and use them."""
         with torch.random.fork_rng([]):
             torch.manual_seed(self.options.seed)
-            self.heads = [SelectionHead(channels, self.hidden, self.terms).to(dtype) for _ in range(num_layers)]
+            self.heads = [
+                SelectionHead(channels, self.head_hidden_size, self.terms).to(dtype) for _ in range(num_layers)
+            ]
         return self.heads
 
     def score(self, candidates: Candidates) -> Tensor:
@@ -141,7 +147,8 @@ class Learned(Novelty):
 
     def settings(self) -> dict[str, Any]:
         """Form of the head, optional terms, settings of the novelty term."""
-        return {"hidden": self.hidden, **{name: name in self.terms for name in TERMS}, **asdict(self.options)}
+        terms = {f"{name}_term": name in self.terms for name in TERMS}
+        return {"head_hidden_size": self.head_hidden_size, **terms, **asdict(self.options)}
 
     def _head(self, layer: int) -> SelectionHead:
         if self.heads is None:

@@ -38,7 +38,7 @@ class NoveltySettings:
 
     Attributes
     ----------
-    measured : {"arrival", "every_chunk"}
+    novelty : {"arrival", "every_chunk"}
         See `Measured`.
     sketch_dim : int
         Numbers per sketch.
@@ -50,7 +50,7 @@ class NoveltySettings:
         Seed of the sketch's projection.
     """
 
-    measured: Measured = "arrival"
+    novelty: Measured = "arrival"
     sketch_dim: int = 32
     sketch_bits: int = 8
     query_stride: int = 4
@@ -59,7 +59,7 @@ class NoveltySettings:
     def check(self, method: str) -> None:
         """Raise `OmniMemError` if a value is not possible."""
         for name, value, holds, rule in (
-            ("measured", self.measured, self.measured in get_args(Measured), f"one of {', '.join(get_args(Measured))}"),
+            ("novelty", self.novelty, self.novelty in get_args(Measured), f"one of {', '.join(get_args(Measured))}"),
             ("sketch_dim", self.sketch_dim, self.sketch_dim >= 1, "at least 1"),
             ("sketch_bits", self.sketch_bits, self.sketch_bits in (4, 8), "4 or 8"),
             ("query_stride", self.query_stride, self.query_stride >= 1, "at least 1"),
@@ -75,7 +75,7 @@ class Novelty(SelectionMethod):
     ----------
     lambda_ : float
         λ, weight of the log attention score; 0: attention scores are not measured.
-    measured, sketch_dim, sketch_bits, query_stride, seed
+    novelty, sketch_dim, sketch_bits, query_stride, seed
         See `NoveltySettings`.
     """
 
@@ -86,13 +86,13 @@ class Novelty(SelectionMethod):
     def __init__(
         self,
         lambda_: float = 0.0,
-        measured: Measured = "arrival",
+        novelty: Measured = "arrival",
         sketch_dim: int = 32,
         sketch_bits: int = 8,
         query_stride: int = 4,
         seed: int = 0,
     ) -> None:
-        self.options = NoveltySettings(measured, sketch_dim, sketch_bits, query_stride, seed)
+        self.options = NoveltySettings(novelty, sketch_dim, sketch_bits, query_stride, seed)
         self.options.check("novelty")
         if not 0 <= lambda_ < math.inf:
             raise OmniMemError(f"selection novelty: lambda must be a number of at least 0, got {lambda_!r}")
@@ -119,7 +119,7 @@ class Novelty(SelectionMethod):
         """log(1 − n + ε) ``[R, N]``, as measured at arrival or over the present candidates; no gradient."""
         assert candidates.features is not None
         features = candidates.features.detach()
-        if self.options.measured == "arrival":
+        if self.options.novelty == "arrival":
             return features[..., self.num_terms - 1]
         similarity = largest_similarity(features[..., self.num_terms :], candidates.metadata)
         return (1 - similarity + EPSILON).log()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from omnimem.backbones import load_backbone
 from omnimem.recipe import load_recipe
+from omnimem.selection.heads_file import HEADS_FILE
 from small_runs import (
     HALF,
     PLAIN,
@@ -141,7 +142,9 @@ def alone(tmp_path_factory) -> dict[str, Path]:
 EXTRAS = {
     "hard": ("selection.gradient=none",),
     "all_options": (
-        "selection.gradient=straight_through",
+        "selection.method=learned",
+        "selection.attention_term=true",
+        "selection.age_term=true",
         "distill.weight=0.5",
         "train.bptt_window=2",
         "train.detach_below_layer=1",
@@ -175,6 +178,10 @@ def test_parameters_equal_those_of_one_process(tmp_path, alone, launcher, extra)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     assert largest_difference(adapter(run), adapter(alone[extra])) <= 1e-6
+    if extra == "all_options":
+        found, expected = (load_file(one / HEADS_FILE) for one in (run, alone[extra]))
+        assert largest_difference(found, expected) <= 1e-6
+        assert all(value.abs().max() > 0 for value in found.values()), "every weight of the heads moved"
     kind = "ddp" if launcher == "multi_gpu" else f"deepspeed zero {3 if 'zero3' in launcher else 2}"
     assert json.loads((run / "environment.json").read_text())["distributed"] == kind
     assert all(value.abs().max() > 1e-4 for name, value in adapter(run).items() if "lora_B" in name), "it moved"

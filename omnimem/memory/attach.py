@@ -178,6 +178,9 @@ def _layer_input_hook(index: int) -> Any:
             # In lockstep a gradient of zero is passed on, so that the layers below are differentiated all the same.
             hidden = given.detach() + (given - given.detach()) * 0 if cache.lockstep else given.detach()
         memory.observe_hidden(hidden)
+        if cache.lockstep and memory.step.features is not None and memory.step.features.requires_grad:
+            # So that weights the features depend on are gathered in the backward pass of every process alike.
+            hidden = hidden + (memory.step.features.sum() * 0).to(hidden.dtype)
         if memory.probe_embeds is not None:
             # A probe that does not propagate: every layer is given the embeddings themselves.
             hidden = memory.probe_embeds

@@ -47,35 +47,17 @@ class SelectionHead(nn.Module):
         self.inner = nn.Linear(channels, hidden) if hidden else None
         self.outer = nn.Linear(hidden or channels, 1, bias=False)
         nn.init.zeros_(self.outer.weight)
-        self.terms = ScoreTerms(terms)
+        self.novelty = nn.Parameter(torch.ones(1))
+        self.terms = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in terms})
 
-    def forward(self, states: Tensor) -> Tensor:
-        """Return z ``[B, T]``, in the dtype of the head, of hidden states ``[B, T, C]``."""
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return z ``[B, T]`` of hidden states ``[B, T, C]``, the weight β of novelty, and those of the terms."""
         normal = F.layer_norm(states.to(self.outer.weight.dtype), states.shape[-1:])
         if self.inner is not None:
             normal = F.gelu(self.inner(normal))
         # Adam changes every weight by about the learning rate, so without the factor z would change in proportion to C.
-        return self.outer(normal)[..., 0] * (REFERENCE_WIDTH / normal.shape[-1])
-
-
-class ScoreTerms(nn.Module):
-    """Weights of the terms that are added to z when tokens are selected.
-
-    A module of its own, because it runs after the layer's forward pass: sharded weights are gathered when a module is
-    called.
-    """
-
-    def __init__(self, terms: tuple[str, ...]) -> None:
-        super().__init__()
-        self.novelty = nn.Parameter(torch.ones(1))
-        self.weights = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in terms})
-
-    def forward(self, z: Tensor, log_novelty: Tensor, terms: dict[str, Tensor]) -> Tensor:
-        """Score ``[R, N]`` from z, the log novelty and the optional terms, each ``[R, N]``."""
-        score = z + self.novelty * log_novelty
-        for name, weight in self.weights.items():
-            score = score + weight * terms[name]
-        return score
+        z = self.outer(normal)[..., 0] * (REFERENCE_WIDTH / normal.shape[-1])
+        return z, self.novelty * 1, [weight * 1 for weight in self.terms.values()]
 
 
 class Learned(Novelty):
@@ -96,7 +78,6 @@ class Learned(Novelty):
         One per layer, see `new_heads` and `omnimem.selection.heads`.
     """
 
-    num_terms = 2
     differentiable = True
 
     def __init__(
@@ -128,22 +109,34 @@ class Learned(Novelty):
             ]
         return self.heads
 
+    @property
+    def num_columns(self) -> int:
+        """Numbers stored before the sketch: the score at arrival and the weights of what is added to it later.
+
+        A token carries these weights (the same for all), so that compressions need no parameters: those may be sharded
+        over processes, which do not all compress at the same time.
+        """
+        return 1 + (self.options.novelty == "every_chunk") + len(self.terms)
+
     def score(self, candidates: Candidates) -> Tensor:
         """The score x."""
         assert candidates.features is not None
-        terms = {}
-        if "attention" in self.terms:
-            terms["attention"] = log_attention(candidates)
-        if "age" in self.terms:
-            terms["age"] = _log_age(candidates)
-        return self._head(candidates.layer).terms(candidates.features[..., 0], self.log_novelty(candidates), terms)
+        columns = iter(candidates.features[..., : self.num_columns].unbind(-1))
+        score = next(columns)
+        if self.options.novelty == "every_chunk":
+            score = score + next(columns) * self.present_log_novelty(candidates)
+        for name, weight in zip(self.terms, columns, strict=True):
+            score = score + weight * {"attention": log_attention, "age": _log_age}[name](candidates)
+        return score
 
     def features(self, arrival: Arrival) -> Tensor:
-        """Z and the log novelty at arrival, then the sketch: ``[B, T, 2 + sketch_dim]``."""
-        rest = super().features(arrival)
-        z = self._head(arrival.layer)(arrival.hidden)
-        dtype = torch.promote_types(z.dtype, rest.dtype)
-        return torch.cat((z[..., None].to(dtype), rest.to(dtype)), -1)
+        """Columns (`num_columns`), then the sketch: ``[B, T, num_columns + sketch_dim]``."""
+        log_novelty, sketches = self.measure(arrival)
+        z, novelty, terms = self._head(arrival.layer)(arrival.hidden)
+        columns = [z + novelty * log_novelty] if self.options.novelty == "arrival" else [z, novelty.expand_as(z)]
+        columns += [weight.expand_as(z) for weight in terms]
+        dtype = torch.promote_types(z.dtype, sketches.dtype)
+        return torch.cat((torch.stack(columns, -1).to(dtype), sketches.to(dtype)), -1)
 
     def settings(self) -> dict[str, Any]:
         """Form of the head, optional terms, settings of the novelty term."""

@@ -80,8 +80,6 @@ class Novelty(SelectionMethod):
     """
 
     stores_features = True
-    num_terms = 1
-    """Numbers stored before the sketch; the last of them is the log novelty at arrival."""
 
     def __init__(
         self,
@@ -99,34 +97,51 @@ class Novelty(SelectionMethod):
         self.lambda_ = lambda_
         self.attention_scores = AttentionScoreSpec("heads", query_stride) if lambda_ > 0 else None
 
+    @property
+    def num_columns(self) -> int:
+        """Numbers stored before the sketch."""
+        return int(self.options.novelty == "arrival")
+
     def score(self, candidates: Candidates) -> Tensor:
         """Log novelty, plus λ times the log attention score."""
-        score = self.log_novelty(candidates)
+        assert candidates.features is not None
+        arrival = self.options.novelty == "arrival"
+        score = candidates.features[..., 0] if arrival else self.present_log_novelty(candidates)
         if candidates.attention_scores is None:
             return score
         return score + self.lambda_ * log_attention(candidates)
 
     def features(self, arrival: Arrival) -> Tensor:
-        """Log novelty at arrival, then the sketch: ``[B, T, 1 + sketch_dim]``."""
-        options = self.options
-        with torch.no_grad():
-            sketches = sketch(arrival.hidden, options.sketch_dim, arrival.layer, options.seed, options.sketch_bits)
-            stored = None if arrival.stored is None else arrival.stored[..., self.num_terms :]
-            similarity = largest_similarity(sketches, arrival.new, stored, arrival.metadata)
-            return torch.cat(((1 - similarity + EPSILON).log()[..., None], sketches), -1)
+        """Log novelty, if it is measured at arrival, then the sketch: ``[B, T, num_columns + sketch_dim]``."""
+        log_novelty, sketches = self.measure(arrival)
+        return torch.cat((log_novelty[..., None], sketches), -1)[..., 1 - self.num_columns :]
 
-    def log_novelty(self, candidates: Candidates) -> Tensor:
-        """log(1 − n + ε) ``[R, N]``, as measured at arrival or over the present candidates; no gradient."""
+    @torch.no_grad()
+    def measure(self, arrival: Arrival) -> tuple[Tensor, Tensor]:
+        """Log novelty ``[B, T]`` of new tokens against what is stored, and their sketches ``[B, T, sketch_dim]``.
+
+        Where novelty is measured at every compression instead, it is 0 here.
+        """
+        options = self.options
+        sketches = sketch(arrival.hidden, options.sketch_dim, arrival.layer, options.seed, options.sketch_bits)
+        if options.novelty == "every_chunk":
+            return torch.zeros_like(sketches[..., 0]), sketches
+        stored = None if arrival.stored is None else arrival.stored[..., self.num_columns :]
+        return _log_novelty(largest_similarity(sketches, arrival.new, stored, arrival.metadata)), sketches
+
+    @torch.no_grad()
+    def present_log_novelty(self, candidates: Candidates) -> Tensor:
+        """Log novelty ``[R, N]`` of each candidate against the earlier ones."""
         assert candidates.features is not None
-        features = candidates.features.detach()
-        if self.options.novelty == "arrival":
-            return features[..., self.num_terms - 1]
-        similarity = largest_similarity(features[..., self.num_terms :], candidates.metadata)
-        return (1 - similarity + EPSILON).log()
+        return _log_novelty(largest_similarity(candidates.features[..., self.num_columns :], candidates.metadata))
 
     def settings(self) -> dict[str, Any]:
         """λ and the settings of the novelty term."""
         return {option_name("lambda_"): self.lambda_, **asdict(self.options)}
+
+
+def _log_novelty(similarity: Tensor) -> Tensor:
+    return (1 - similarity + EPSILON).log()
 
 
 def log_attention(candidates: Candidates) -> Tensor:

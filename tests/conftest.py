@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,6 +16,12 @@ from omnimem.backbones.qwen2_5_omni.tiny import build_tiny
 # Thousands of tiny operations run far faster without a second thread to wait for; child processes inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Exempt imported modules from garbage collection: every full collection would scan them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -459,7 +459,7 @@ def test_pinned_host_memory_returns_what_was_offloaded():
 
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("gradient", [None, SelectionGradient()])
-@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("window", [2, *(pytest.param(window, marks=pytest.mark.long) for window in (1, 3))])
 @pytest.mark.parametrize("asked", [(1, 4), (1, 2, 3, 4, 4)])
 def test_a_window_limits_the_gradient_of_each_question_by_itself(model, samples, gradient, window, asked):
     """The reference backpropagates every question alone, with the memory before its window detached."""

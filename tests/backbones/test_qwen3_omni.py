@@ -280,7 +280,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("fps", [0.5, 1.0, 2.0, 3.0, 4.0, 6.0])
+@pytest.mark.parametrize(
+    "fps", [0.5, 2.0, 3.0, *(pytest.param(fps, marks=pytest.mark.long) for fps in (1.0, 4.0, 6.0))]
+)
 @pytest.mark.parametrize("size", ["backbone", "wide"])
 def test_position_ids_equal_the_reference_models_for_any_chunking(layout, fps, size, request, monkeypatch):
     model = request.getfixturevalue(size)

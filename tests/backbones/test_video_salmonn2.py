@@ -1071,7 +1071,10 @@ def test_an_export_has_the_published_names_and_the_logits_of_base_and_adapter(ru
     assert answers[0] == answers[1] != ""
 
 
-@pytest.mark.parametrize(("family", "timestamps"), [(QWEN2_5, 256), (QWEN3, 256), (QWEN3, 4)])
+@pytest.mark.parametrize(
+    ("family", "timestamps"),
+    [(QWEN3, 4), *(pytest.param(one, 256, marks=pytest.mark.long) for one in (QWEN2_5, QWEN3))],
+)
 def test_gradients_with_trained_projectors_are_those_of_plain_autograd(tmp_path, family, timestamps):
     """Two chunks; in the backward pass each is encoded again."""
     rows = [{"media": APOLLO.name, "questions": [{"question": "What is heard?", "answer": "A hammer."}]}]

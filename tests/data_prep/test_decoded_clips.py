@@ -432,9 +432,9 @@ def test_a_ray_cluster_that_does_not_answer_is_reported(tmp_path, monkeypatch):
         prepare(manifest(tmp_path, RABBIT.name), tmp_path / "a", PrepareSettings(), executor="ray")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
-@pytest.mark.parametrize("running", [False, pytest.param(True, marks=pytest.mark.long)], ids=["started here", "found"])
+@pytest.mark.parametrize("running", [False, True], ids=["started here", "found"])
 def test_a_ray_cluster_writes_the_same_shards(running, tmp_path, monkeypatch, caplog):
     """On a running cluster, and on one started by the command."""
     from ray.cluster_utils import Cluster

@@ -101,6 +101,7 @@ def check_same(run: Path, alone: Path) -> None:
     assert json.loads((run / "checkpoints" / "step-00000001" / "state.json").read_text())["processes"] == 2
 
 
+@pytest.mark.long
 def test_one_process(tmp_path, alone):
     launcher = accelerate(
         "--config_file",

@@ -185,7 +185,7 @@ def test_states_in_the_layout_of_a_decoder_are_read_as_they_are():
 
 
 @PADDED
-@pytest.mark.parametrize("tile", [2, 256])
+@pytest.mark.parametrize("tile", [2, pytest.param(256, marks=pytest.mark.long)])
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"window": 2}], ids=["all", "stride", "window"])
 def test_gradients_of_output_and_attention_scores_equal_finite_differences(padded, tile, options):
     leaves = trainable(4, 7, heads=4, groups=2, dim=2)

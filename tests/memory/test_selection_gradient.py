@@ -479,7 +479,7 @@ class Surrogate:
         self.place = 0
 
 
-@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("samples", [2, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("method", "options", "gradient"), SURROGATES)
 def test_gradients_equal_finite_differences_of_what_the_term_stands_for(
     model, monkeypatch, samples, method, options, gradient

@@ -138,6 +138,7 @@ def test_the_soft_form_at_temperature_zero_is_the_hard_one(model, samples):
     assert abs(losses[2] - losses[1]) > 1e-3, "a warm one is not"
 
 
+@pytest.mark.long
 def test_a_soft_run_trains_resumes_and_is_evaluated_hard(tmp_path):
     options = ("selection.gradient=soft", "gate.temperature=1.0", "gate.temperature_end=0.03", "gate.margin=8")
     hard = trained_run(tmp_path, "train.max_steps=1", out="hard")

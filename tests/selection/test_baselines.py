@@ -542,7 +542,7 @@ def name(value) -> str:
 
 
 @pytest.mark.parametrize(("method", "options"), METHODS, ids=name)
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [2, pytest.param(1, marks=pytest.mark.long)])
 def test_retained_sets_and_merged_tokens_equal_the_description(method, options, batch):
     """Also with 1, 2 and 4 query heads a key-value head."""
     budgets = budgets_of(method)

@@ -216,8 +216,8 @@ def test_a_sharded_run_resumes_to_the_same_parameters(tmp_path, launcher):
     assert losses[0] == losses[1] and [loss is None for loss in losses[0]] == [True, False, False]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["multi_gpu", pytest.param("deepspeed_zero2", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["multi_gpu", "deepspeed_zero2"])
 def test_every_process_group_has_the_timeout_of_the_recipe(tmp_path, launcher):
     """DeepSpeed creates its own group, which would have the backend's default (10 minutes with NCCL)."""
     script = tmp_path / "timeouts.py"

@@ -65,7 +65,7 @@ def loss_of(stream, closing, asked):
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
 def test_a_run_trains_saves_and_exports_projectors(tmp_path, dtype):
     run = trained_run(tmp_path, BOTH, f"model.dtype={dtype}", "train.modules_to_save_learning_rate=1e-3")
     saved = adapter(run)

@@ -158,6 +158,7 @@ def test_a_full_disk_is_one_line_and_loses_no_checkpoint(
     assert [record["step"] for record in metrics(run)] == [1, 2, 3, 4]
 
 
+@pytest.mark.long
 def test_a_real_full_disk(tmp_path):
     unshare = shutil.which("unshare")
     disk = tmp_path / "disk"

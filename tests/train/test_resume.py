@@ -65,6 +65,7 @@ def kill_when(args: list[str], moment: Callable[[], bool]) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_to_the_same_result(reference, tmp_path):
     args, run = arguments(tmp_path, *SETTINGS), tmp_path / "run"
 

@@ -85,8 +85,8 @@ class Candidates:
         Visual and audio tokens to retain.
     num_previous : int
         How many of the N tokens remained after the last compression; the others are new.
-    values : Tensor
-        ``[R, G, N, D]``.
+    values : Tensor or None
+        ``[R, G, N, D]``, if the method `reads_values`; for `SelectionMethod.scores` alone, as the keys.
     keys : Tensor or None
         ``[R, G, N, D]`` post-RoPE, if the method `reads_keys`.
     metadata : TokenMetadata
@@ -103,7 +103,7 @@ class Candidates:
     num_layers: int
     budget: LayerBudget
     num_previous: int
-    values: Tensor
+    values: Tensor | None
     keys: Tensor | None
     metadata: TokenMetadata
     attention_scores: Tensor | None
@@ -142,8 +142,8 @@ class SelectionMethod(ABC):
         Texts whose attention to the stored tokens the method needs.
     stores_features : bool
         Whether `features` of every token are stored.
-    reads_keys : bool
-        Whether the method needs post-RoPE keys.
+    reads_keys, reads_values : bool
+        Whether the method needs post-RoPE keys, and values; stored ones may have to be decoded for it.
     per_head : bool
         Whether every key-value head retains its own tokens; such a method stores no features.
     keeps_everything : bool
@@ -158,6 +158,7 @@ class SelectionMethod(ABC):
     probes: tuple[Probe, ...] = ()
     stores_features: bool = False
     reads_keys: bool = False
+    reads_values: bool = False
     per_head: ClassVar[bool] = False
     keeps_everything: ClassVar[bool] = False
     position_ids: PositionIdPolicy = "original"

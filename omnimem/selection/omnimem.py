@@ -119,6 +119,7 @@ class OmniMem(SelectionMethod):
         )
         self.stores_features = self.options.redundancy in ("hidden", "sketch")
         self.reads_keys = self.options.redundancy == "key"
+        self.reads_values = self.options.redundancy == "value"
         self.differentiable = self.options.redundancy == "hidden"
 
     def score(self, candidates: Candidates) -> Tensor:

@@ -30,6 +30,7 @@ from omnimem.generation import generate_text
 from omnimem.media import Chunk
 from omnimem.media.prefetch import prefetch
 from omnimem.memory import CompressedCache
+from omnimem.memory.codec import KvDtype
 from omnimem.selection import build_selection
 from omnimem.stream_settings import StreamSettings
 
@@ -81,6 +82,8 @@ class StreamingSession:
         Selection method, see `SELECTION_METHODS`.
     settings : StreamSettings
         How media are read.
+    kv_dtype : {"auto", "fp8", "int8", "int4"}
+        How stored keys and values are encoded, see `CompressedCache`.
     **options
         Hyper-parameters of the method.
     """
@@ -91,6 +94,7 @@ class StreamingSession:
         profile: BudgetProfile,
         method: str = "omnimem",
         settings: StreamSettings | None = None,
+        kv_dtype: KvDtype = "auto",
         **options: Any,
     ) -> None:
         profile.check_model(backbone.config)
@@ -98,7 +102,7 @@ class StreamingSession:
         self.profile = profile
         self.settings = settings or StreamSettings.for_backbone(backbone)
         self.method = method
-        self.cache = CompressedCache(profile, build_selection(method, **options))
+        self.cache = CompressedCache(profile, build_selection(method, **options), kv_dtype=kv_dtype)
         self._stream = Stream(backbone, self.cache)
         self._encoder: StreamEncoder | None = None
 
@@ -114,6 +118,7 @@ class StreamingSession:
         device: torch.device | str = "auto",
         mean_budget: int | None = None,
         ratio: float | None = None,
+        kv_dtype: KvDtype | None = None,
         **options: Any,
     ) -> StreamingSession:
         """Load a checkpoint, a merged export or a training run.
@@ -134,6 +139,8 @@ class StreamingSession:
             See `load_backbone`.
         mean_budget, ratio : int, float, optional
             Use a uniform profile of this mean budget (8192) and visual to audio ratio (5) instead of the saved one.
+        kv_dtype : {"auto", "fp8", "int8", "int4"}, optional
+            How stored keys and values are encoded. Default: as recorded in the profile, else ``auto``.
         **options
             Hyper-parameters of the method that override those recorded in the profile.
 
@@ -163,7 +170,8 @@ class StreamingSession:
             options = {**recorded, **options}
         known = {field.name for field in fields(StreamSettings)}
         given = {**{k: v for k, v in profile.stream.items() if k in known}, **(settings or {})}
-        return cls(backbone, profile, chosen, StreamSettings.for_backbone(backbone, **given), **options)
+        stored: KvDtype = kv_dtype or profile.stream.get("kv_dtype", "auto")
+        return cls(backbone, profile, chosen, StreamSettings.for_backbone(backbone, **given), stored, **options)
 
     @torch.no_grad()
     def watch(self, media: str | Path, **settings: Any) -> Iterator[StreamEvent]:

@@ -437,8 +437,8 @@ def _check_kv_dtype(kv_dtype: KvDtype, method: SelectionMethod) -> None:
     spec = method.attention_scores
     if kv_dtype != "auto" and spec is not None and spec.kind == "concat":
         raise OmniMemError(
-            "selection.attention_scores=concat needs the keys of all heads at once, which "
-            f"memory.kv_dtype={kv_dtype} does not decode: use selection.attention_scores=heads or memory.kv_dtype=auto"
+            f"attention_scores=concat needs the keys of all heads at once, which kv_dtype={kv_dtype} does not decode: "
+            "use attention_scores=heads or kv_dtype=auto"
         )
 
 

@@ -36,6 +36,9 @@ LARGEST_CODE = {"fp8": 448, "int8": 127, "int4": 15}
 CODE_DTYPE = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 
 
+EncodedDtype = Literal["fp8", "int8", "int4"]
+
+
 @dataclass(frozen=True)
 class Codec:
     """Encodes states, one row of bytes per token and head.
@@ -55,7 +58,7 @@ class Codec:
         Channels that share a scale; all of them where it is None or does not divide D.
     """
 
-    kind: Literal["fp8", "int8", "int4"]
+    kind: EncodedDtype
     dim: int
     group: int | None = None
 
@@ -120,6 +123,11 @@ class Codec:
         # Enlarged by half a unit in the last place, it is not rounded below what the largest code has to reach.
         scale = extent / LARGEST_CODE[self.kind] * (1 + torch.finfo(SCALE_DTYPE).eps / 2)
         return scale.clamp_min(torch.finfo(SCALE_DTYPE).tiny).to(SCALE_DTYPE)
+
+
+def codecs(kind: EncodedDtype, dim: int) -> tuple[Codec, Codec]:
+    """Codecs of keys and of values of `dim` channels."""
+    return Codec(kind, dim, KEY_GROUP), Codec(kind, dim)
 
 
 class _Rounded(torch.autograd.Function):

@@ -179,7 +179,7 @@ class CompressedLayer(CacheLayerMixin):
         heads, length = key_states.shape[1:3]
         new, given = self.step.new, (key_states, value_states)
         if self.kv_dtype != "auto" and self.state.keys.codec is None:
-            self.state = self.state.with_codec(self.kv_dtype, key_states.shape[-1])
+            self.state = self.state.with_codecs(self.kv_dtype, key_states.shape[-1])
         if self.method.per_head:
             new = new.repeat(heads)
             key_states, value_states = key_states.flatten(0, 1)[:, None], value_states.flatten(0, 1)[:, None]

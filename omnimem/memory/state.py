@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from omnimem.memory.codec import KEY_GROUP, Codec
+from omnimem.memory.codec import EncodedDtype, codecs
 from omnimem.memory.margin import Margin
 from omnimem.memory.token_buffer import TokenBuffer
 from omnimem.token_metadata import TokenMetadata
@@ -78,9 +77,9 @@ class LayerState:
             metadata=new if self.metadata is None else self.metadata.append(new),
         )
 
-    def with_codec(self, kind: Literal["fp8", "int8", "int4"], dim: int) -> LayerState:
+    def with_codecs(self, kind: EncodedDtype, dim: int) -> LayerState:
         """The same state without tokens, whose keys and values of `dim` channels will be encoded."""
-        keys, values = Codec(kind, dim, KEY_GROUP), Codec(kind, dim)
+        keys, values = codecs(kind, dim)
         return replace(self, keys=TokenBuffer(2, codec=keys), values=TokenBuffer(2, codec=values))
 
     def settle(self, capacity: Callable[[], int | None]) -> LayerState:

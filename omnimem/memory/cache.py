@@ -270,7 +270,9 @@ class CompressedCache(Cache):
             return [(None, None)] * len(self.layers)
         with torch.no_grad() if self.gradient is None else nullcontext():
             scores = self.method.scores(layer.candidates() for layer in self.layers)
-            # Only scores may depend on keys and values, so decoded ones are not held for all layers.
+            if self.kv_dtype == "auto":
+                return list(scores)
+            # Decoded keys and values are there for the scores alone, so that they are not held for all layers.
             return [(replace(candidates, keys=None, values=None), score) for candidates, score in scores]
 
     def snapshot(self) -> CacheSnapshot:

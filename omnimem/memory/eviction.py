@@ -37,7 +37,8 @@ class Eviction(NamedTuple):
         retains beyond the budget.
     log : tuple or None
         Undo log: keys, values and features (None where there are none) of evicted tokens from before the step that are
-        not in the margin (features also of those in it: `Margin` holds only keys and values).
+        not in the margin (features also of those in it: `Margin` holds only keys and values). Encoded keys and values
+        are logged as bytes, those in the margin as well.
     """
 
     columns: Tensor

@@ -86,7 +86,8 @@ class Candidates:
     num_previous : int
         How many of the N tokens remained after the last compression; the others are new.
     values : Tensor or None
-        ``[R, G, N, D]``, if the method `reads_values`; for `SelectionMethod.scores` alone, as the keys.
+        ``[R, G, N, D]``, if the method `reads_values`. Where the cache encodes keys and values, both are there for
+        `SelectionMethod.scores` alone, not for `SelectionMethod.select`.
     keys : Tensor or None
         ``[R, G, N, D]`` post-RoPE, if the method `reads_keys`.
     metadata : TokenMetadata

@@ -20,6 +20,7 @@ from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache, SelectionGradient, attach
 from omnimem.memory.codec import Codec
+from omnimem.memory.offload_store import DiskStore
 from omnimem.memory.token_buffer import TokenBuffer
 from omnimem.selection import build_selection
 from oracles import batch_parts, kept, offline, profile, run, same, stream_parts, text_model, text_part
@@ -342,6 +343,15 @@ def test_a_question_after_the_text_before_the_media_has_its_gradient(model):
     _, expected = plain(model, reference("omnimem", {}, "int8"), parts[:1], (0,))
     _, found = taped(model, new_tape(model, new_cache("omnimem", {}, "int8")), parts[:1], (0,))
     assert_equal(found, expected)
+
+
+def test_records_on_disk_give_the_same_bits(model, tmp_path):
+    parts, results = streams(2), []
+    for store in (None, DiskStore(tmp_path)):
+        tape = new_tape(model, new_cache("omnimem", {}, "int4", SelectionGradient(margin=2)), store=store)
+        results.append([one for one in taped(model, tape, parts)[1] if one is not None])
+    assert results[0] and all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert not list(tmp_path.iterdir())
 
 
 @torch.no_grad()

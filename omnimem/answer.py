@@ -63,6 +63,7 @@ def answer_command(args: argparse.Namespace) -> None:
         "tokens": tokens,
         "mean_budget": session.profile.mean_budget,
         "method": session.method,
+        "kv_dtype": session.cache.kv_dtype,
         "watch_seconds": watched - started,
         "first_token_seconds": first_token,
     }
@@ -87,6 +88,7 @@ def open_session(args: argparse.Namespace) -> StreamingSession:
         settings={key: value for key, value in settings.items() if value is not None},
         mean_budget=args.mean_budget,
         ratio=args.ratio,
+        kv_dtype=args.kv_dtype,
         device=args.device or "auto",
         dtype=args.dtype or "auto",
         **options,

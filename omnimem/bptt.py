@@ -20,6 +20,8 @@ next step (`omnimem.memory.margin`).
 On the device are the cache, one step with its graph, and the gradient of the cache in float32, whatever the dtype of
 the model: sums over thousands of steps and questions lose small summands in bfloat16. For a model in bfloat16 that
 gradient takes twice the bytes of the cache's keys and values (with a selection gradient, of its features too).
+Where the cache encodes its keys and values (`omnimem.memory.codec`), a step is recomputed from decoded ones: the
+forward pass and the records are smaller, the backward pass is not.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from omnimem.generation import generate_text
 from omnimem.media import Chunk
 from omnimem.media.prefetch import prefetch
 from omnimem.memory import CompressedCache
+from omnimem.memory.codec import KvDtype
 from omnimem.selection import build_selection
 from omnimem.selection.heads_file import HEADS_FILE, load_heads
 from omnimem.selection.learned import Learned
@@ -83,6 +84,8 @@ class StreamingSession:
         Selection method, see `SELECTION_METHODS`.
     settings : StreamSettings
         How media are read.
+    kv_dtype : {"auto", "fp8", "int8", "int4"}
+        How stored keys and values are encoded, see `CompressedCache`.
     heads : path, optional
         Heads file (``selection.safetensors``) for ``method="learned"``.
     **options
@@ -100,6 +103,7 @@ class StreamingSession:
         profile: BudgetProfile,
         method: str = "omnimem",
         settings: StreamSettings | None = None,
+        kv_dtype: KvDtype = "auto",
         heads: str | Path | None = None,
         **options: Any,
     ) -> None:
@@ -115,7 +119,7 @@ class StreamingSession:
             expected = profile.selection_heads
             load_heads(Path(heads), selection, fingerprint, channels, expected, device=backbone.device, dtype=dtype)
         self.heads = heads
-        self.cache = CompressedCache(profile, selection)
+        self.cache = CompressedCache(profile, selection, kv_dtype=kv_dtype)
         self._stream = Stream(backbone, self.cache)
         self._encoder: StreamEncoder | None = None
 
@@ -131,6 +135,7 @@ class StreamingSession:
         device: torch.device | str = "auto",
         mean_budget: int | None = None,
         ratio: float | None = None,
+        kv_dtype: KvDtype | None = None,
         **options: Any,
     ) -> StreamingSession:
         """Load a checkpoint, a merged export or a training run.
@@ -151,6 +156,8 @@ class StreamingSession:
             See `load_backbone`.
         mean_budget, ratio : int, float, optional
             Use a uniform profile of this mean budget (8192) and visual to audio ratio (5) instead of the saved one.
+        kv_dtype : {"auto", "fp8", "int8", "int4"}, optional
+            How stored keys and values are encoded. Default: as recorded in the profile, else ``auto``.
         **options
             Hyper-parameters of the method that override those recorded in the profile.
 
@@ -183,8 +190,9 @@ class StreamingSession:
             options = {**recorded, **options}
         known = {field.name for field in fields(StreamSettings)}
         given = {**{k: v for k, v in profile.stream.items() if k in known}, **(settings or {})}
+        stored: KvDtype = kv_dtype or profile.stream.get("kv_dtype", "auto")
         heads = Path(adapter or path) / HEADS_FILE
-        return cls(backbone, profile, chosen, StreamSettings.for_backbone(backbone, **given), heads, **options)
+        return cls(backbone, profile, chosen, StreamSettings.for_backbone(backbone, **given), stored, heads, **options)
 
     @torch.no_grad()
     def watch(self, media: str | Path, **settings: Any) -> Iterator[StreamEvent]:

@@ -15,7 +15,7 @@ from train.export import export_run
 
 FIELDS = {
     "answer", "question", "media", "model", "chunk", "seconds", "duration", "new_tokens", "retained", "bytes",
-    "kv_bytes", "last", "tokens", "mean_budget", "method", "watch_seconds", "first_token_seconds",
+    "kv_bytes", "last", "tokens", "mean_budget", "method", "kv_dtype", "watch_seconds", "first_token_seconds",
 }  # fmt: skip
 FEW = ("--max-new-tokens", "6")
 

@@ -133,13 +133,13 @@ def test_answer_calls_its_worker(worker):
         "recent",
     ]
     argv += ["--variant", "release", "--profile", "p.json", "--max-new-tokens", "8", "--device", "cpu"]
-    argv += ["--dtype", "float32", "--allow-truncated"]
+    argv += ["--dtype", "float32", "--allow-truncated", "--kv-dtype", "int8"]
     assert main(argv) == 0
     plain, full = (dict(vars(args)) for args in calls)
     for args in (plain, full):
         del args["command"]
     assert plain == {
-        **dict.fromkeys(["at", "profile", "mean_budget", "ratio", "method", "variant", "device", "dtype"]),
+        **dict.fromkeys(["at", "profile", "mean_budget", "ratio", "method", "variant", "kv_dtype", "device", "dtype"]),
         **dict.fromkeys(["fps", "chunk_seconds", "max_seconds"]),
         **{"model": "tiny", "media": Path("clip.mp4"), "question": "Who?", "max_new_tokens": 256},
         **{"json": False, "audio": True, "allow_truncated": False, "debug": False},
@@ -153,6 +153,7 @@ def test_answer_calls_its_worker(worker):
             "ratio": 2.0,
             "method": "recent",
             "variant": "release",
+            "kv_dtype": "int8",
         },
         **{"fps": 0.5, "chunk_seconds": 4.0, "max_seconds": 60.0, "device": "cpu", "dtype": "float32"},
     }

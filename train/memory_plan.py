@@ -9,6 +9,7 @@ from torch import nn
 
 from omnimem.backbones import Backbone
 from omnimem.budget import BudgetProfile, ModelFingerprint
+from omnimem.memory.codec import codecs
 from omnimem.recipe import Recipe
 from omnimem.selection import SelectionMethod
 from train.setup import add_heads, add_lora, selection_method
@@ -44,7 +45,9 @@ class StepShape:
     itemsize : int
         Bytes of a number in the model's dtype.
     kv_bytes : int
-        Bytes of the key and value of a token in a layer.
+        Bytes of the key and value of a token in a layer, in the model's dtype.
+    stored_bytes : int
+        Bytes of them as they are stored (``memory.kv_dtype``).
     feature_bytes : int
         Bytes of the hidden state that the selection method stores with them; 0 without.
     differentiable_bytes : int
@@ -59,6 +62,7 @@ class StepShape:
     margin: int
     itemsize: int
     kv_bytes: int
+    stored_bytes: int
     feature_bytes: int
     differentiable_bytes: int
 
@@ -71,6 +75,9 @@ class StepShape:
         model = ModelFingerprint.of(backbone.config)
         itemsize = backbone.model.dtype.itemsize
         kv_bytes = 2 * model.kv_heads * model.head_dim * itemsize
+        stored_bytes = kv_bytes
+        if recipe.memory.kv_dtype != "auto":
+            stored_bytes = model.kv_heads * sum(one.nbytes for one in codecs(recipe.memory.kv_dtype, model.head_dim))
         feature_bytes = text.hidden_size * itemsize if method.stores_features else 0
         differentiable = recipe.selection.gradient != "none"
         media = longest.largest_chunk
@@ -83,6 +90,7 @@ class StepShape:
             margin=min(recipe.gate.margin or media, media) if differentiable else 0,
             itemsize=itemsize,
             kv_bytes=kv_bytes,
+            stored_bytes=stored_bytes,
             feature_bytes=feature_bytes,
             differentiable_bytes=kv_bytes + (feature_bytes if differentiable else 0),
         )
@@ -98,7 +106,7 @@ def memory_plan(
     return {
         "weights": weight_bytes(recipe, backbone),
         "adapter, gradients, optimizer": adapter_bytes(recipe, backbone),
-        RETAINED_PART: shape.batch * shape.retained * (shape.kv_bytes + shape.feature_bytes),
+        RETAINED_PART: shape.batch * shape.retained * (shape.stored_bytes + shape.feature_bytes),
         "backward: restored cache, its gradient": restored_bytes(recipe, shape, longest),
         "evicted tokens with gates (margin)": shape.batch * shape.layers * shape.margin * shape.kv_bytes,
         "activations of a chunk": activation_bytes(backbone, shape),
@@ -168,4 +176,4 @@ def evicted_bytes(recipe: Recipe, backbone: Backbone, shape: StepShape) -> int:
     inputs = shape.stream * (1 + deepstack_layers) * text.hidden_size * shape.itemsize
     if recipe.lora.modules_to_save:
         inputs = 0
-    return shape.batch * (evicted * (shape.kv_bytes + shape.feature_bytes) + inputs)
+    return shape.batch * (evicted * (shape.stored_bytes + shape.feature_bytes) + inputs)

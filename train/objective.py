@@ -19,6 +19,7 @@ from omnimem.bptt import ChunkwiseBPTT, Truncation
 from omnimem.budget import BudgetProfile
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache, SelectionGradient
+from omnimem.memory.codec import KvDtype
 from omnimem.memory.offload_store import Store
 from omnimem.modality import EVICTABLE
 from omnimem.recipe import DistillConfig
@@ -105,6 +106,8 @@ class StreamObjective:
         Chunks of each clip that a thread decodes in advance.
     teacher_cache : TeacherCache, optional
         Logits of the teacher on disk.
+    kv_dtype : {"auto", "fp8", "int8", "int4"}
+        How the student's cache stores keys and values; the teacher's cache is never quantised.
     """
 
     def __init__(
@@ -122,11 +125,13 @@ class StreamObjective:
         train_encoders: bool = False,
         prefetch_chunks: int = 0,
         teacher_cache: TeacherCache | None = None,
+        kv_dtype: KvDtype = "auto",
     ) -> None:
         self.model = model
         self._backbone, self._profile, self._method, self._settings = backbone, profile, method, settings
         self._skip_damaged, self._store, self._truncation = skip_damaged, store, truncation
         self._prefetch_chunks, self._teacher_cache = prefetch_chunks, teacher_cache
+        self._kv_dtype: KvDtype = kv_dtype
         self._distill = distill if distill is not None and distill.weight > 0 else None
         self._strategy, self._train_encoders = strategy or ParallelStrategy(), train_encoders
         self._loss_dtype = torch.promote_types(backbone.model.dtype, torch.float32)
@@ -151,7 +156,7 @@ class StreamObjective:
         """
         training: bool = self.model.training
         strategy = self._strategy
-        cache = CompressedCache(profile or self._profile, self._method, gradient)
+        cache = CompressedCache(profile or self._profile, self._method, gradient, self._kv_dtype)
         bptt = ChunkwiseBPTT(
             Stream(self._backbone, cache),
             self._store,

@@ -81,8 +81,8 @@ def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
     _check_finish_clip(recipe)
     profile = budget_profile(recipe, skeleton, method, settings)
     _check_truncation(recipe, len(profile.layers))
-    # Raises if the method has no differentiable score for `selection.gradient`.
-    CompressedCache(profile, method, selection_gradient(recipe, 0.0))
+    # Raises if the method has no differentiable score for `selection.gradient`, or needs what `kv_dtype` cannot give.
+    CompressedCache(profile, method, selection_gradient(recipe, 0.0), recipe.memory.kv_dtype)
     for mean in (recipe.memory.start_budget, *(recipe.memory.random_budget or ())):
         if mean is not None:
             with_mean(profile, mean)  # raises if the mean is too small for the floors
@@ -277,6 +277,7 @@ def build_objective(
         train_encoders=bool(recipe.lora.modules_to_save),
         prefetch_chunks=recipe.data.prefetch_chunks,
         teacher_cache=TeacherCache.of(recipe, output_dir) if recipe.distill.cache_dir else None,
+        kv_dtype=recipe.memory.kv_dtype,
     )
 
 
@@ -309,5 +310,5 @@ def budget_profile(
         model=ModelFingerprint.of(backbone.config),
         model_id=recipe.model.name_or_path,
         selection={"method": recipe.selection.method, **method.recorded()},
-        stream=settings.recorded(),
+        stream={**settings.recorded(), "kv_dtype": memory.kv_dtype},
     )

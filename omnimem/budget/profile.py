@@ -87,7 +87,8 @@ class BudgetProfile:
     selection : dict
         Selection method (``method``) and its hyper-parameters, as used in training or calibration.
     stream : dict
-        How media were read: frame rate, chunk length, resolution (`omnimem.stream_settings.StreamSettings`).
+        How media were read: frame rate, chunk length, resolution (`omnimem.stream_settings.StreamSettings`); and how
+        keys and values were stored (``kv_dtype``).
     statistics : dict
         Calibration statistics (entropy, redundancy, counts); empty for given or uniform budgets.
     calibration_set : str

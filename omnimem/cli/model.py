@@ -83,6 +83,9 @@ def _add_answer(commands: Any, shared: argparse.ArgumentParser) -> None:
     memory.add_argument("--ratio", type=above_zero, metavar="R", help="visual tokens per audio token")
     memory.add_argument("--method", metavar="M", help="selection method")
     memory.add_argument("--variant", choices=("paper", "release"), help="variant of the method omnimem")
+    memory.add_argument(
+        "--kv-dtype", choices=("auto", "fp8", "int8", "int4"), help="stored keys and values; auto: dtype of the model"
+    )
 
     reading = answer.add_argument_group("reading the clip", "default: as the checkpoint was trained")
     add_reading_arguments(reading)

@@ -78,6 +78,7 @@ def compare_command(args: argparse.Namespace, rows: Sequence[Row], digest: str, 
         "stream": asdict(session.settings),
         "max_new_tokens": args.max_new_tokens,
         "dtype": str(backbone.model.dtype).removeprefix("torch."),
+        "kv_dtype": session.cache.kv_dtype,
         "device": device_name(backbone.device),
     }
     warned: set[str] = set()
@@ -121,7 +122,8 @@ def _cell(
     key = {**common, "method": name, "options": method.recorded(), "layers": budget}
 
     def compute() -> dict[str, Any]:
-        fresh = StreamingSession(session.backbone, profile, name, session.settings, session.heads, **options)
+        kv_dtype, heads = session.cache.kv_dtype, session.heads
+        fresh = StreamingSession(session.backbone, profile, name, session.settings, kv_dtype, heads, **options)
         return answer_questions(fresh, rows, common["max_new_tokens"], warned)
 
     written = [name] + [f"{k}={v:g}" for k, v in labels.items() if k != "method" and v is not None]

@@ -49,7 +49,7 @@ def compressed_attention(
     query : Tensor
         Post-RoPE queries ``[B, H, Q, D]``.
     key, value : Tensor
-        ``[B, G, K, D]``: those of the layer, the new ones at the end.
+        ``[B, G, K, D]``: those of the layer, the new ones at the end, or what `CompressedLayer.attention_parts` takes.
 
     Returns
     -------
@@ -69,24 +69,40 @@ def compressed_attention(
         )
     assert cache_layer.step is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    valid, spec = cache_layer.step.valid, cache_layer.observed_scores
-    query, key = soft_attention_inputs(cache_layer.state, query, key, scale)
-    if cache_layer.probe is not None:
-        cache_layer.observe_probe(probe_attention(query, key, valid, scale, cache_layer.probe.softmax_over))
-    if spec is None:
-        output = lower_right_attention(query, key, value, valid, scale, dropout)
-    elif spec.kind != "concat" and dropout == 0:
-        output, scores = attention_with_scores(
-            query, key, value, valid, scale, spec.stride, spec.window, fused=not cache_layer.learns_attention
-        )
-        cache_layer.observe_attention(scores if spec.kind == "kv_heads" else scores.mean(1))
-    else:
-        output = lower_right_attention(query, key, value, valid, scale, dropout)
-        scores = attention_scores(query, key, valid, scale, spec.kind, stride=spec.stride, window=spec.window)
-        cache_layer.observe_attention(scores)
-    if cache_layer.margin is not None and torch.is_grad_enabled():
-        output = cache_layer.margin.attach_gradient(output, query, key, valid, scale)
-    return output.transpose(1, 2).contiguous(), None
+    valid, spec, probe = cache_layer.step.valid, cache_layer.observed_scores, cache_layer.probe
+    outputs, scores, probe_scores = [], [], []
+    # Dropout draws its random numbers for all heads together, as the recomputation under autograd does.
+    for queries, keys, values in cache_layer.attention_parts(query, key, value, at_once=dropout > 0):
+        queries, keys = soft_attention_inputs(cache_layer.state, queries, keys, scale)
+        if probe is not None:
+            probe_scores.append(probe_attention(queries, keys, valid, scale, probe.softmax_over))
+        if spec is not None and spec.kind != "concat" and dropout == 0:
+            output, found = attention_with_scores(
+                queries, keys, values, valid, scale, spec.stride, spec.window, fused=not cache_layer.learns_attention
+            )
+            scores.append(found if spec.kind == "kv_heads" else found.mean(1))
+        else:
+            output = lower_right_attention(queries, keys, values, valid, scale, dropout)
+            if spec is not None:
+                scores.append(attention_scores(queries, keys, valid, scale, spec.kind, spec.stride, spec.window))
+        if cache_layer.margin is not None and torch.is_grad_enabled():
+            output = cache_layer.margin.attach_gradient(output, queries, keys, valid, scale)
+        outputs.append(output)
+    if probe is not None:
+        cache_layer.observe_probe(_mean(probe_scores))
+    if spec is not None:
+        cache_layer.observe_attention(_joined(scores) if spec.kind == "kv_heads" else _mean(scores))
+    return _joined(outputs).transpose(1, 2).contiguous(), None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The heads of all parts."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _mean(parts: list[Tensor]) -> Tensor:
+    """Mean over heads; all parts have equally many."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
 
 
 AttentionInterface.register(ATTENTION_NAME, compressed_attention)
@@ -178,9 +194,10 @@ def _layer_input_hook(index: int) -> Any:
             # In lockstep a gradient of zero is passed on, so that the layers below are differentiated all the same.
             hidden = given.detach() + (given - given.detach()) * 0 if cache.lockstep else given.detach()
         memory.observe_hidden(hidden)
-        if cache.lockstep and memory.step.features is not None and memory.step.features.requires_grad:
+        features = None if memory.step is None else memory.step.features
+        if cache.lockstep and features is not None and features.requires_grad:
             # So that weights the features depend on are gathered in the backward pass of every process alike.
-            hidden = hidden + (memory.step.features.sum() * 0).to(hidden.dtype)
+            hidden = hidden + (features.sum() * 0).to(hidden.dtype)
         if memory.probe_embeds is not None:
             # A probe that does not propagate: every layer is given the embeddings themselves.
             hidden = memory.probe_embeds

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from transformers.cache_utils import Cache
 from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.memory import undo
+from omnimem.memory.codec import KvDtype
 from omnimem.memory.compact_position_ids import CompactPositionIds
 from omnimem.memory.eviction import Eviction
 from omnimem.memory.layer import CompressedLayer, LayerSnapshot
@@ -59,6 +61,9 @@ class CompressedCache(Cache):
         Decides which tokens are retained.
     gradient : SelectionGradient, optional
         Under autograd, how gradients reach the selection; unused without autograd.
+    kv_dtype : {"auto", "fp8", "int8", "int4"}
+        How stored keys and values are encoded (`omnimem.memory.codec`); ``auto``: not at all. The tokens of a forward
+        pass attend to each other unrounded and are encoded when they are compressed or the next pass begins.
 
     Attributes
     ----------
@@ -73,23 +78,32 @@ class CompressedCache(Cache):
     Raises
     ------
     OmniMemError
-        No gradient can reach the selection of this method with these settings.
+        No gradient can reach the selection of this method with these settings, or `kv_dtype` is unknown or cannot be
+        combined with the method.
     """
 
     layers: list[CompressedLayer]
 
     def __init__(
-        self, profile: BudgetProfile, method: SelectionMethod, gradient: SelectionGradient | None = None
+        self,
+        profile: BudgetProfile,
+        method: SelectionMethod,
+        gradient: SelectionGradient | None = None,
+        kv_dtype: KvDtype = "auto",
     ) -> None:
         if gradient is not None:
             _check_gradient(gradient, method)
+        _check_kv_dtype(kv_dtype, method)
         count = len(profile.layers)
         super().__init__(
-            layers=[CompressedLayer(i, count, budget, method, gradient) for i, budget in enumerate(profile.layers)]
+            layers=[
+                CompressedLayer(i, count, budget, method, gradient, kv_dtype) for i, budget in enumerate(profile.layers)
+            ]
         )
         self.profile = profile
         self.method = method
         self.gradient = gradient
+        self.kv_dtype: KvDtype = kv_dtype
         self.spatial_ids_advance = False
         self._start()
 
@@ -230,6 +244,8 @@ class CompressedCache(Cache):
             raise RuntimeError("compress() inside scratch(): a question must not change the cache")
         for layer in self.layers:
             layer.pad_scores()
+            if layer.step is not None:
+                layer.settle(len(layer.step.new))
         learning = self.gradient is not None
         scored = self._scored() if replay is None or learning else [(None, None)] * len(self.layers)
         evictions = replay or [
@@ -253,7 +269,11 @@ class CompressedCache(Cache):
         if not any(layer.over_budget for layer in self.layers):
             return [(None, None)] * len(self.layers)
         with torch.no_grad() if self.gradient is None else nullcontext():
-            return list(self.method.scores(layer.candidates() for layer in self.layers))
+            scores = self.method.scores(layer.candidates() for layer in self.layers)
+            if self.kv_dtype == "auto":
+                return list(scores)
+            # Decoded keys and values are there for the scores alone, so that they are not held for all layers.
+            return [(replace(candidates, keys=None, values=None), score) for candidates, score in scores]
 
     def snapshot(self) -> CacheSnapshot:
         """What `restore` takes; valid until the next in-place compression."""
@@ -410,6 +430,17 @@ def _check_gradient(gradient: SelectionGradient, method: SelectionMethod) -> Non
         raise OmniMemError(
             "gate.through_attention: the gradient goes through the attention scores, which needs selection.lambda "
             "above 0 and selection.attention_scores=heads"
+        )
+
+
+def _check_kv_dtype(kv_dtype: KvDtype, method: SelectionMethod) -> None:
+    if kv_dtype not in get_args(KvDtype):
+        raise OmniMemError(f"unknown kv_dtype {kv_dtype!r} (known: {', '.join(get_args(KvDtype))})")
+    spec = method.attention_scores
+    if kv_dtype != "auto" and spec is not None and spec.kind == "concat":
+        raise OmniMemError(
+            f"attention_scores=concat needs the keys of all heads at once, which kv_dtype={kv_dtype} does not decode: "
+            "use attention_scores=heads or kv_dtype=auto"
         )
 
 

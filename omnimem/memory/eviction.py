@@ -37,7 +37,8 @@ class Eviction(NamedTuple):
         retains beyond the budget.
     log : tuple or None
         Undo log: keys, values and features (None where there are none) of evicted tokens from before the step that are
-        not in the margin (features also of those in it: `Margin` holds only keys and values).
+        not in the margin (features also of those in it: `Margin` holds only keys and values). Encoded keys and values
+        are logged as bytes, those in the margin as well.
     """
 
     columns: Tensor
@@ -101,7 +102,7 @@ def apply(state: LayerState, eviction: Eviction, budget: LayerBudget | None, rot
     Parameters
     ----------
     state : LayerState
-        Before the eviction; at inference its buffers are overwritten.
+        Before the eviction, settled; at inference its buffers are overwritten.
     eviction : Eviction
         What is retained.
     budget : LayerBudget or None
@@ -117,7 +118,7 @@ def apply(state: LayerState, eviction: Eviction, budget: LayerBudget | None, rot
     if eviction.merged is not None and merged is not None:
         metadata = metadata.append(eviction.merged.metadata)
         for name, states in zip(("keys", "values"), merged, strict=True):
-            buffers[name] = buffers[name].append(states, lambda: None)
+            buffers[name] = buffers[name].append(states, lambda: None).settle(lambda: None)
     counts = state.token_counts
     if bias is not None:  # the soft gradient retains tokens beyond the budget
         counts = tuple(count_tokens(metadata.modality, metadata.valid))
@@ -137,13 +138,13 @@ def apply(state: LayerState, eviction: Eviction, budget: LayerBudget | None, rot
 def merge_states(state: LayerState, merged: MergedTokens, rotation: KeyRotation) -> tuple[Tensor, Tensor]:
     """Keys and values ``[R, G, S, D]`` of merged tokens: weighted means, of keys without their rotation."""
     assert state.metadata is not None
-    keys = rotation.unrotated(state.keys.tensor, state.metadata.position_ids)
+    keys = rotation.unrotated(state.keys.states, state.metadata.position_ids)
     # Target -1 (merged nowhere) is counted as one more slot, which is then dropped.
     slots = torch.nn.functional.one_hot(merged.into + 1, merged.metadata.index.shape[1] + 1)[..., 1:]
     weights = (slots * merged.weight[..., None])[:, None].to(torch.promote_types(keys.dtype, torch.float32))
     keys, values = (
         (weights.transpose(-1, -2) @ states.to(weights.dtype)).to(states.dtype)
-        for states in (keys, state.values.tensor)
+        for states in (keys, state.values.states)
     )
     return rotation.stored(keys, merged.metadata.position_ids), values
 

@@ -11,6 +11,7 @@ sees R = samples × heads rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -22,11 +23,13 @@ from transformers.cache_utils import CacheLayerMixin
 from omnimem.budget import LayerBudget
 from omnimem.memory import eviction as evictions
 from omnimem.memory import undo
+from omnimem.memory.codec import KvDtype
 from omnimem.memory.eviction import Eviction
 from omnimem.memory.margin import Margin
 from omnimem.memory.rotary import KeyRotation, Rotary
 from omnimem.memory.selection_gradient import SelectionGradient, attach_selection_gradient
 from omnimem.memory.state import LayerState, Step
+from omnimem.memory.token_buffer import TokenBuffer
 from omnimem.modality import KINDS
 from omnimem.selection.base import Arrival, AttentionScoreSpec, Candidates, Probe, SelectionMethod
 from omnimem.token_metadata import TokenMetadata
@@ -47,6 +50,8 @@ class CompressedLayer(CacheLayerMixin):
         Scores the candidates and declares what it observes.
     gradient : SelectionGradient, optional
         Under autograd, how gradients reach the selection.
+    kv_dtype : KvDtype
+        How stored keys and values are encoded.
 
     Attributes
     ----------
@@ -71,18 +76,20 @@ class CompressedLayer(CacheLayerMixin):
         budget: LayerBudget,
         method: SelectionMethod,
         gradient: SelectionGradient | None = None,
+        kv_dtype: KvDtype = "auto",
     ) -> None:
         # Not super().__init__(): it would assign `keys` and `values`, which are properties here.
         self.index, self.num_layers = index, layers
         self.budget = budget
         self.method = method
         self.gradient = gradient
+        self.kv_dtype: KvDtype = kv_dtype
         self.rotary: Rotary | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forget everything, buffers included."""
-        self.state = LayerState()
+        self.state = LayerState(features=TokenBuffer(1, codec=self.method.feature_codec))
         self.step: Step | None = None
         self.is_initialized = False
         self.probe: Probe | None = None
@@ -93,7 +100,7 @@ class CompressedLayer(CacheLayerMixin):
     # ---- one forward pass -------------------------------------------------------------------------------
 
     def begin(self, new: TokenMetadata, counts: list[dict[str, int]], ragged: bool, observe: bool) -> None:
-        """Announce the tokens of the coming forward pass.
+        """Announce the tokens of the coming forward pass; those of the last one are settled.
 
         Parameters
         ----------
@@ -110,6 +117,7 @@ class CompressedLayer(CacheLayerMixin):
         before = self.state.token_counts or [dict.fromkeys(KINDS, 0)] * len(counts)
         total = tuple({name: a[name] + b[name] for name in KINDS} for a, b in zip(before, counts, strict=True))
         self.state = replace(self.state, token_counts=total)
+        self.settle(len(new))
         valid = active = None
         if ragged:
             active, valid = new.valid.any(1, keepdim=True), new.valid
@@ -161,7 +169,10 @@ class CompressedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append the states ``[B, G, T, D]`` of the announced tokens and return all ``[B, G, N + T, D]``, post-RoPE."""
+        """Append the states ``[B, G, T, D]`` of the announced tokens and return all ``[B, G, N + T, D]``, post-RoPE.
+
+        Where states are encoded, only the new ones are returned: see `attention_parts`.
+        """
         if self.step is None or self.step.appended:
             raise RuntimeError(
                 "a CompressedCache needs its hooks: call omnimem.memory.attach(language_model) before using it"
@@ -169,24 +180,71 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         heads, length = key_states.shape[1:3]
-        new = self.step.new
+        new, given = self.step.new, (key_states, value_states)
+        if self.kv_dtype != "auto" and self.state.keys.codec is None:
+            self.state = self.state.with_codecs(self.kv_dtype, key_states.shape[-1])
         if self.method.per_head:
             new = new.repeat(heads)
             key_states, value_states = key_states.flatten(0, 1)[:, None], value_states.flatten(0, 1)[:, None]
 
-        def capacity() -> int | None:
-            """Tokens there can ever be after a step of this length; None without a budget."""
-            if self.method.keeps_everything:
-                return None
-            return self.budget.total + max(sample["text"] for sample in self.token_counts) + length
-
         key_states = self.rotation.to_stored(key_states, new.position_ids)
-        self.state = self.state.append(new, key_states, value_states, self.step.features, capacity)
+        self.state = self.state.append(
+            new, key_states, value_states, self.step.features, lambda: self._capacity(length)
+        )
         self.step.appended = True
+        if self.kv_dtype != "auto":
+            return given
         keys, values = self.rotated_keys(), self.values
         if self.method.per_head:
             return keys[:, 0].unflatten(0, (-1, heads)), values[:, 0].unflatten(0, (-1, heads))
         return keys, values
+
+    def attention_parts(
+        self, query: Tensor, key: Tensor, value: Tensor, at_once: bool
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Queries of some heads, and the keys and values they attend to, until all heads have been yielded.
+
+        One part, unless stored states are encoded: then, without autograd, one for every key-value head, so that no
+        more than one head is decoded at a time.
+
+        Parameters
+        ----------
+        query : Tensor
+            ``[B, H, T, D]``.
+        key, value : Tensor
+            What `update` returned.
+        at_once : bool
+            Whether all heads have to be in one part.
+
+        Yields
+        ------
+        tuple of Tensor
+            Queries ``[B, H', T, D]``, post-RoPE keys and values ``[B, G', N + T, D]``.
+        """
+        if self.kv_dtype == "auto":
+            yield query, key, value
+            return
+        groups, state = key.shape[1], self.state
+        size = 1 if state.keys.encoded and not at_once and not torch.is_grad_enabled() else groups
+        for start in range(0, groups, size):
+            rows, heads = slice(None), slice(start, start + size)
+            if self.method.per_head:
+                rows, heads = slice(start, None, groups // size), slice(None)
+            keys = self.rotation.post_rope(state.keys.states_of(rows, heads), self.metadata.position_ids[rows])
+            values = state.values.states_of(rows, heads)
+            if self.method.per_head:
+                keys, values = (states[:, 0].unflatten(0, (-1, size)) for states in (keys, values))
+            yield query.unflatten(1, (groups, -1))[:, start : start + size].flatten(1, 2), keys, values
+
+    def settle(self, new_tokens: int) -> None:
+        """Encode the stored tokens that are not yet encoded; `new_tokens` is the length of the running step."""
+        self.state = self.state.settle(lambda: self._capacity(new_tokens))
+
+    def _capacity(self, new_tokens: int) -> int | None:
+        """Tokens there can ever be after a step of this length; None without a budget."""
+        if self.method.keeps_everything:
+            return None
+        return self.budget.total + max(sample["text"] for sample in self.token_counts) + new_tokens
 
     # ---- compression ------------------------------------------------------------------------------------
 
@@ -212,9 +270,10 @@ class CompressedLayer(CacheLayerMixin):
 
     def candidates(self) -> Candidates:
         """What the selection method may look at; without a gradient into the selection, tensors have no graph."""
-        values, keys = self.values, self.rotated_keys() if self.method.reads_keys else None
+        values = self.values if self.method.reads_values else None
+        keys = self.rotated_keys() if self.method.reads_keys else None
         if not self.learning:
-            values, keys = values.detach(), None if keys is None else keys.detach()
+            values, keys = (None if states is None else states.detach() for states in (values, keys))
         return Candidates(
             layer=self.index,
             num_layers=self.num_layers,
@@ -268,18 +327,18 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Any:
-        """``[R, G, N, D]`` as stored: without rotation where `rotation` says so."""
-        return self.state.keys.tensor
+        """``[R, G, N, D]`` as stored, decoded: without rotation where `rotation` says so."""
+        return self.state.keys.states
 
     @property
     def values(self) -> Any:
-        """``[R, G, N, D]``."""
-        return self.state.values.tensor
+        """``[R, G, N, D]``, decoded."""
+        return self.state.values.states
 
     @property
     def features(self) -> Tensor | None:
         """``[R, N, F]``."""
-        return self.state.features.tensor
+        return self.state.features.states
 
     @property
     def metadata(self) -> Any:

@@ -170,11 +170,9 @@ def _margin_of(
     state: LayerState, gate: Tensor, columns: Tensor, gradient: SelectionGradient, rotation: KeyRotation
 ) -> Margin:
     assert state.metadata is not None
-    post_rope = rotation.post_rope(state.keys.tensor, state.metadata.position_ids)
-    keys, values = (
-        states.detach().gather(2, columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
-        for states in (post_rope, state.values.tensor)
-    )
+    position_ids = state.metadata.position_ids.gather(1, columns[..., None].expand(-1, -1, 3))
+    keys = rotation.post_rope(state.keys.states_at(columns).detach(), position_ids)
+    values = state.values.states_at(columns).detach()
     return Margin(keys, values, gate.gather(1, columns), gradient.gradient_scale)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from omnimem.memory.codec import EncodedDtype, codecs
 from omnimem.memory.margin import Margin
 from omnimem.memory.token_buffer import TokenBuffer
 from omnimem.token_metadata import TokenMetadata
@@ -28,7 +29,8 @@ class LayerState:
     Attributes
     ----------
     keys, values : TokenBuffer
-        ``[R, G, N, D]``; keys without rotation under the position id policy ``compact``, else post-RoPE.
+        ``[R, G, N, D]``, or their bytes; keys without rotation under the position id policy ``compact``, else
+        post-RoPE.
     features : TokenBuffer
         ``[R, N, F]`` what the selection method stores of the layer's input hidden states, if anything.
     metadata : TokenMetadata or None
@@ -75,6 +77,15 @@ class LayerState:
             metadata=new if self.metadata is None else self.metadata.append(new),
         )
 
+    def with_codecs(self, kind: EncodedDtype, dim: int) -> LayerState:
+        """The same state without tokens, whose keys and values of `dim` channels will be encoded."""
+        keys, values = codecs(kind, dim)
+        return replace(self, keys=TokenBuffer(2, codec=keys), values=TokenBuffer(2, codec=values))
+
+    def settle(self, capacity: Callable[[], int | None]) -> LayerState:
+        """Encode what is not yet encoded; see `TokenBuffer.settle`."""
+        return replace(self, **{name: getattr(self, name).settle(capacity) for name in BUFFERS})
+
     def padded_scores(self) -> Tensor | None:
         """Attention scores ``[R, N]`` of all stored tokens, 0 for tokens of unobserved steps."""
         return None if self.attention_scores is None else _pad(self.attention_scores, len(self))
@@ -97,7 +108,7 @@ class LayerState:
     @property
     def kv_nbytes(self) -> int:
         """Bytes of the keys and values of stored tokens alone."""
-        return sum(one.tensor.nbytes for one in (self.keys, self.values) if one.tensor is not None)
+        return self.keys.stored_nbytes + self.values.stored_nbytes
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Undo a step of a layer, and carry the gradient of its tokens over the step.
 
 The undo log stores only what is found nowhere else: a token stored before a step is afterwards in the state
-(retained), in the margin (evicted, but still used by the next step; keys and values only) or in the log.
+(retained), in the margin (evicted, but still used by the next step; keys and values only) or in the log. Where keys and
+values are encoded, the log holds their bytes, and the margin, which holds decoded states, restores nothing.
 
 A step does not change a token it retains. Its gradient before the step is its gradient after the step plus
 what the step adds to it. The first part bypasses autograd, in the dtype in which gradients are summed.
@@ -25,7 +26,7 @@ LayerGradients = dict[str, Tensor]
 
 
 def differentiable_state(state: LayerState, selection: bool, scores: bool) -> dict[str, Tensor]:
-    """Tensors of a state through which gradients flow from step to step.
+    """Tensors of a state through which gradients flow from step to step; keys and values as floats, settled.
 
     Parameters
     ----------
@@ -36,9 +37,9 @@ def differentiable_state(state: LayerState, selection: bool, scores: bool) -> di
     scores : bool
         Whether it also goes through the attention scores.
     """
-    found = {"keys": state.keys.tensor, "values": state.values.tensor}
+    found = {"keys": state.keys.settled_states, "values": state.values.settled_states}
     if selection:
-        found["features"] = state.features.tensor
+        found["features"] = state.features.settled_states
         found["gates"] = None if state.margin is None else state.margin.gates
         found["bias"] = state.bias
     if scores:
@@ -51,7 +52,7 @@ def with_tensors(state: LayerState, tensors: dict[str, Tensor]) -> LayerState:
     changes: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if name in BUFFERS:
-            changes[name] = TokenBuffer(getattr(state, name).dim, tensor)
+            changes[name] = getattr(state, name).holding(tensor)
         elif name == "gates":
             assert state.margin is not None
             changes["margin"] = state.margin._replace(gates=tensor)
@@ -123,7 +124,8 @@ def step_outputs(
         old = (sources >= 0) & (sources < start)
         # Old tokens come first; where one row has more of them than another, their gradient is set to 0.
         first_new = int(old.sum(1).min())
-        yield buffer.tail(first_new), buffer.masked_tail(gradient, first_new, old)
+        output = buffer.since(first_new)
+        yield output, buffer.masked_since(gradient, first_new, old).to(output.dtype)
 
 
 def carried_gradients(
@@ -145,9 +147,9 @@ def _restored(state: LayerState, eviction: Eviction | None, name: str, start: in
     """One buffer with the `start` tokens from before the step."""
     buffer: TokenBuffer = getattr(state, name)
     if buffer.tensor is None:
-        return buffer
-    if eviction is None:
-        return TokenBuffer(buffer.dim, buffer.tensor.narrow(buffer.dim, 0, start))
+        return buffer.empty
+    if eviction is None:  # the tokens of the step may still be in the tail
+        return buffer.holding(buffer.tensor.narrow(buffer.dim, 0, start))
     assert eviction.log is not None
     logged: Any = eviction.log[BUFFERS.index(name)]
     available, retained = _available(state, eviction, name), eviction.columns.shape[1]
@@ -157,12 +159,13 @@ def _restored(state: LayerState, eviction: Eviction | None, name: str, start: in
     # Without merged tokens, which follow the retained ones.
     parts = [buffer.tensor.narrow(buffer.dim, 0, retained), *margin, logged]
     columns = torch.where(missing, count + missing.cumsum(1) - 1, position)
-    return TokenBuffer(buffer.dim, TokenBuffer(buffer.dim, torch.cat(parts, buffer.dim)).read(columns))
+    return buffer.holding(buffer.holding(torch.cat(parts, buffer.dim)).read(columns))
 
 
 def _available(state: LayerState, eviction: Eviction, name: str) -> Tensor:
     """Columns ``[R, A]`` before the compression that are still held after it: in the state, then in the margin."""
-    if state.margin is None or eviction.margin is None or name == "features":
+    encoded = getattr(state, name).codec is not None
+    if state.margin is None or eviction.margin is None or name == "features" or encoded:
         return eviction.retained
     return torch.cat((eviction.retained, eviction.margin), dim=1)
 

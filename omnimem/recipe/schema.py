@@ -63,6 +63,8 @@ class MemoryConfig:
     start_budget: int | None = None  # curriculum: mean budget of the first step, lowered to mean_budget; null: off
     curriculum_ratio: float = 0.5  # share of the steps over which the curriculum lowers the budget
     random_budget: list[int] | None = None  # [min, max]: draw a new mean budget every step; null: off
+    # stored keys and values: in model.dtype, or encoded in 8 or 4 bits (omnimem/memory/README.md)
+    kv_dtype: Literal["auto", "fp8", "int8", "int4"] = "auto"
 
 
 @dataclass

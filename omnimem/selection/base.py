@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from omnimem.budget import LayerBudget
+from omnimem.selection.feature_codec import FeatureCodec
 from omnimem.selection.topk import keep_mask
 from omnimem.token_metadata import TokenMetadata
 
@@ -110,8 +111,9 @@ class Candidates:
         Visual and audio tokens to retain.
     num_previous : int
         How many of the N tokens remained after the last compression; the others are new.
-    values : Tensor
-        ``[R, G, N, D]``.
+    values : Tensor or None
+        ``[R, G, N, D]``, if the method `reads_values`. Where the cache encodes keys and values, both are there for
+        `SelectionMethod.scores` alone, not for `SelectionMethod.select`.
     keys : Tensor or None
         ``[R, G, N, D]`` post-RoPE, if the method `reads_keys`.
     metadata : TokenMetadata
@@ -128,7 +130,7 @@ class Candidates:
     num_layers: int
     budget: LayerBudget
     num_previous: int
-    values: Tensor
+    values: Tensor | None
     keys: Tensor | None
     metadata: TokenMetadata
     attention_scores: Tensor | None
@@ -167,8 +169,10 @@ class SelectionMethod(ABC):
         Texts whose attention to the stored tokens the method needs.
     stores_features : bool
         Whether `features` of every token are stored.
-    reads_keys : bool
-        Whether the method needs post-RoPE keys.
+    reads_keys, reads_values : bool
+        Whether the method needs post-RoPE keys, and values; stored ones may have to be decoded for it.
+    feature_codec : FeatureCodec or None
+        How features are stored; None: as `features` returns them.
     per_head : bool
         Whether every key-value head retains its own tokens; such a method stores no features.
     keeps_everything : bool
@@ -182,7 +186,9 @@ class SelectionMethod(ABC):
     attention_scores: AttentionScoreSpec | None = None
     probes: tuple[Probe, ...] = ()
     stores_features: bool = False
+    feature_codec: FeatureCodec | None = None
     reads_keys: bool = False
+    reads_values: bool = False
     per_head: ClassVar[bool] = False
     keeps_everything: ClassVar[bool] = False
     position_ids: PositionIdPolicy = "original"

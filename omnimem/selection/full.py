@@ -15,4 +15,4 @@ class Full(SelectionMethod):
 
     def score(self, candidates: Candidates) -> Tensor:
         """Zero for all."""
-        return torch.zeros(candidates.metadata.index.shape, device=candidates.values.device)
+        return torch.zeros(candidates.metadata.index.shape, device=candidates.metadata.index.device)

@@ -37,7 +37,7 @@ class InfiniPotV(SelectionMethod):
     """
 
     per_head = True
-    reads_keys = True
+    reads_keys = reads_values = True
 
     def __init__(self, share: float = 0.5, recent: float = 0.25) -> None:
         for name, value in (("share", share), ("recent", recent)):
@@ -47,7 +47,7 @@ class InfiniPotV(SelectionMethod):
 
     def score(self, candidates: Candidates) -> Tensor:
         """Norm of the value; infinite for tokens retained by TaR."""
-        assert candidates.keys is not None
+        assert candidates.keys is not None and candidates.values is not None
         table, values = candidates.metadata, candidates.values[:, 0]
         keys = F.normalize(candidates.keys[:, 0].to(compute_dtype(values)), dim=-1)
         score = torch.linalg.vector_norm(values.to(keys.dtype), dim=-1)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnimem.errors import OmniMemError
-from omnimem.selection.base import Arrival, AttentionScoreSpec, Candidates, compute_dtype
+from omnimem.selection.base import Arrival, AttentionScoreSpec, Candidates
 from omnimem.selection.novelty import Measured, Novelty, NoveltySettings, log_attention
 
 REFERENCE_WIDTH = 64
@@ -154,7 +154,8 @@ class Learned(Novelty):
 
 def _log_age(candidates: Candidates) -> Tensor:
     """Log of 1 + the number of tokens since each candidate arrived ``[R, N]``; merged tokens count from their first."""
+    assert candidates.features is not None
     index = candidates.metadata.index
     index = torch.where(index < 0, -1 - index, index)
     newest = index.masked_fill(~candidates.metadata.valid, 0).amax(1, keepdim=True)
-    return torch.log1p((newest - index).clamp_min(0).to(compute_dtype(candidates.values)))
+    return torch.log1p((newest - index).clamp_min(0).to(candidates.features.dtype))

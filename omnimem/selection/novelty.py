@@ -20,6 +20,7 @@ from torch import Tensor
 from omnimem.errors import OmniMemError
 from omnimem.option_names import option_name
 from omnimem.selection.base import Arrival, AttentionScoreSpec, Candidates, SelectionMethod
+from omnimem.selection.feature_codec import FeatureCodec
 from omnimem.selection.sketch import largest_similarity, sketch
 
 EPSILON = 1e-2
@@ -96,6 +97,11 @@ class Novelty(SelectionMethod):
             raise OmniMemError(f"selection novelty: lambda must be a number of at least 0, got {lambda_!r}")
         self.lambda_ = lambda_
         self.attention_scores = AttentionScoreSpec("heads", query_stride) if lambda_ > 0 else None
+
+    @property
+    def feature_codec(self) -> FeatureCodec:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Columns in full, sketches in `sketch_bits`."""
+        return FeatureCodec(self.num_columns, self.options.sketch_dim, self.options.sketch_bits)
 
     @property
     def num_columns(self) -> int:

@@ -26,6 +26,7 @@ from torch import Tensor
 from omnimem.errors import OmniMemError
 from omnimem.option_names import option_name
 from omnimem.selection.base import Arrival, AttentionScoreSpec, Candidates, SelectionMethod, compute_dtype
+from omnimem.selection.feature_codec import FeatureCodec
 from omnimem.selection.redundancy import redundancy
 from omnimem.selection.sketch import sketch
 
@@ -120,6 +121,9 @@ class OmniMem(SelectionMethod):
         )
         self.stores_features = self.options.redundancy in ("hidden", "sketch")
         self.reads_keys = self.options.redundancy == "key"
+        if self.options.redundancy == "sketch":
+            self.feature_codec = FeatureCodec(0, self.options.sketch_dim)
+        self.reads_values = self.options.redundancy == "value"
         self.differentiable = True
 
     def score(self, candidates: Candidates) -> Tensor:

@@ -51,7 +51,7 @@ class Recorder(OmniMem):
 
     def __init__(self, variant: str) -> None:
         super().__init__(variant, query_stride=1)
-        self.reads_keys = True
+        self.reads_keys = self.reads_values = True
         self.others = {name: OmniMem(variant, **{**EXACT, **options}) for name, options in VARIANTS.items()}
         self.sampled: dict[tuple[int, int], Tensor] = {}
         self.ranks: dict[str, list[float]] = {name: [] for name in VARIANTS}

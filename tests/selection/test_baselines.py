@@ -712,7 +712,15 @@ def test_recorded_settings_rebuild_the_same_method(method, options):
     again = build_selection(method, **json.loads(json.dumps(built.recorded())))
     assert type(again) is type(built)
     assert again.recorded() == built.recorded() and options.items() <= built.recorded().items()
-    for fact in ("attention_scores", "probes", "position_ids", "per_head", "reads_keys", "stores_features"):
+    for fact in (
+        "attention_scores",
+        "probes",
+        "position_ids",
+        "per_head",
+        "reads_keys",
+        "reads_values",
+        "stores_features",
+    ):
         assert getattr(again, fact) == getattr(built, fact)
 
 

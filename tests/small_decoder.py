@@ -58,12 +58,12 @@ def lora_weights(model) -> list[Tensor]:
     return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
 
 
-def new_method(name: str, **options: Any) -> SelectionMethod:
+def new_method(name: str, layers: int = 3, channels: int = 32, **options: Any) -> SelectionMethod:
     """A selection method; the heads of `learned` have random weights."""
     method = build_selection(name, **options)
     if isinstance(method, Learned):
         generator = torch.Generator().manual_seed(4)
-        for one in method.new_heads(3, 32, torch.float64):
+        for one in method.new_heads(layers, channels, torch.float64):
             for weight in one.parameters():
                 weight.data += torch.randn(weight.shape, generator=generator, dtype=weight.dtype) / 4
     return method

@@ -48,6 +48,7 @@ class SelectionHead(nn.Module):
         self.outer = nn.Linear(hidden or channels, 1, bias=False)
         nn.init.zeros_(self.outer.weight)
         self.novelty = nn.Parameter(torch.ones(1))
+        self.names = terms
         self.terms = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in terms})
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -57,7 +58,7 @@ class SelectionHead(nn.Module):
             normal = F.gelu(self.inner(normal))
         # Adam changes every weight by about the learning rate, so without the factor z would change in proportion to C.
         z = self.outer(normal)[..., 0] * (REFERENCE_WIDTH / normal.shape[-1])
-        return z, self.novelty * 1, [weight * 1 for weight in self.terms.values()]
+        return z, self.novelty * 1, [self.terms[name] * 1 for name in self.names]
 
 
 class Learned(Novelty):

@@ -187,7 +187,7 @@ def test_threads_of_a_recipe_are_used(tmp_path, monkeypatch):
     assert seen == [2]
 
 
-STARTED_ELSEWHERE = ("single", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3")
+STARTED_ELSEWHERE = ("single", "multi_gpu", "multi_node", "deepspeed_zero2", "deepspeed_zero3")
 """Launch configurations that other tests of the suite train with."""
 
 

@@ -25,8 +25,10 @@ from transformers import Qwen2_5OmniTextConfig, Qwen2_5OmniThinkerTextModel
 
 from omnimem.budget import BudgetProfile
 from omnimem.memory import CompressedCache, attach, attention_scores, attention_with_scores, lower_right_attention
+from omnimem.memory.codec import KvDtype
 from omnimem.modality import AUDIO, VISUAL
 from omnimem.selection import Candidates, SelectionMethod, build_selection
+from omnimem.selection.learned import Learned
 
 
 class Recent(SelectionMethod):
@@ -39,6 +41,8 @@ class Recent(SelectionMethod):
 
 VARIANTS: dict[str, SelectionMethod] = {
     "no selection": Recent(),
+    "learned": build_selection("learned"),
+    "novelty": build_selection("novelty"),
     "omnimem, exact": build_selection("omnimem", query_stride=1),
     "omnimem, every 4th query": build_selection("omnimem", query_stride=4),
     "omnimem, every 4th, sketch": build_selection("omnimem", query_stride=4, redundancy="sketch"),
@@ -65,6 +69,10 @@ def build_decoder(args: argparse.Namespace) -> Qwen2_5OmniThinkerTextModel:
     return model
 
 
+ENCODED: dict[str, KvDtype] = {"no selection, int8": "int8", "no selection, int4": "int4"}
+"""Variants without selection whose stored keys and values are encoded."""
+
+
 class Run:
     """One variant: its full cache, and a step that can be timed."""
 
@@ -74,9 +82,13 @@ class Run:
         method: SelectionMethod,
         args: argparse.Namespace,
         fill: int | None = None,
+        kv_dtype: KvDtype = "auto",
     ) -> None:
         self.model, self.args = model, args
-        self.cache = CompressedCache(BudgetProfile.uniform(model.config, args.memory), method)
+        if isinstance(method, Learned):
+            for head in method.new_heads(args.layers, args.hidden):
+                head.to(args.device)
+        self.cache = CompressedCache(BudgetProfile.uniform(model.config, args.memory), method, kv_dtype=kv_dtype)
         self.seen = 0
         kinds = [VISUAL] * 5 + [AUDIO]
         self.modality = torch.tensor([kinds * args.chunk], device=args.device)[:, : args.chunk]
@@ -117,8 +129,8 @@ def bytes_of(cache: Any) -> dict[str, int]:
     """Bytes of a cache by part, and their sum."""
 
     def size(name: str) -> int:
-        held = [getattr(layer, name) for layer in cache.layers]
-        return sum(one.nbytes for one in held if one is not None)
+        held = [getattr(layer.state, name) for layer in cache.layers]
+        return sum(getattr(one, "stored_nbytes", None) or one.nbytes for one in held if one is not None)
 
     parts = {
         "keys and values": cache.kv_nbytes,
@@ -168,9 +180,12 @@ def main() -> int:
     """Measure, print a table, write JSON."""
     parser = new_parser(__doc__)
     add_shape(parser)
+    parser.add_argument("--only", help="variants, separated by semicolons; `no selection` must be among them")
     args = parser.parse_args()
     model = build_decoder(args)
-    runs = {name: Run(model, method, args) for name, method in VARIANTS.items()}
+    wanted = args.only.split(";") if args.only else [*VARIANTS, *ENCODED]
+    runs = {name: Run(model, method, args) for name, method in VARIANTS.items() if name in wanted}
+    runs |= {name: Run(model, Recent(), args, kv_dtype=kind) for name, kind in ENCODED.items() if name in wanted}
     times: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for _ in range(args.rounds):
         for name, run in runs.items():

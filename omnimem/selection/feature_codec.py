@@ -27,6 +27,10 @@ class FeatureCodec:
     numbers: int
     bits: int = 8
 
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a token whose floats have this dtype."""
+        return self.columns * dtype.itemsize + -(-self.numbers * self.bits // 8)
+
     @torch.no_grad()
     def encode(self, states: Tensor) -> Tensor:
         """Bytes (uint8 ``[..., nbytes]``) of features ``[..., columns + numbers]``."""
@@ -40,7 +44,10 @@ class FeatureCodec:
     def decode(self, data: Tensor, dtype: torch.dtype) -> Tensor:
         """Features of bytes; `dtype` is the dtype they had."""
         size = self.columns * dtype.itemsize
-        floats, numbers = data[..., :size].contiguous().view(dtype), data[..., size:]
+        numbers = data[..., size:]
+        # Bytes cannot be viewed as floats here: a row may have any number of bytes.
+        floats = torch.empty(*data.shape[:-1], self.columns, dtype=dtype, device=data.device)
+        floats.view(torch.uint8).copy_(data[..., :size])
         if self.bits == 4:
             numbers = torch.cat((numbers & 15, numbers >> 4), dim=-1)[..., : self.numbers].view(torch.int8) - 8
         else:

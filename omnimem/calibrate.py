@@ -35,7 +35,7 @@ from omnimem.memory import CompressedCache
 from omnimem.memory.layer import CompressedLayer
 from omnimem.modality import AUDIO, VISUAL
 from omnimem.selection import AttentionScoreSpec
-from omnimem.selection.base import compute_dtype
+from omnimem.selection.base import Arrival, compute_dtype
 from omnimem.selection.full import Full
 from omnimem.selection.redundancy import redundancy
 from omnimem.stream import StreamingSession
@@ -52,9 +52,9 @@ class RecordStatistics(Full):
     attention_scores = AttentionScoreSpec()
     stores_features = True
 
-    def features(self, hidden: Tensor, layer: int) -> Tensor:
+    def features(self, arrival: Arrival) -> Tensor:
         """The hidden states themselves."""
-        return hidden
+        return arrival.hidden
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from omnimem.backbones.adapter import BASE_FOLDER, modules_to_save
 from omnimem.backbones.checkpoint import quiet_transformers
 from omnimem.bptt import Truncation
 from omnimem.budget import BudgetProfile, ModelFingerprint
-from omnimem.budget.allocation import least_mean, with_mean
+from omnimem.budget.allocation import with_mean
 from omnimem.budget.profile import DEFAULT_MEAN
 from omnimem.errors import OmniMemError
 from omnimem.media import MediaError, probe
 from omnimem.memory import CompressedCache, SelectionGradient
 from omnimem.memory.offload_store import DiskStore, HostStore, Store
-from omnimem.memory.token_bytes import mean_budget_within
+from omnimem.memory.token_bytes import within
 from omnimem.recipe import Recipe
 from omnimem.selection import SelectionMethod, build_selection, options_of
 from omnimem.selection.heads_file import ATTRIBUTE
@@ -320,25 +320,17 @@ def budget_profile(
         `memory.profile` cannot be read or belongs to another model; `memory.gib` is too small.
     """
     memory = recipe.memory
-
-    def mean_within(least: int) -> int | None:
-        """The mean budget of `memory.gib`, if it is set."""
-        if memory.gib is None:
-            return None
-        try:
-            return mean_budget_within(memory.gib, backbone, method, memory.kv_dtype, least)
-        except OmniMemError as error:
-            raise OmniMemError(f"memory.gib: {error}") from None
-
     if memory.profile is None:
         ratio = memory.ratio if backbone.supports_audio else math.inf
-        mean = mean_within(2) or memory.mean_budget or DEFAULT_MEAN
-        profile = BudgetProfile.uniform(backbone.config, mean, ratio)
+        profile = BudgetProfile.uniform(backbone.config, memory.mean_budget or DEFAULT_MEAN, ratio)
     else:
         profile = BudgetProfile.load(memory.profile)
         profile.check_model(backbone.config)
-        if (mean := mean_within(least_mean(profile))) is not None:
-            profile = with_mean(profile, mean)
+    if memory.gib is not None:
+        try:
+            profile = within(profile, memory.gib, backbone, method, memory.kv_dtype)
+        except OmniMemError as error:
+            raise OmniMemError(f"memory.gib: {error}") from None
     return replace(
         profile,
         model=ModelFingerprint.of(backbone.config),

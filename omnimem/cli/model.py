@@ -76,9 +76,15 @@ def _add_answer(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
 
     memory = answer.add_argument_group("memory", "default: as the checkpoint was trained")
-    memory.add_argument("--profile", type=Path, metavar="P", help="budget profile; replaces the next two options")
+    memory.add_argument("--profile", type=Path, metavar="P", help="budget profile; replaces --mean-budget and --ratio")
     memory.add_argument(
         "--mean-budget", type=at_least(int, 2), metavar="N", help="mean number of retained tokens per layer"
+    )
+    memory.add_argument(
+        "--gib",
+        type=above_zero,
+        metavar="G",
+        help="GiB of the retained tokens; scales the profile, excludes --mean-budget",
     )
     memory.add_argument("--ratio", type=above_zero, metavar="R", help="visual tokens per audio token")
     memory.add_argument("--method", metavar="M", help="selection method")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from omnimem.budget import BudgetProfile, ModelFingerprint
+from omnimem.budget.allocation import least_mean, with_mean
 from omnimem.budget.profile import LARGEST_BUDGET
 from omnimem.errors import OmniMemError
 from omnimem.memory.codec import KvDtype, codecs
@@ -154,6 +155,19 @@ def mean_budget_within(
             f"minimum is {least} tokens: give at least {_rounded_up(least * layers * token / GIB)} GiB"
         )
     return mean
+
+
+def within(
+    profile: BudgetProfile, gib: float, backbone: Any, method: SelectionMethod, kv_dtype: KvDtype = "auto"
+) -> BudgetProfile:
+    """The profile at the `mean_budget_within` a number of GiB; its proportions are kept.
+
+    Raises
+    ------
+    OmniMemError
+        `gib` holds fewer tokens than `with_mean` accepts, or the method retains everything.
+    """
+    return with_mean(profile, mean_budget_within(gib, backbone, method, kv_dtype, least_mean(profile)))
 
 
 def _rounded_up(number: float) -> str:

@@ -97,7 +97,7 @@ def open_session(args: argparse.Namespace) -> StreamingSession:
 
 
 def progress_line(event: StreamEvent) -> Text:
-    """Seconds read, retained tokens, and the bytes of everything stored and of the largest cache so far, on one line."""
+    """Seconds read, retained tokens, resident bytes and the peak of allocated bytes so far, on one line."""
     total = "" if event.duration is None else f" of {event.duration:.0f}"
     tokens = " + ".join(f"{event.retained[kind]:.0f} {kind}" for kind in ("visual", "audio", "text"))
     size, peak = event.resident_bytes / 2**20, event.peak_bytes / 2**20

@@ -15,7 +15,8 @@ from train.export import export_run
 
 FIELDS = {
     "answer", "question", "media", "model", "chunk", "seconds", "duration", "new_tokens", "retained",
-    "resident_bytes", "kv_bytes", "allocated_bytes", "peak_bytes", "last", "tokens", "mean_budget", "method", "kv_dtype", "watch_seconds", "first_token_seconds",
+    "resident_bytes", "kv_bytes", "allocated_bytes", "peak_bytes", "last", "tokens", "mean_budget", "method",
+    "kv_dtype", "watch_seconds", "first_token_seconds",
 }  # fmt: skip
 FEW = ("--max-new-tokens", "6")
 

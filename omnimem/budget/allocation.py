@@ -120,7 +120,7 @@ def rescale(layers: Sequence[LayerBudget], mean_budget: int, floor: int = DEFAUL
 def with_mean(profile: BudgetProfile, mean_budget: int) -> BudgetProfile:
     """A profile at another mean budget: allocated again from its statistics if it has them, else scaled.
 
-    Scaled budgets have the default floor, unless the profile is uniform or one of its budgets is below it.
+    Scaled budgets have the default floor, unless a budget of the profile is already below it.
     """
     if profile.statistics.get("method") != METHOD:
         return replace(profile, layers=rescale(profile.layers, mean_budget, least_mean(profile) // 2))
@@ -133,4 +133,4 @@ def least_mean(profile: BudgetProfile) -> int:
     if profile.statistics.get("method") == METHOD:
         return 2 * Calibration.from_dict(profile.statistics, len(profile.layers)).floor
     smallest = min(min(layer.visual, layer.audio) for layer in profile.layers)
-    return 2 * (DEFAULT_FLOOR if smallest >= DEFAULT_FLOOR and profile.source != "uniform" else 1)
+    return 2 * (DEFAULT_FLOOR if smallest >= DEFAULT_FLOOR else 1)

@@ -9,7 +9,7 @@ takes ``n * token.total`` bytes. While a chunk runs, a cache holds the tokens of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
 from fractions import Fraction
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from omnimem.budget import BudgetProfile, ModelFingerprint
-from omnimem.budget.allocation import least_mean, with_mean
+from omnimem.budget.allocation import least_mean, rescale, with_mean
 from omnimem.budget.profile import LARGEST_BUDGET
 from omnimem.errors import OmniMemError
 from omnimem.memory.codec import KvDtype, codecs
@@ -165,8 +165,10 @@ def within(
     Raises
     ------
     OmniMemError
-        `gib` holds fewer tokens than `with_mean` accepts, or the method retains everything.
+        `gib` holds fewer tokens than the floors of the profile, or the method retains everything.
     """
+    if profile.source == "uniform":  # no layer is special, so the default floor has no purpose
+        return replace(profile, layers=rescale(profile.layers, mean_budget_within(gib, backbone, method, kv_dtype), 1))
     return with_mean(profile, mean_budget_within(gib, backbone, method, kv_dtype, least_mean(profile)))
 
 

@@ -88,6 +88,7 @@ def open_session(args: argparse.Namespace) -> StreamingSession:
         settings={key: value for key, value in settings.items() if value is not None},
         mean_budget=args.mean_budget,
         ratio=args.ratio,
+        gib=args.gib,
         kv_dtype=args.kv_dtype,
         device=args.device or "auto",
         dtype=args.dtype or "auto",
@@ -96,8 +97,10 @@ def open_session(args: argparse.Namespace) -> StreamingSession:
 
 
 def progress_line(event: StreamEvent) -> Text:
-    """Seconds read, retained tokens and their bytes, on one line."""
+    """Seconds read, retained tokens, resident bytes and the peak of allocated bytes so far, on one line."""
     total = "" if event.duration is None else f" of {event.duration:.0f}"
     tokens = " + ".join(f"{event.retained[kind]:.0f} {kind}" for kind in ("visual", "audio", "text"))
-    size = event.kv_bytes / 2**20
-    return Text(f"{event.seconds:.0f}{total} s read · retained {tokens} tokens per layer · {size:.2f} MiB")
+    size, peak = event.resident_bytes / 2**20, event.peak_bytes / 2**20
+    return Text(
+        f"{event.seconds:.0f}{total} s read · retained {tokens} tokens per layer · {size:.2f} MiB, peak {peak:.2f} MiB"
+    )

@@ -33,9 +33,10 @@ from omnimem.forward import Stream
 from omnimem.media.prefetch import prefetch
 from omnimem.memory import CompressedCache
 from omnimem.memory.layer import CompressedLayer
+from omnimem.memory.token_bytes import mean_budget_within
 from omnimem.modality import AUDIO, VISUAL
 from omnimem.selection import AttentionScoreSpec
-from omnimem.selection.base import compute_dtype
+from omnimem.selection.base import Arrival, compute_dtype
 from omnimem.selection.full import Full
 from omnimem.selection.redundancy import redundancy
 from omnimem.stream import StreamingSession
@@ -52,9 +53,9 @@ class RecordStatistics(Full):
     attention_scores = AttentionScoreSpec()
     stores_features = True
 
-    def features(self, hidden: Tensor, layer: int) -> Tensor:
+    def features(self, arrival: Arrival) -> Tensor:
         """The hidden states themselves."""
-        return hidden
+        return arrival.hidden
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,7 @@ def calibrate_command(
     clips: Sequence[Path],
     out: Path,
     mean_budget: int,
+    gib: float | None,
     ratio: float,
     temperature: float,
     floor: int,
@@ -220,6 +222,9 @@ def calibrate_command(
 ) -> BudgetProfile:
     """The command ``omnimem calibrate``: measure with a progress bar, allocate, save; see `omnimem.cli`."""
     session = StreamingSession.from_pretrained(model, settings=settings, device=device, dtype=dtype)
+    if gib is not None:
+        method, kv_dtype = session.cache.method, session.cache.kv_dtype
+        mean_budget = mean_budget_within(gib, session.backbone, method, kv_dtype, 2 * floor)
     partial = out.with_name(out.name + ".partial")
     measured = []
     with Progress(*Progress.get_default_columns(), console=Console(stderr=True)) as progress:

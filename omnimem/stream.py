@@ -24,6 +24,7 @@ from omnimem.backbones import Backbone, load_backbone
 from omnimem.backbones.adapter import has_lora, load_adapter, resolve_checkpoint
 from omnimem.backbones.base import StreamEncoder
 from omnimem.budget import PROFILE_FILE, BudgetProfile, ModelFingerprint
+from omnimem.budget.profile import DEFAULT_MEAN
 from omnimem.errors import OmniMemError
 from omnimem.forward import Stream
 from omnimem.generation import generate_text
@@ -31,6 +32,7 @@ from omnimem.media import Chunk
 from omnimem.media.prefetch import prefetch
 from omnimem.memory import CompressedCache
 from omnimem.memory.codec import KvDtype
+from omnimem.memory.token_bytes import within
 from omnimem.selection import build_selection
 from omnimem.selection.heads_file import HEADS_FILE, load_heads
 from omnimem.selection.learned import Learned
@@ -53,10 +55,14 @@ class StreamEvent:
         Tokens of this chunk.
     retained : dict
         Mean number of retained text, visual and audio tokens per layer.
-    bytes : int
-        Bytes of the whole cache, buffers included.
+    resident_bytes : int
+        Bytes of the stored tokens, text included: keys, values and what is stored beside them.
     kv_bytes : int
-        Bytes of the retained keys and values.
+        Bytes of their keys and values alone.
+    allocated_bytes : int
+        Bytes of the whole cache: its buffers have room for a chunk.
+    peak_bytes : int
+        Largest number of allocated bytes so far, while a chunk ran.
     last : bool
         Whether this is the last chunk.
     """
@@ -66,8 +72,10 @@ class StreamEvent:
     duration: float | None
     new_tokens: int
     retained: dict[str, float]
-    bytes: int
+    resident_bytes: int
     kv_bytes: int
+    allocated_bytes: int
+    peak_bytes: int
     last: bool
 
 
@@ -135,6 +143,7 @@ class StreamingSession:
         device: torch.device | str = "auto",
         mean_budget: int | None = None,
         ratio: float | None = None,
+        gib: float | None = None,
         kv_dtype: KvDtype | None = None,
         **options: Any,
     ) -> StreamingSession:
@@ -156,6 +165,9 @@ class StreamingSession:
             See `load_backbone`.
         mean_budget, ratio : int, float, optional
             Use a uniform profile of this mean budget (8192) and visual to audio ratio (5) instead of the saved one.
+        gib : float, optional
+            Scale the profile to the largest mean budget whose retained visual and audio tokens, with everything stored
+            beside them, take at most so many GiB; excludes `mean_budget`.
         kv_dtype : {"auto", "fp8", "int8", "int4"}, optional
             How stored keys and values are encoded. Default: as recorded in the profile, else ``auto``.
         **options
@@ -164,8 +176,10 @@ class StreamingSession:
         Raises
         ------
         OmniMemError
-            The checkpoint cannot be loaded, or model, adapter and profile do not belong together.
+            The checkpoint cannot be loaded, or model, adapter and profile do not belong together; `gib` is too small.
         """
+        if gib is not None and mean_budget is not None:
+            raise OmniMemError("the mean budget and the GiB both set the size of the memory: give one of them")
         base, adapter = resolve_checkpoint(path, adapter)
         saved = [Path(place) / PROFILE_FILE for place in (adapter, path) if place is not None]
         if not isinstance(profile, BudgetProfile):
@@ -180,7 +194,7 @@ class StreamingSession:
                 names = ("selection", "selection_heads", "stream")
                 recorded = {name: getattr(profile, name) for name in names}
             ratio = (ratio or 5.0) if backbone.supports_audio else math.inf
-            uniform = BudgetProfile.uniform(backbone.config, mean_budget or 8192, ratio, backbone.model_id)
+            uniform = BudgetProfile.uniform(backbone.config, mean_budget or DEFAULT_MEAN, ratio, backbone.model_id)
             profile = replace(uniform, **recorded)
         recorded = dict(profile.selection)
         recorded_method = recorded.pop("method", "omnimem")
@@ -191,6 +205,8 @@ class StreamingSession:
         known = {field.name for field in fields(StreamSettings)}
         given = {**{k: v for k, v in profile.stream.items() if k in known}, **(settings or {})}
         stored: KvDtype = kv_dtype or profile.stream.get("kv_dtype", "auto")
+        if gib is not None:
+            profile = within(profile, gib, backbone, build_selection(chosen, **options), stored)
         heads = Path(adapter or path) / HEADS_FILE
         return cls(backbone, profile, chosen, StreamSettings.for_backbone(backbone, **given), stored, heads, **options)
 
@@ -232,8 +248,10 @@ class StreamingSession:
                 duration=duration,
                 new_tokens=len(inputs),
                 retained=self.cache.mean_token_counts(),
-                bytes=self.cache.nbytes,
+                resident_bytes=self.cache.resident_nbytes,
                 kv_bytes=self.cache.kv_nbytes,
+                allocated_bytes=self.cache.nbytes,
+                peak_bytes=self.cache.peak_nbytes,
                 last=chunk.last,
             )
 

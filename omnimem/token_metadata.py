@@ -56,6 +56,11 @@ class TokenMetadata:
         index, position_ids, time, modality, _ = (column[rows, columns] for column in self._columns)
         return TokenMetadata(index, position_ids, time, modality, valid)
 
+    @staticmethod
+    def token_nbytes(id_dtype: torch.dtype) -> int:
+        """Bytes of one token in all columns, for position ids of this dtype."""
+        return torch.int64.itemsize + 3 * id_dtype.itemsize + torch.float32.itemsize + 1 + 1
+
     @property
     def nbytes(self) -> int:
         """Bytes of all columns."""

@@ -14,8 +14,9 @@ from small_runs import FLOWER, HALF, MEDIA, NO_INDEX, RABBIT, SILENT, SPEECH, li
 from train.export import export_run
 
 FIELDS = {
-    "answer", "question", "media", "model", "chunk", "seconds", "duration", "new_tokens", "retained", "bytes",
-    "kv_bytes", "last", "tokens", "mean_budget", "method", "kv_dtype", "watch_seconds", "first_token_seconds",
+    "answer", "question", "media", "model", "chunk", "seconds", "duration", "new_tokens", "retained",
+    "resident_bytes", "kv_bytes", "allocated_bytes", "peak_bytes", "last", "tokens", "mean_budget", "method",
+    "kv_dtype", "watch_seconds", "first_token_seconds",
 }  # fmt: skip
 FEW = ("--max-new-tokens", "6")
 
@@ -51,10 +52,33 @@ def test_json_reports_the_stream_and_the_retained_tokens(run, capsys):
     assert report["chunk"] == 3 and report["last"] is True  # four chunks of 2 s
     assert report["retained"]["visual"] == 20 and report["retained"]["audio"] == 4
     assert 0 < report["new_tokens"] < report["tokens"]
-    assert 0 < report["kv_bytes"] <= report["bytes"]
+    assert 0 < report["kv_bytes"] < report["resident_bytes"] <= report["allocated_bytes"] <= report["peak_bytes"]
     assert report["watch_seconds"] > 0
     streamed = {record["tokens"] for record in metrics(run)}
     assert report["tokens"] in streamed, "answering streams what training streamed"
+
+
+def test_a_number_of_gib_gives_the_largest_memory_below_it(run, capsys):
+    report = answered(capsys, run, RABBIT, "--gib", "0.00004", "--kv-dtype", "int8")
+    retained = report["retained"]
+    assert report["mean_budget"] == retained["visual"] + retained["audio"] > 24
+    tokens = sum(retained.values())
+    media = report["resident_bytes"] * report["mean_budget"] / tokens
+    assert media <= 0.00004 * 2**30 < media * (1 + 1 / report["mean_budget"])
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("--gib", "0.1", "--mean-budget", "9"), "give one of them"),
+        (("--gib", "0.000002"), "the minimum is 2 tokens: give at least 0.0000"),
+        (("--gib", "0.1", "--method", "full"), "full retains everything"),
+    ],
+)
+def test_a_memory_that_cannot_be_is_one_line(run, capsys, options, part):
+    assert omnimem(["answer", str(run), str(MEDIA / RABBIT), "What is seen?", *options]) == 2
+    (line,) = lines(capsys.readouterr().err)
+    assert part in line
 
 
 def test_run_export_and_checkpoint_answer_alike(run, export, capsys):

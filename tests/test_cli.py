@@ -139,7 +139,9 @@ def test_answer_calls_its_worker(worker):
     for args in (plain, full):
         del args["command"]
     assert plain == {
-        **dict.fromkeys(["at", "profile", "mean_budget", "ratio", "method", "variant", "kv_dtype", "device", "dtype"]),
+        **dict.fromkeys(
+            ["at", "profile", "mean_budget", "gib", "ratio", "method", "variant", "kv_dtype", "device", "dtype"]
+        ),
         **dict.fromkeys(["fps", "chunk_seconds", "max_seconds"]),
         **{"model": "tiny", "media": Path("clip.mp4"), "question": "Who?", "max_new_tokens": 256},
         **{"json": False, "audio": True, "allow_truncated": False, "debug": False},
@@ -151,6 +153,7 @@ def test_answer_calls_its_worker(worker):
             "profile": Path("p.json"),
             "mean_budget": 64,
             "ratio": 2.0,
+            "gib": None,
             "method": "recent",
             "variant": "release",
             "kv_dtype": "int8",

@@ -11,6 +11,7 @@ from rich.table import Table
 from data_prep.manifest import Row
 from omnimem.backbones import Backbone
 from omnimem.budget import BudgetProfile
+from omnimem.memory.token_bytes import TokenBytes, peak_bytes, resident_bytes, token_bytes_of
 from omnimem.recipe import Recipe
 from train.memory_plan import device_bytes, memory_plan
 from train.samples import Samples
@@ -36,7 +37,11 @@ def print_plan(recipe: Recipe, rows: list[Row], backbone: Backbone, profile: Bud
     console.print(
         f"cache of {profile.mean_budget:g} tokens per layer ({profile.source}), selection {recipe.selection.method}"
     )
-    parts = memory_plan(recipe, backbone, profile, selection_method(recipe), streams)
+    method = selection_method(recipe)
+    token = token_bytes_of(backbone, method, recipe.memory.kv_dtype)
+    if not method.keeps_everything:
+        console.print(_cache_table(profile, token, max(streams, key=lambda stream: stream.largest_chunk)))
+    parts = memory_plan(recipe, backbone, profile, method, streams)
     console.print(_memory_table(recipe, parts))
 
 
@@ -49,6 +54,23 @@ def _streams_table(recipe: Recipe, streams: list[StreamPlan]) -> Table:
     for stream in streams:
         counts = (stream.chunks, stream.visual, stream.audio, stream.largest_chunk, stream.questions)
         table.add_row(stream.name, f"{stream.seconds:.1f}", *map(str, counts))
+    return table
+
+
+def _cache_table(profile: BudgetProfile, token: TokenBytes, largest: StreamPlan) -> Table:
+    """Bytes of the cache of one stream, part by part; text tokens, which are never evicted, are not counted."""
+    layers, tokens = len(profile.layers), sum(layer.total for layer in profile.layers)
+    title = f"cache of one stream without its text, which adds {layers * token.total:,} bytes per text token"
+    table = Table(title=title, title_justify="left")
+    for column in ("part", "bytes per token and layer", "MiB"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for name, size in token.parts().items():
+        table.add_row(name, f"{size:,}", f"{tokens * size / 2**20:,.3f}")
+    table.add_row(
+        "resident: all layers at budget", f"{token.total:,}", f"{resident_bytes(profile, token) / 2**20:,.3f}"
+    )
+    peak = peak_bytes(profile, token, largest.largest_chunk)
+    table.add_row(f"peak: and a chunk of {largest.largest_chunk} tokens", "", f"{peak / 2**20:,.3f}")
     return table
 
 

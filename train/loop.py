@@ -271,4 +271,5 @@ def _cache_record(result: BatchResult) -> dict[str, Any]:
         "retention": result.retention,
         "gates": result.gates,
         "kv_bytes": result.kv_bytes,
+        "memory_bytes": result.memory_bytes,
     }

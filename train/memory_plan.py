@@ -9,7 +9,7 @@ from torch import nn
 
 from omnimem.backbones import Backbone
 from omnimem.budget import BudgetProfile, ModelFingerprint
-from omnimem.memory.codec import codecs
+from omnimem.memory.token_bytes import TokenBytes, token_bytes_of
 from omnimem.recipe import Recipe
 from omnimem.selection import SelectionMethod
 from train.setup import add_heads, add_lora, selection_method
@@ -44,14 +44,10 @@ class StepShape:
         Evicted tokens per layer that receive a selection gradient.
     itemsize : int
         Bytes of a number in the model's dtype.
-    kv_bytes : int
-        Bytes of the key and value of a token in a layer, in the model's dtype.
-    stored_bytes : int
-        Bytes of them as they are stored (``memory.kv_dtype``).
-    feature_bytes : int
-        Bytes of the hidden state that the selection method stores with them; 0 without.
+    token : TokenBytes
+        Bytes of a token in a layer.
     differentiable_bytes : int
-        Bytes of a token in a layer that receive a gradient.
+        Bytes of it that receive a gradient.
     """
 
     layers: int
@@ -61,9 +57,7 @@ class StepShape:
     retained: int
     margin: int
     itemsize: int
-    kv_bytes: int
-    stored_bytes: int
-    feature_bytes: int
+    token: TokenBytes
     differentiable_bytes: int
 
     @classmethod
@@ -72,13 +66,7 @@ class StepShape:
     ) -> StepShape:
         """Shape of a step on the longest stream."""
         text = backbone.config.text_config
-        model = ModelFingerprint.of(backbone.config)
-        itemsize = backbone.model.dtype.itemsize
-        kv_bytes = 2 * model.kv_heads * model.head_dim * itemsize
-        stored_bytes = kv_bytes
-        if recipe.memory.kv_dtype != "auto":
-            stored_bytes = model.kv_heads * sum(one.nbytes for one in codecs(recipe.memory.kv_dtype, model.head_dim))
-        feature_bytes = text.hidden_size * itemsize if method.stores_features else 0
+        token = token_bytes_of(backbone, method, recipe.memory.kv_dtype)
         differentiable = recipe.selection.gradient != "none"
         media = longest.largest_chunk
         return cls(
@@ -88,11 +76,9 @@ class StepShape:
             stream=longest.tokens + longest.text,
             retained=sum(layer.total for layer in profile.layers) + text.num_hidden_layers * longest.text,
             margin=min(recipe.gate.margin or media, media) if differentiable else 0,
-            itemsize=itemsize,
-            kv_bytes=kv_bytes,
-            stored_bytes=stored_bytes,
-            feature_bytes=feature_bytes,
-            differentiable_bytes=kv_bytes + (feature_bytes if differentiable else 0),
+            itemsize=backbone.model.dtype.itemsize,
+            token=token,
+            differentiable_bytes=token.new_keys_values + (token.features if differentiable else 0),
         )
 
 
@@ -106,9 +92,9 @@ def memory_plan(
     return {
         "weights": weight_bytes(recipe, backbone),
         "adapter, gradients, optimizer": adapter_bytes(recipe, backbone),
-        RETAINED_PART: shape.batch * shape.retained * (shape.stored_bytes + shape.feature_bytes),
+        RETAINED_PART: shape.batch * shape.retained * shape.token.total,
         "backward: restored cache, its gradient": restored_bytes(recipe, shape, longest),
-        "evicted tokens with gates (margin)": shape.batch * shape.layers * shape.margin * shape.kv_bytes,
+        "evicted tokens with gates (margin)": shape.batch * shape.layers * shape.margin * shape.token.new_keys_values,
         "activations of a chunk": activation_bytes(backbone, shape),
         "logits of an answer": shape.batch * longest.answer * backbone.config.text_config.vocab_size * 3 * 4,
         "the teacher's cache": teacher_bytes(recipe, shape),
@@ -160,13 +146,13 @@ def activation_bytes(backbone: Backbone, shape: StepShape) -> int:
     feed_forward = 3 * text.intermediate_size
     if experts := getattr(text, "num_experts_per_tok", 0):
         feed_forward = experts * (text.hidden_size + 3 * text.moe_intermediate_size)
-    token = (5 * text.hidden_size + 3 * queries + feed_forward) * shape.itemsize + 2 * shape.kv_bytes
+    token = (5 * text.hidden_size + 3 * queries + feed_forward) * shape.itemsize + 2 * shape.token.new_keys_values
     return shape.batch * shape.layers * shape.chunk * token
 
 
 def teacher_bytes(recipe: Recipe, shape: StepShape) -> int:
     """The full cache of the distillation teacher."""
-    return shape.batch * shape.layers * shape.stream * shape.kv_bytes if recipe.distill.weight > 0 else 0
+    return shape.batch * shape.layers * shape.stream * shape.token.new_keys_values if recipe.distill.weight > 0 else 0
 
 
 def evicted_bytes(recipe: Recipe, backbone: Backbone, shape: StepShape) -> int:
@@ -177,4 +163,4 @@ def evicted_bytes(recipe: Recipe, backbone: Backbone, shape: StepShape) -> int:
     inputs = shape.stream * (1 + deepstack_layers) * text.hidden_size * shape.itemsize
     if recipe.lora.modules_to_save:
         inputs = 0
-    return shape.batch * (evicted * (shape.stored_bytes + shape.feature_bytes) + inputs)
+    return shape.batch * (evicted * (shape.token.keys_values + shape.token.features) + inputs)

@@ -59,6 +59,8 @@ class BatchResult:
         See `CompressedCache.gate_statistics`.
     kv_bytes : int
         Bytes of the keys and values in the cache at the end.
+    memory_bytes : int
+        Bytes of everything stored then: keys, values, features, metadata, attention scores.
     backward : callable
         ``backward(weight)`` adds the gradient of ``weight * loss`` to the parameters.
     """
@@ -71,6 +73,7 @@ class BatchResult:
     retention: dict[str, float]
     gates: dict[str, float] | None
     kv_bytes: int
+    memory_bytes: int
     backward: Callable[[float], None]
 
 
@@ -194,6 +197,7 @@ class StreamObjective:
             {name: len(samples) * retained[name] / max(1, rollout.streamed[name]) for name in EVICTABLE},
             cache.gate_statistics(),
             cache.kv_nbytes,
+            cache.resident_nbytes,
             backward=bptt.backward,
         )
 

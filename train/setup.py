@@ -20,10 +20,12 @@ from omnimem.backbones.checkpoint import quiet_transformers
 from omnimem.bptt import Truncation
 from omnimem.budget import BudgetProfile, ModelFingerprint
 from omnimem.budget.allocation import with_mean
+from omnimem.budget.profile import DEFAULT_MEAN
 from omnimem.errors import OmniMemError
 from omnimem.media import MediaError, probe
 from omnimem.memory import CompressedCache, SelectionGradient
 from omnimem.memory.offload_store import DiskStore, HostStore, Store
+from omnimem.memory.token_bytes import within
 from omnimem.recipe import Recipe
 from omnimem.selection import SelectionMethod, build_selection, options_of
 from omnimem.selection.heads_file import ATTRIBUTE
@@ -80,6 +82,7 @@ def check_recipe(recipe: Recipe) -> tuple[Backbone, BudgetProfile]:
     _check_packages(recipe)
     _check_finish_clip(recipe)
     profile = budget_profile(recipe, skeleton, method, settings)
+    _check_changing_budget(recipe, profile)
     _check_truncation(recipe, len(profile.layers))
     # Raises if the method has no differentiable score for `selection.gradient`, or needs what `kv_dtype` cannot give.
     CompressedCache(profile, method, selection_gradient(recipe, 0.0), recipe.memory.kv_dtype)
@@ -118,6 +121,24 @@ def _check_finish_clip(recipe: Recipe) -> None:
             probe(media_root(recipe.data.path, recipe.data.root) / recipe.finish.media)
         except MediaError as error:
             raise OmniMemError(f"finish.media: {error}") from error
+
+
+def _check_changing_budget(recipe: Recipe, profile: BudgetProfile) -> None:
+    """Budgets of single steps are tokens: `memory.gib` must not contradict them."""
+    memory = recipe.memory
+    if memory.gib is None:
+        return
+    mean = profile.mean_budget
+    if memory.start_budget is not None and memory.start_budget < mean:
+        raise OmniMemError(
+            f"memory.start_budget={memory.start_budget} is below the {mean:g} tokens per layer of memory.gib="
+            f"{memory.gib:g}, to which it is lowered: raise the first or lower the second"
+        )
+    if memory.random_budget is not None and not memory.random_budget[0] <= mean <= memory.random_budget[1]:
+        raise OmniMemError(
+            f"memory.random_budget={memory.random_budget} excludes the {mean:g} tokens per layer of memory.gib="
+            f"{memory.gib:g}: widen the range, or leave one of the two out"
+        )
 
 
 def _check_truncation(recipe: Recipe, layers: int) -> None:
@@ -296,15 +317,20 @@ def budget_profile(
     Raises
     ------
     OmniMemError
-        `memory.profile` cannot be read or belongs to another model.
+        `memory.profile` cannot be read or belongs to another model; `memory.gib` is too small.
     """
     memory = recipe.memory
     if memory.profile is None:
         ratio = memory.ratio if backbone.supports_audio else math.inf
-        profile = BudgetProfile.uniform(backbone.config, memory.mean_budget, ratio)
+        profile = BudgetProfile.uniform(backbone.config, memory.mean_budget or DEFAULT_MEAN, ratio)
     else:
         profile = BudgetProfile.load(memory.profile)
         profile.check_model(backbone.config)
+    if memory.gib is not None:
+        try:
+            profile = within(profile, memory.gib, backbone, method, memory.kv_dtype)
+        except OmniMemError as error:
+            raise OmniMemError(f"memory.gib: {error}") from None
     return replace(
         profile,
         model=ModelFingerprint.of(backbone.config),

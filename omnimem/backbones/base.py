@@ -204,6 +204,11 @@ class Backbone(ABC):
         return self.model.config
 
     @property
+    def position_id_dtype(self) -> torch.dtype:
+        """Dtype of the position ids that stream encoders assign."""
+        return torch.int64
+
+    @property
     def device(self) -> torch.device:
         """Device of the decoder."""
         return self.language_model.device

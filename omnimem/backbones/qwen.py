@@ -76,6 +76,11 @@ class TransformersBackbone(Backbone):
         """The output projection."""
         return self.model.lm_head
 
+    @property
+    def position_id_dtype(self) -> torch.dtype:
+        """Dtype of the position ids that `encoder_class` assigns."""
+        return self.encoder_class.id_dtype
+
     def stream_encoder(
         self,
         *,

@@ -123,8 +123,14 @@ def with_mean(profile: BudgetProfile, mean_budget: int) -> BudgetProfile:
     Scaled budgets have the default floor, unless a budget of the profile is already below it.
     """
     if profile.statistics.get("method") != METHOD:
-        smallest = min(min(layer.visual, layer.audio) for layer in profile.layers)
-        floor = DEFAULT_FLOOR if smallest >= DEFAULT_FLOOR else 1
-        return replace(profile, layers=rescale(profile.layers, mean_budget, floor))
+        return replace(profile, layers=rescale(profile.layers, mean_budget, least_mean(profile) // 2))
     found = Calibration.from_dict(profile.statistics, len(profile.layers))
     return replace(profile, layers=allocate(found.layers, mean_budget, found.ratio, found.temperature, found.floor))
+
+
+def least_mean(profile: BudgetProfile) -> int:
+    """Smallest mean budget that `with_mean` accepts: its floor for both modalities."""
+    if profile.statistics.get("method") == METHOD:
+        return 2 * Calibration.from_dict(profile.statistics, len(profile.layers)).floor
+    smallest = min(min(layer.visual, layer.audio) for layer in profile.layers)
+    return 2 * (DEFAULT_FLOOR if smallest >= DEFAULT_FLOOR else 1)

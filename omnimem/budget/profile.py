@@ -34,6 +34,9 @@ FIELDS = {
 }
 """JSON type of each field of a profile, except ``model`` (an object or null)."""
 
+DEFAULT_MEAN = 8192
+"""Mean budget where nothing else is said."""
+
 LARGEST_BUDGET = 2**40
 """Upper limit of a budget, far above the tokens of any stream."""
 
@@ -132,7 +135,9 @@ class BudgetProfile:
         return sum(layer.total for layer in self.layers) / len(self.layers)
 
     @classmethod
-    def uniform(cls, model_config: Any, mean: int = 8192, ratio: float = 5.0, model_id: str = "") -> BudgetProfile:
+    def uniform(
+        cls, model_config: Any, mean: int = DEFAULT_MEAN, ratio: float = 5.0, model_id: str = ""
+    ) -> BudgetProfile:
         """Give every layer the same budget, split between video and audio.
 
         Parameters

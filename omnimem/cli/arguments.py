@@ -8,6 +8,8 @@ from typing import NoReturn
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
+KV_DTYPES = ("auto", "fp8", "int8", "int4")
+
 LARGEST = 2**31
 """Numbers on the command line are below this: libraries fail on larger ones."""
 

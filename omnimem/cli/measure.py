@@ -22,14 +22,21 @@ def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     compare.add_argument("model", metavar="MODEL", help="run, exported checkpoint, hub id, or `tiny`")
     compare.add_argument("questions", metavar="QUESTIONS", help="manifest of clips and questions, or `quickstart`")
-    compare.add_argument(
-        "--mean-budgets", type=list_of(at_least(int, 2)), default=[1024, 2048, 4096, 8192], metavar="N,N,...",
+    sizes = compare.add_mutually_exclusive_group()
+    sizes.add_argument(
+        "--mean-budgets", type=list_of(at_least(int, 2)), metavar="N,N,...",
         help="mean numbers of retained tokens per layer (default: 1024,2048,4096,8192)",
     )  # fmt: skip
+    sizes.add_argument(
+        "--gib",
+        type=list_of(above_zero),
+        metavar="G,G,...",
+        help="GiB of the retained tokens; each method gets as many",
+    )
     compare.add_argument(
         "--ratio", type=above_zero, metavar="R", help="visual tokens per audio token, without a profile (default: 5)"
     )
-    compare.add_argument("--profile", type=Path, metavar="P", help="scale this budget profile to every mean budget")
+    compare.add_argument("--profile", type=Path, metavar="P", help="scale this budget profile to every size")
     compare.add_argument(
         "--lambda", dest="lambda_", type=list_of(at_least(float, 0)), metavar="L,L,...",
         help="values of the option lambda, for methods that have it",
@@ -51,6 +58,8 @@ def _compare(args: argparse.Namespace) -> None:
     from data_prep.manifest import manifest_fingerprint, read_manifest
     from omnimem.measure.compare import compare_command
 
+    if args.mean_budgets is None and args.gib is None:
+        args.mean_budgets = [1024, 2048, 4096, 8192]
     manifest = read_manifest(args.questions, on_bad_row="skip")
     rows = manifest.rows[: args.limit]
     compare_command(args, rows, manifest_fingerprint(rows), manifest.problems)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from omnimem.cli.arguments import DTYPES, above_zero, add_device_arguments, add_reading_arguments, at_least
+from omnimem.cli.arguments import DTYPES, KV_DTYPES, above_zero, add_device_arguments, add_reading_arguments, at_least
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -76,16 +76,20 @@ def _add_answer(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
 
     memory = answer.add_argument_group("memory", "default: as the checkpoint was trained")
-    memory.add_argument("--profile", type=Path, metavar="P", help="budget profile; replaces the next two options")
+    memory.add_argument("--profile", type=Path, metavar="P", help="budget profile; replaces --mean-budget and --ratio")
     memory.add_argument(
         "--mean-budget", type=at_least(int, 2), metavar="N", help="mean number of retained tokens per layer"
+    )
+    memory.add_argument(
+        "--gib",
+        type=above_zero,
+        metavar="G",
+        help="GiB of the retained tokens; scales the profile, excludes --mean-budget",
     )
     memory.add_argument("--ratio", type=above_zero, metavar="R", help="visual tokens per audio token")
     memory.add_argument("--method", metavar="M", help="selection method")
     memory.add_argument("--variant", choices=("paper", "release"), help="variant of the method omnimem")
-    memory.add_argument(
-        "--kv-dtype", choices=("auto", "fp8", "int8", "int4"), help="stored keys and values; auto: dtype of the model"
-    )
+    memory.add_argument("--kv-dtype", choices=KV_DTYPES, help="stored keys and values; auto: dtype of the model")
 
     reading = answer.add_argument_group("reading the clip", "default: as the checkpoint was trained")
     add_reading_arguments(reading)
@@ -112,10 +116,12 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
     calibrate.add_argument("--model", required=True, metavar="MODEL", help="checkpoint, run, hub id, or `tiny`")
     calibrate.add_argument("--media", type=Path, required=True, metavar="DIR", help="folder of clips, or a manifest")
     calibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="profile to write")
-    calibrate.add_argument(
+    size = calibrate.add_mutually_exclusive_group()
+    size.add_argument(
         "--mean-budget", type=at_least(int, 2), default=8192, metavar="N",
         help="mean number of retained tokens per layer (default: %(default)s)",
     )  # fmt: skip
+    size.add_argument("--gib", type=above_zero, metavar="G", help="GiB of the retained tokens, instead")
     calibrate.add_argument(
         "--ratio", type=above_zero, default=5.0, metavar="R",
         help="visual tokens per audio token (default: %(default)s)",
@@ -152,6 +158,7 @@ def _calibrate(args: argparse.Namespace) -> None:
         clips,
         args.out,
         args.mean_budget,
+        args.gib,
         args.ratio,
         args.temperature,
         args.floor,

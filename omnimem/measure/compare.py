@@ -1,17 +1,17 @@
 """The command ``omnimem compare``: accuracy of selection methods at equal budgets, on a set of questions.
 
-    omnimem compare runs/quickstart questions.jsonl --out compare --mean-budgets 24,48,96
+    omnimem compare runs/quickstart questions.jsonl --out compare --mean-budgets 24,48,96     # or --gib 0.5,1
 
 Every method is run at every mean budget (with ``--lambda`` and ``--temperature`` also at every λ, and every T of the
 budget allocation). A cell streams each clip into an empty cache and asks every question at its time. The results are a
-table, a JSON and a CSV file, and figures of accuracy by budget (arXiv 2606.07577, figure 6), λ and T (figure 5).
+table, a JSON and a CSV file, and figures of accuracy by budget (arXiv 2606.07577, figure 6), resident
+memory, λ and T (figure 5).
 Finished cells are reused (`omnimem.measure.cells`); `omnimem.measure.questions` defines the numbers.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import product
@@ -26,6 +26,7 @@ from omnimem.files import atomic_write_json
 from omnimem.measure.cells import Cell, Column, choose_methods, device_name, run_cells, table, weights_digest, write_csv
 from omnimem.measure.figures import Line, Panel, draw_panels, require_matplotlib
 from omnimem.measure.questions import Row, answer_questions
+from omnimem.memory.token_bytes import within
 from omnimem.selection import SelectionMethod, build_selection, options_of
 from omnimem.stream import StreamingSession
 from omnimem.version import __version__
@@ -33,9 +34,15 @@ from omnimem.version import __version__
 SWEEPS = {"lambda": "λ", "temperature": "T"}
 """Parameters that can be swept in addition to the budget, and their symbols in the paper."""
 
-BudgetKey = tuple[int, float | None]
+MEMORY = "resident MiB"
+"""Axis of the figure over total memory."""
+
+BudgetKey = tuple[float | None, int, float | None]
 Budgets = dict[BudgetKey, BudgetProfile]
-"""Profiles by mean budget and allocation temperature."""
+"""Profiles by GiB (if they are given), mean budget and allocation temperature."""
+
+FIELDS = 2
+"""Changed with the fields of a cell, so that finished cells without some of them are not reused."""
 
 
 def compare_command(args: argparse.Namespace, rows: Sequence[Row], digest: str, problems: Sequence[str]) -> None:
@@ -68,10 +75,11 @@ def compare_command(args: argparse.Namespace, rows: Sequence[Row], digest: str, 
     backbone = session.backbone
     session.settings.check(backbone)
     if profile is None:
-        for mean in args.mean_budgets:
-            budgets[mean, None] = BudgetProfile.uniform(backbone.config, mean, args.ratio or 5.0)
+        for mean in args.mean_budgets or ():
+            budgets[None, mean, None] = BudgetProfile.uniform(backbone.config, mean, args.ratio or 5.0)
     common = {
         "command": "compare",
+        "fields": FIELDS,
         "version": __version__,
         "weights": weights_digest(backbone),
         "questions": digest,
@@ -85,12 +93,15 @@ def compare_command(args: argparse.Namespace, rows: Sequence[Row], digest: str, 
     cells = []
     for name, (method, options) in methods.items():
         options = {**_recorded(session.profile, name, options), **options}
-        keys = list(budgets)[:1] if method.keeps_everything else budgets
-        for key, lambda_ in product(keys, lambdas[name]):
+        for lambda_ in lambdas[name]:
             chosen = options if lambda_ is None else {**options, "lambda": lambda_}
-            mean, temperature = (None, None) if method.keeps_everything else key
-            labels = {"method": name, "mean_budget": mean, "temperature": temperature, "lambda": lambda_}
-            cells.append(_cell(labels, budgets[key], chosen, session, rows, common, warned))
+            if method.keeps_everything:
+                sizes: dict[Any, BudgetProfile] = {(None, None, None): session.profile}
+            else:
+                sizes = {**budgets, **_budgets_within(profile, args, session, build_selection(name, **chosen))}
+            for (gib, mean, temperature), budget in sizes.items():
+                labels = {"method": name, "gib": gib, "mean_budget": mean, "temperature": temperature}
+                cells.append(_cell({**labels, "lambda": lambda_}, budget, chosen, session, rows, common, warned))
     about = {"model": str(args.model), **common, "clips": len(rows), "unusable_rows": list(problems)}
 
     def save(found: list[dict[str, Any]]) -> None:
@@ -167,24 +178,53 @@ def _budgets(profile: BudgetProfile | None, args: argparse.Namespace) -> Budgets
         return {}
     if args.ratio is not None:
         raise OmniMemError("--ratio is for uniform budgets, and --profile has its own: leave one of the two out")
-    budgets: Budgets = {}
-    for mean, temperature in product(args.mean_budgets, args.temperature or [None]):
-        own = {} if temperature is None else {"temperature": temperature}
-        budgets[mean, temperature] = with_mean(replace(profile, statistics={**profile.statistics, **own}), mean)
+    return {
+        (None, mean, temperature): with_mean(_at_temperature(profile, temperature), mean)
+        for mean, temperature in product(args.mean_budgets or (), args.temperature or [None])
+    }
+
+
+def _budgets_within(
+    profile: BudgetProfile | None, args: argparse.Namespace, session: StreamingSession, method: SelectionMethod
+) -> Budgets:
+    """Profiles of a method for every number of GiB and temperature; methods differ in the bytes of a token.
+
+    Raises
+    ------
+    OmniMemError
+        Too few GiB for the least budget.
+    """
+    backbone, budgets = session.backbone, {}
+    for gib, temperature in product(args.gib or (), args.temperature or [None]):
+        if profile is None:
+            given = BudgetProfile.uniform(backbone.config, ratio=args.ratio or 5.0)
+        else:
+            given = _at_temperature(profile, temperature)
+        budget = within(given, gib, backbone, method, session.cache.kv_dtype)
+        budgets[gib, round(budget.mean_budget), temperature] = budget
     return budgets
+
+
+def _at_temperature(profile: BudgetProfile, temperature: float | None) -> BudgetProfile:
+    """The profile with another temperature of the budget allocation, not yet allocated again."""
+    own = {} if temperature is None else {"temperature": temperature}
+    return replace(profile, statistics={**profile.statistics, **own})
 
 
 # ---- table and figures -----------------------------------------------------------------------------------------------
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The table, sorted by budget, then by accuracy; methods without a budget come last."""
-    ordered = sorted(rows, key=lambda row: (row["mean_budget"] or math.inf, -row["accuracy"], row["nll"]))
+    """The table, sorted by the resident bytes of the cache when it is asked, then by accuracy."""
+    ordered = sorted(rows, key=lambda row: (row["resident_bytes"], -row["accuracy"], row["nll"]))
+    given = [Column("GiB", lambda row: row["gib"], "g")] if _swept(rows, "gib") else []
     sweeps = [Column(letter, lambda row, key=key: row[key], "g") for key, letter in SWEEPS.items() if _swept(rows, key)]
     device = [Column("device peak MiB", lambda row: row["device_peak_bytes"] / 2**20, ".0f")]
     columns = [
         Column("method", lambda row: row["method"]),
         *sweeps,
+        *given,
+        Column("resident MiB", lambda row: row["resident_bytes"] / 2**20, ".3f"),
         Column("mean budget", lambda row: row["mean_budget"]),
         Column("retained per layer", lambda row: row["retained"], ".1f"),
         Column("accuracy %", lambda row: 100 * row["accuracy"], ".1f"),
@@ -202,14 +242,25 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def draw_figures(rows: Sequence[dict[str, Any]], out: Path) -> list[str]:
     """Plot accuracy and likelihood by budget and the swept parameters; return the file names."""
-    figures = {"accuracy_vs_budget.png": ("mean_budget", "mean budget (tokens per layer)")}
+    figures = {
+        "accuracy_vs_budget.png": ("mean_budget", "mean budget (tokens per layer)"),
+        "accuracy_vs_memory.png": (MEMORY, "resident memory when asked (MiB)"),
+    }
+    rows = [{**row, MEMORY: row["resident_bytes"] / 2**20} for row in rows]
     for key, letter in SWEEPS.items():
         if _swept(rows, key):
             figures[f"accuracy_vs_{key}.png"] = (key, letter)
     for name, (axis, title) in figures.items():
         panels = [
-            Panel(title, "accuracy (%), 95 % interval", _lines(rows, axis, "accuracy"), log=axis == "mean_budget"),
-            Panel(title, "nats per token of the reference", _lines(rows, axis, "nll"), log=axis == "mean_budget"),
+            Panel(
+                title,
+                "accuracy (%), 95 % interval",
+                _lines(rows, axis, "accuracy"),
+                log=axis in ("mean_budget", MEMORY),
+            ),
+            Panel(
+                title, "nats per token of the reference", _lines(rows, axis, "nll"), log=axis in ("mean_budget", MEMORY)
+            ),
         ]
         draw_panels(out / name, panels)
     return list(figures)
@@ -219,10 +270,12 @@ def _lines(rows: Sequence[dict[str, Any]], axis: str, value: str) -> list[Line]:
     """One line for each combination of the settings other than `axis`; horizontal for a method without a budget."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        horizontal = row["mean_budget"] is None and row["lambda"] is None
+        horizontal = row["mean_budget"] is None and row["lambda"] is None and axis != MEMORY
         if row[axis] is None and not horizontal:
             continue  # a method without λ, in the figure of λ
         others = {"mean_budget": "budget", "lambda": "λ", "temperature": "T"}
+        if axis == MEMORY:  # the budget decides it
+            del others["mean_budget"]
         settings = [f"{others[key]} {row[key]:g}" for key in others if key != axis and row[key] is not None]
         lines.setdefault(" ".join([row["method"], *settings]), []).append(row)
     drawn = []

@@ -98,7 +98,10 @@ def draw_panels(out: Path, panels: Sequence[Panel]) -> None:
         if panel.log:
             ticks = sorted({x for line in panel.lines for x in line.x})
             axis.set_xscale("log", base=2)
-            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            if all(tick == round(tick) for tick in ticks):  # short labels: a tick for every value
+                axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            else:
+                axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_locator(NullLocator())
         axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.note)
         axis.grid(alpha=0.3)

@@ -88,8 +88,9 @@ def answer_questions(
     dict
         ``questions``, ``accuracy``, ``accuracy_low``, ``accuracy_high`` (`cluster_interval`), ``nll`` (nats per
         token, mean over questions); ``retained`` (visual and audio tokens per layer when a question was asked, maximum
-        over questions), ``answer_bytes`` (bytes of keys and values then, maximum), ``peak_bytes``,
-        ``memory_peak_bytes``, ``device_peak_bytes`` (see `Meter`); ``chunk_ms`` (median, without first chunks),
+        over questions), ``answer_bytes`` (bytes of keys and values then, maximum), ``resident_bytes`` (the same for
+        everything stored, `CompressedCache.resident_nbytes`), ``peak_bytes``, ``memory_peak_bytes``,
+        ``device_peak_bytes`` (see `Meter`); ``chunk_ms`` (median, without first chunks),
         ``first_token_ms`` (median); ``answers`` (one object per question) and ``skipped_clips`` (one object per clip).
 
     Raises
@@ -123,6 +124,7 @@ def answer_questions(
         "nll": statistics.fmean(answer["nll"] for answer in answers),
         "retained": max(answer["retained"] for answer in answers),
         "answer_bytes": max(answer["answer_bytes"] for answer in answers),
+        "resident_bytes": max(answer["resident_bytes"] for answer in answers),
         "peak_bytes": meter.kv_peak,
         "memory_peak_bytes": meter.memory_peak,
         "device_peak_bytes": meter.device_peak,
@@ -155,6 +157,7 @@ def _ask(meter: Meter, question: Question, event: StreamEvent, max_new_tokens: i
         "nll": meter.session.score_answer(question.question, question.answer),
         "retained": event.retained["visual"] + event.retained["audio"],
         "answer_bytes": event.kv_bytes,
+        "resident_bytes": event.resident_bytes,
         "first_token_ms": 1000 * first_token,
     }
 

@@ -113,6 +113,7 @@ class CompressedCache(Cache):
         self._ragged = False
         self._in_scratch = False
         self.detach_below, self.lockstep = 0, False
+        self._largest_nbytes = 0
         self._compact_ids = CompactPositionIds() if self.method.position_ids == "compact" else None
 
     def reset(self) -> None:
@@ -206,6 +207,7 @@ class CompressedCache(Cache):
         try:
             yield self
         finally:
+            self._note_peak()
             self.restore(before)
 
     @contextmanager
@@ -240,6 +242,7 @@ class CompressedCache(Cache):
         list of (Eviction or None)
             One per layer; None where nothing was evicted.
         """
+        self._note_peak()
         if self._in_scratch:
             raise RuntimeError("compress() inside scratch(): a question must not change the cache")
         for layer in self.layers:
@@ -410,8 +413,21 @@ class CompressedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for buffers, metadata and attention scores of all layers."""
+        """Bytes allocated for all layers: buffers, which have room for a chunk, metadata and attention scores."""
         return sum(layer.state.nbytes for layer in self.layers)
+
+    @property
+    def resident_nbytes(self) -> int:
+        """Bytes of the stored tokens of all layers: keys, values, features, metadata, attention scores."""
+        return sum(layer.state.resident_nbytes for layer in self.layers)
+
+    @property
+    def peak_nbytes(self) -> int:
+        """Largest `nbytes` since the last `reset`: before a compression, at the end of a question or probe, or now."""
+        return max(self._largest_nbytes, self.nbytes)
+
+    def _note_peak(self) -> None:
+        self._largest_nbytes = self.peak_nbytes
 
     @property
     def kv_nbytes(self) -> int:

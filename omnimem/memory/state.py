@@ -101,9 +101,20 @@ class LayerState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and features (whole buffers at inference), metadata and attention scores."""
-        tensors = [one for one in (self.metadata, self.attention_scores) if one is not None]
-        return sum(getattr(self, name).nbytes for name in BUFFERS) + sum(one.nbytes for one in tensors)
+        """Bytes allocated: keys, values and features with their whole buffers, and what is stored beside them."""
+        return sum(getattr(self, name).nbytes for name in BUFFERS) + self._nbytes_beside
+
+    @property
+    def resident_nbytes(self) -> int:
+        """Bytes of the stored tokens: keys, values, features, metadata, attention scores, the margin."""
+        return sum(getattr(self, name).stored_nbytes for name in BUFFERS) + self._nbytes_beside
+
+    @property
+    def _nbytes_beside(self) -> int:
+        """Bytes of everything that is not in a token buffer."""
+        margin = () if self.margin is None else (self.margin.keys, self.margin.values, self.margin.gates)
+        beside = (self.metadata, self.attention_scores, self.bias, *margin)
+        return sum(one.nbytes for one in beside if one is not None)
 
     @property
     def kv_nbytes(self) -> int:

@@ -42,8 +42,9 @@ AT_MOST: dict[int, tuple[str, ...]] = {1024: ("data.fps", "train.threads"), 2**1
 """Limits beyond which no machine has the memory or the threads."""
 
 ABOVE_ZERO = (
-    "data.fps", "data.chunk_seconds", "data.max_seconds", "memory.ratio", "gate.temperature", "gate.temperature_end",
-    "gate.gradient_scale", "distill.temperature", "train.num_train_epochs", "train.max_grad_norm",
+    "data.fps", "data.chunk_seconds", "data.max_seconds", "memory.ratio", "memory.gib", "gate.temperature",
+    "gate.temperature_end", "gate.gradient_scale", "distill.temperature", "train.num_train_epochs",
+    "train.max_grad_norm",
 )  # fmt: skip
 
 FROM_ZERO_TO_ONE = (
@@ -175,6 +176,8 @@ def _check_combinations(recipe: Recipe) -> None:
         raise OmniMemError(
             "selection.method=learned trains its heads through selection.gradient: set it to straight_through or soft"
         )
+    if recipe.memory.gib is not None and recipe.memory.mean_budget is not None:
+        raise OmniMemError("memory.gib and memory.mean_budget both set the size of the memory; set one of them")
     if recipe.memory.random_budget is not None and recipe.memory.start_budget is not None:
         raise OmniMemError("memory.start_budget and memory.random_budget exclude each other; set one of them")
     if recipe.distill.weight > 0 and not recipe.distill.teacher_adapter and recipe.lora.modules_to_save:

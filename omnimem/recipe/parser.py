@@ -25,6 +25,9 @@ from omnimem.recipe.schema import GROUPS, KEY_TYPES, Recipe, field_of
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 """Folder of the recipes that ship with the package."""
 
+SIZES = ("memory.gib", "memory.mean_budget")
+"""Keys of which one says how large the memory is."""
+
 
 def load_recipe(args: list[str]) -> Recipe:
     """Read `recipe=NAME-or-path` and apply the other `key=value` arguments; the last value of a key wins.
@@ -46,9 +49,10 @@ def load_recipe(args: list[str]) -> Recipe:
     config = OmegaConf.structured(Recipe(recipe=names[-1]))
     for key, value in _read_yaml(path).items():
         _assign(config, str(key), value, where=f"{path}: ")
-    for key, text in pairs:
-        if key != "recipe":
-            _assign(config, key, _parse_value(key, text))
+    given = {key: _parse_value(key, text) for key, text in pairs if key != "recipe"}
+    for key, value in given.items():
+        _assign(config, key, value)
+    _replace_alternatives(config, given)
     try:
         recipe = cast(Recipe, OmegaConf.to_object(config))
     except MissingMandatoryValue as error:
@@ -59,6 +63,13 @@ def load_recipe(args: list[str]) -> Recipe:
     recipe.output_dir = recipe.output_dir or f"runs/{path.stem}"
     validate(recipe)
     return recipe
+
+
+def _replace_alternatives(config: DictConfig, given: dict[str, Any]) -> None:
+    """A size of the memory given as an argument replaces one of the recipe file in the other unit."""
+    for key, other in (SIZES, SIZES[::-1]):
+        if given.get(key) is not None and other not in given:
+            _assign(config, other, None)
 
 
 def list_recipes() -> list[str]:

@@ -57,10 +57,12 @@ class DataConfig:
 class MemoryConfig:
     """Size of the compressed KV cache."""
 
-    mean_budget: int = 8192  # visual and audio tokens per layer, mean over layers
+    mean_budget: int | None = None  # visual and audio tokens per layer, mean over layers; null: as gib says, or 8192
+    # GiB of the retained visual and audio tokens, all layers and everything stored with them, in place of mean_budget
+    gib: float | None = None
     ratio: float = 5.0  # visual tokens per audio token
-    profile: str | None = None  # budget profile file; replaces mean_budget and ratio
-    start_budget: int | None = None  # curriculum: mean budget of the first step, lowered to mean_budget; null: off
+    profile: str | None = None  # budget profile file; replaces mean_budget and ratio; gib scales it
+    start_budget: int | None = None  # curriculum: mean budget of the first step, lowered to that of the run; null: off
     curriculum_ratio: float = 0.5  # share of the steps over which the curriculum lowers the budget
     random_budget: list[int] | None = None  # [min, max]: draw a new mean budget every step; null: off
     # stored keys and values: in model.dtype, or encoded in 8 or 4 bits (omnimem/memory/README.md)

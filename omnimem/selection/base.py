@@ -216,6 +216,16 @@ class SelectionMethod(ABC):
         """Features ``[B, T, F]`` to store of the new tokens of a layer."""
         raise NotImplementedError(f"{type(self).__name__} stores no features")
 
+    def feature_nbytes(self, channels: int, dtype: torch.dtype) -> int:
+        """Bytes that a token's features take as stored, for hidden states of C channels and this dtype.
+
+        Methods without a `feature_codec` store the hidden states themselves, unless they override this.
+        """
+        if not self.stores_features:
+            return 0
+        codec = self.feature_codec
+        return channels * dtype.itemsize if codec is None else codec.nbytes(compute_dtype(dtype))
+
     def settings(self) -> dict[str, Any]:
         """The method's own hyper-parameters."""
         return {}
@@ -225,6 +235,6 @@ class SelectionMethod(ABC):
         return {**self.settings(), "position_ids": self.position_ids}
 
 
-def compute_dtype(tensor: Tensor) -> torch.dtype:
+def compute_dtype(given: Tensor | torch.dtype) -> torch.dtype:
     """Dtype of scores: float32 (float64 for float64 models); in bf16 a few percent of a retained set would change."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return torch.promote_types(given if isinstance(given, torch.dtype) else given.dtype, torch.float32)

@@ -27,6 +27,10 @@ class FeatureCodec:
     numbers: int
     bits: int = 8
 
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a token whose floats have this dtype."""
+        return self.columns * dtype.itemsize + -(-self.numbers * self.bits // 8)
+
     @torch.no_grad()
     def encode(self, states: Tensor) -> Tensor:
         """Bytes (uint8 ``[..., nbytes]``) of features ``[..., columns + numbers]``."""
@@ -47,7 +51,10 @@ class FeatureCodec:
             numbers = numbers.contiguous().view(torch.int8)
         if self.columns == 0:
             return numbers.to(dtype)
-        return torch.cat((data[..., :size].contiguous().view(dtype), numbers.to(dtype)), dim=-1)
+        # Rows may have any number of bytes, so their first ones cannot be viewed as floats.
+        floats = torch.empty(*data.shape[:-1], self.columns, dtype=dtype, device=data.device)
+        floats.view(torch.uint8).copy_(data[..., :size])
+        return torch.cat((floats, numbers.to(dtype)), dim=-1)
 
     def rounded(self, states: Tensor) -> Tensor:
         """The same features: they are stored exactly."""

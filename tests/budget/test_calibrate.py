@@ -14,13 +14,16 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 import omnimem.calibrate
 from clips import MEDIA, RABBIT, WEBB
+from omnimem.backbones import load_backbone
 from omnimem.budget import BudgetProfile, LayerBudget
 from omnimem.budget.allocation import allocate, rescale, round_to_sum, with_mean
 from omnimem.budget.statistics import Compressibility, LayerStatistics
 from omnimem.calibrate import calibrate, measure_clip, profile_from
 from omnimem.cli import main
 from omnimem.errors import OmniMemError
+from omnimem.memory.token_bytes import resident_bytes, token_bytes_of
 from omnimem.modality import AUDIO, VISUAL
+from omnimem.selection import build_selection
 from omnimem.stream_settings import StreamSettings
 
 SETTINGS = StreamSettings(chunk_seconds=4, max_seconds=8)
@@ -252,6 +255,33 @@ def test_the_command_from_media_to_figure(tiny_path, tmp_path, capsys):
     capsys.readouterr()
     assert main([*answer, "--max-new-tokens", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["mean_budget"] == 120
+
+
+def test_a_number_of_gib_sets_the_size_of_a_calibrated_profile(tiny_path, tmp_path, capsys):
+    out, small, gib = tmp_path / "profile.json", tmp_path / "small.json", 0.0003
+    media = tmp_path / "media"
+    media.mkdir()
+    shutil.copy(FLOWER, media)
+    given = ["--media", str(media), "--out", str(out), "--chunk-seconds", "4", "--max-seconds", "4"]
+    assert main(["calibrate", "--model", str(tiny_path), *given, "--gib", f"{gib}", "--dtype", "float32"]) == 0
+    backbone = load_backbone(tiny_path, dtype="float32", device="meta")
+    token = token_bytes_of(backbone, build_selection("omnimem"))
+    profile = BudgetProfile.load(out)
+    room = gib * 2**30 - resident_bytes(profile, token)
+    assert 0 <= room < len(profile.layers) * token.total
+    model = ["--model", str(tiny_path), "--dtype", "float32"]
+    assert main(["profile", "rescale", str(out), str(small), "--gib", f"{gib / 2}", *model]) == 0
+    scaled = BudgetProfile.load(small)
+    assert scaled == with_mean(profile, round(scaled.mean_budget))
+    assert resident_bytes(scaled, token) <= gib / 2 * 2**30 < resident_bytes(scaled, token) * 1.05
+    capsys.readouterr()
+    assert main(["profile", "show", str(small), *model]) == 0
+    shown = capsys.readouterr().out
+    assert "features 256, metadata 38, attention scores 4" in shown and "MiB" in shown.splitlines()[0]
+    assert main(["profile", "rescale", str(out), str(small), "--gib", "1e-6", *model]) == 2
+    assert "the minimum is 32 tokens" in capsys.readouterr().err
+    assert main(["profile", "rescale", str(out), str(small), "--gib", "1"]) == 2
+    assert "--gib needs --model" in capsys.readouterr().err
 
 
 def test_nothing_to_calibrate_on(tiny_path, tmp_path, capsys):

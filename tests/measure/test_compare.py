@@ -23,7 +23,8 @@ from omnimem.cli import main
 from omnimem.errors import OmniMemError
 from omnimem.measure.cells import Cell, run_cells
 from omnimem.measure.questions import cluster_interval, normalised
-from omnimem.selection import SELECTION_METHODS
+from omnimem.memory.token_bytes import token_bytes_of
+from omnimem.selection import SELECTION_METHODS, build_selection
 from omnimem.stream import StreamingSession
 from omnimem.stream_settings import StreamSettings
 from small_runs import FLOWER, NO_INDEX, ROWS, start, write_manifest
@@ -86,9 +87,26 @@ def test_table_json_csv_and_cells_agree(compared):
         assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
         assert min(row["chunk_ms"], row["first_token_ms"]) > 0 and row["device_peak_bytes"] is None
     shown = [line.split() for line in printed.splitlines()[1:6]]
-    assert [line[1] for line in shown] == ["12", "12", "24", "24", "-"] and shown[-1][0] == "full"
+    by_size = sorted(rows, key=lambda row: row["resident_bytes"])
+    assert [line[:3] for line in shown] == [
+        [row["method"], f"{row['resident_bytes'] / 2**20:.3f}", str(row["mean_budget"] or "-")] for row in by_size
+    ]
+    assert shown[-1][0] == "full" and (out / "accuracy_vs_memory.png").read_bytes().startswith(b"\x89PNG")
     assert "3 questions about 2 clips, 1 clips skipped" in printed
     assert (out / "accuracy_vs_budget.png").read_bytes().startswith(b"\x89PNG") and "accuracy_vs_budget.png" in printed
+
+
+def test_a_number_of_gib_gives_each_method_its_own_budget(tiny_path, tiny, questions, tmp_path, capsys):
+    gib = 0.00003
+    assert compare(tiny_path, questions, tmp_path, "--methods", "full,uniform,omnimem", "--gib", f"{gib}") == 0
+    rows = {row["method"]: row for row in results(tmp_path)}
+    assert rows["full"]["mean_budget"] is None and rows["full"]["gib"] is None
+    for name in ("uniform", "omnimem"):
+        token = token_bytes_of(tiny, build_selection(name)).total * tiny.config.get_text_config().num_hidden_layers
+        assert rows[name]["mean_budget"] == gib * 2**30 // token and rows[name]["gib"] == gib
+        assert rows[name]["retained"] == rows[name]["mean_budget"]
+    assert rows["uniform"]["mean_budget"] > rows["omnimem"]["mean_budget"]
+    assert "resident MiB" in capsys.readouterr().out
 
 
 def test_budgets_hold_at_answer_time_and_full_retains_most(compared, tiny):
@@ -103,6 +121,7 @@ def test_budgets_hold_at_answer_time_and_full_retains_most(compared, tiny):
         assert row["retained"] == row["mean_budget"]
         # Includes the chunk before compression, and is never below the size at answer time.
         assert row["answer_bytes"] < row["peak_bytes"] <= row["memory_peak_bytes"]
+        assert row["answer_bytes"] < row["resident_bytes"] < row["memory_peak_bytes"]
         assert full["answer_bytes"] > row["answer_bytes"] and full["peak_bytes"] > row["peak_bytes"]
     for method in ("uniform", "omnimem"):
         assert bytes_of[method, 24] - bytes_of[method, 12] == 12 * per_token

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def recipe(tmp_path):
     """Write a recipe file and return its `recipe=` argument."""
 
-    def write(text=""):
-        path = tmp_path / "mine.yaml"
+    def write(text="", name="mine.yaml"):
+        path = tmp_path / name
         path.write_text(text, encoding="utf-8")
         return f"recipe={path}"
 
@@ -46,9 +46,30 @@ def test_an_empty_recipe_is_the_defaults(recipe):
 
 def test_defaults_are_the_documented_ones(recipe):
     loaded = load_recipe([recipe()])
-    assert (loaded.memory.mean_budget, loaded.memory.ratio, loaded.data.fps) == (8192, 5.0, 1.0)
+    assert (loaded.memory.mean_budget, loaded.memory.gib, loaded.memory.ratio, loaded.data.fps) == (
+        None,
+        None,
+        5.0,
+        1.0,
+    )
     assert (loaded.lora.r, loaded.lora.lora_alpha, loaded.lora.lora_dropout) == (128, 256, 0.05)
     assert (loaded.train.learning_rate, loaded.train.warmup_ratio, loaded.selection.variant) == (2e-5, 0.03, "paper")
+
+
+def test_a_size_in_one_unit_replaces_that_of_the_file_in_the_other(recipe):
+    tokens, bytes_ = recipe("memory: {mean_budget: 24}\n"), recipe("memory: {gib: 0.5}\n", "other.yaml")
+
+    def sizes(*args: str) -> tuple[int | None, float | None]:
+        memory = load_recipe(list(args)).memory
+        return memory.mean_budget, memory.gib
+
+    assert sizes(tokens) == (24, None) and sizes(bytes_) == (None, 0.5)
+    assert sizes(tokens, "memory.gib=1") == (None, 1.0) and sizes(bytes_, "memory.mean_budget=30") == (30, None)
+    assert sizes(tokens, "memory.gib=null") == (24, None)
+    with pytest.raises(OmniMemError, match="both set the size of the memory"):
+        sizes(tokens, "memory.gib=1", "memory.mean_budget=30")
+    with pytest.raises(OmniMemError, match="both set the size of the memory"):
+        sizes(recipe("memory: {gib: 0.5, mean_budget: 24}\n"))
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -179,6 +200,7 @@ def test_recipe_names():
         ("data.on_bad_row=x", "data.on_bad_row takes one of error, skip, got 'x'"),
         ("memory.mean_budget=0", "memory.mean_budget must be at least 2 tokens, got 0"),
         ("memory.mean_budget=1", "memory.mean_budget must be at least 2 tokens, got 1"),
+        ("memory.gib=0", "memory.gib must be above 0, got 0.0"),
         ("memory.ratio=0", "memory.ratio must be above 0, got 0.0"),
         ("data.fps=0", "data.fps must be above 0, got 0.0"),
         ("data.fps=-1", "data.fps must be above 0, got -1.0"),

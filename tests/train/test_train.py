@@ -35,7 +35,7 @@ from train.setup import selection_method, stream_settings
 
 FIELDS = {
     "step", "epoch", "loss", "learning_rate", "grad_norm", "skipped", "answer_tokens", "tokens", "tokens_per_second",
-    "seconds", "retained", "kv_bytes", "peak_gib",
+    "seconds", "retained", "kv_bytes", "memory_bytes", "peak_gib",
     "mean_budget", "gate_temperature", "distillation_loss", "retention", "gates",
 }  # fmt: skip
 
@@ -88,6 +88,9 @@ def test_metrics_have_a_line_per_step_with_every_field(trained):
         assert (record["retained"]["visual"], record["retained"]["audio"]) == (VISUAL, AUDIO)
         stored = record["retained"]["text"] + VISUAL + AUDIO
         assert record["kv_bytes"] == 3 * stored * 2 * 2 * 16 * 4  # layers, K and V, groups, head size, float32
+        beside = 64 * 4 + 38 + 4  # hidden state, metadata, attention score
+        margin = record["memory_bytes"] - record["kv_bytes"] - 3 * stored * beside
+        assert margin > 0 and margin % (3 * (2 * 2 * 16 * 4 + 4)) == 0  # evicted tokens: key, value, gate
 
 
 def test_only_adapters_on_the_language_model_train(trained):

@@ -102,5 +102,6 @@ def test_the_plan_counts_the_bytes_that_are_stored(tmp_path, capsys):
         shown = capsys.readouterr().out
         (line,) = [line for line in shown.splitlines() if "all layers at budget" in line]
         sizes.append(float(line.split("│")[2]))
-    assert sizes[1] == pytest.approx(sizes[0] * 18 / 64, rel=0.02)
-    assert sizes[2] == pytest.approx(sizes[0] * 12 / 64, rel=0.02), sizes
+    each = [2 * (2 * head + 38 + 4) for head in (64, 18, 12)]  # 2 heads: key, value, metadata, attention score
+    assert sizes[1] == pytest.approx(sizes[0] * each[1] / each[0], rel=0.02)
+    assert sizes[2] == pytest.approx(sizes[0] * each[2] / each[0], rel=0.02), sizes

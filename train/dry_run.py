@@ -67,7 +67,7 @@ def _cache_table(profile: BudgetProfile, token: TokenBytes, largest: StreamPlan)
     for name, size in token.parts().items():
         table.add_row(name, f"{size:,}", f"{tokens * size / 2**20:,.3f}")
     table.add_row(
-        "resident: all layers at budget", f"{token.total:,}", f"{resident_bytes(profile, token) / 2**20:,.3f}"
+        "resident: every layer at its budget", f"{token.total:,}", f"{resident_bytes(profile, token) / 2**20:,.3f}"
     )
     peak = peak_bytes(profile, token, largest.largest_chunk)
     table.add_row(f"peak: and a chunk of {largest.largest_chunk} tokens", "", f"{peak / 2**20:,.3f}")

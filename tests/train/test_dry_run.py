@@ -28,7 +28,7 @@ def test_a_dry_run_plans_without_weights_and_writes_nothing(tmp_path, monkeypatc
     shown = capsys.readouterr().out
     assert FLOWER in shown and RABBIT in shown
     assert "4 optimizer steps" in shown and "2.00 epochs" in shown
-    assert "resident: all layers at budget" in shown and "peak: and a chunk of" in shown
+    assert "resident: every layer at its budget" in shown and "peak: and a chunk of" in shown
     assert "24 tokens per layer" in shown and "weights" in shown and "sum" in shown
 
 

@@ -105,8 +105,8 @@ def train_trim_kv(
     method: RetentionMethod,
     row: Row,
     seed: int,
-    rate: float = 1e-2,
-    weight: float = 1.0,
+    rate: float = 3e-2,
+    weight: float = 0.3,
     steps: int = STEPS,
 ) -> None:
     """TRIM-KV (arXiv 2512.03324): decaying gates in the attention, capacity loss, divergence and answers."""

@@ -14,7 +14,7 @@ from omnimem.backbones import ChunkInputs
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache, SelectionGradient, attach
 from omnimem.selection import SelectionMethod, build_selection
-from omnimem.selection.learned import Learned
+from omnimem.selection.heads import HeadMethod
 from oracles import batch_parts, offline, profile, run, stream_parts, text_model, text_part
 
 BUDGETS = profile((3, 2), (2, 4), (5, 1))
@@ -58,19 +58,19 @@ def lora_weights(model) -> list[Tensor]:
     return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
 
 
-def new_method(name: str, **options: Any) -> SelectionMethod:
-    """A selection method; the heads of `learned` have random weights."""
+def new_method(name: str, layers: int = 3, channels: int = 32, **options: Any) -> SelectionMethod:
+    """A selection method; heads have random weights."""
     method = build_selection(name, **options)
-    if isinstance(method, Learned):
+    if isinstance(method, HeadMethod):
         generator = torch.Generator().manual_seed(4)
-        for one in method.new_heads(3, 32, torch.float64):
+        for one in method.new_heads(layers, channels, torch.float64):
             for weight in one.parameters():
                 weight.data += torch.randn(weight.shape, generator=generator, dtype=weight.dtype) / 4
     return method
 
 
 def head_weights(method: SelectionMethod) -> list[Tensor]:
-    """Weights of the heads of `learned`; none for other methods."""
+    """Weights of the heads of a method; none for a method without heads."""
     return [weight for one in getattr(method, "heads", None) or () for weight in one.parameters()]
 
 

@@ -230,6 +230,7 @@ def test_a_profile_of_another_model_of_as_many_layers(run, tmp_path, capsys):
     assert "qwen3_vl_text" in line and "qwen2_5_omni_text" in line
 
 
+@pytest.mark.long
 def test_wrong_input_in_a_new_process():
     done = start("-m", "omnimem", "answer", "tiny", MEDIA / NO_INDEX, "What?")
     assert done.returncode == 2 and done.stdout == ""

@@ -116,7 +116,7 @@ def new_tape(model, cache, **options: Any) -> ChunkwiseBPTT:
 # ---- the same gradient -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("samples", [2, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("method", "options", "gradient"), SETTINGS)
 def test_the_backward_pass_gives_the_gradient_of_plain_autograd(model, samples, method, options, gradient):
     """With respect to every weight and every input, through evictions, merges, margins and re-numbered ids."""

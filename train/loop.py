@@ -174,6 +174,7 @@ def train(
 
     # ---- step -------------------------------------------------------------------------------------------
     model.train()
+    peak_rate = recipe.train.learning_rate if recipe.lora.r else recipe.train.selection_learning_rate
     skipped = 0
     steps = schedule.steps
     for step in range(done, steps):
@@ -216,7 +217,7 @@ def train(
             "epoch": round(schedule.epoch(step + 1), 4),
             "loss": _finite(loss_value),
             "distillation_loss": distillation if recipe.distill.weight > 0 else None,
-            "learning_rate": rate * recipe.train.learning_rate,
+            "learning_rate": rate * peak_rate,
             "gate_temperature": None if gradient is None else gradient.temperature,
             "grad_norm": _finite(norm),
             "skipped": not finite,

@@ -132,6 +132,7 @@ def weight_bytes(recipe: Recipe, backbone: Backbone) -> int:
 
 def adapter_bytes(recipe: Recipe, backbone: Backbone) -> int:
     """Trained parameters with gradients and optimizer state; adds adapter and selection heads to the model."""
+    backbone.model.requires_grad_(False)
     model = add_lora(recipe, backbone)
     add_heads(selection_method(recipe), backbone)
     return TRAINED_BYTES * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

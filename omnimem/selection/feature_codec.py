@@ -40,12 +40,14 @@ class FeatureCodec:
     def decode(self, data: Tensor, dtype: torch.dtype) -> Tensor:
         """Features of bytes; `dtype` is the dtype they had."""
         size = self.columns * dtype.itemsize
-        floats, numbers = data[..., :size].contiguous().view(dtype), data[..., size:]
+        numbers = data[..., size:]
         if self.bits == 4:
             numbers = torch.cat((numbers & 15, numbers >> 4), dim=-1)[..., : self.numbers].view(torch.int8) - 8
         else:
             numbers = numbers.contiguous().view(torch.int8)
-        return torch.cat((floats, numbers.to(dtype)), dim=-1)
+        if self.columns == 0:
+            return numbers.to(dtype)
+        return torch.cat((data[..., :size].contiguous().view(dtype), numbers.to(dtype)), dim=-1)
 
     def rounded(self, states: Tensor) -> Tensor:
         """The same features: they are stored exactly."""

@@ -39,11 +39,12 @@ class SelectionHead(TokenHead):
     def __init__(self, channels: int, hidden: int = 0, terms: tuple[str, ...] = ()) -> None:
         super().__init__(channels, hidden, bias=False)
         self.novelty = nn.Parameter(torch.ones(1))
+        self.names = terms
         self.terms = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in terms})
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return z ``[B, T]`` of hidden states ``[B, T, C]``, the weight β of novelty, and those of the terms."""
-        return self.value(states), self.novelty * 1, [weight * 1 for weight in self.terms.values()]
+        return self.value(states), self.novelty * 1, [self.terms[name] * 1 for name in self.names]
 
 
 class Learned(HeadMethod[SelectionHead], Novelty):

@@ -77,7 +77,9 @@ def largest_similarity(
         ``[B, T]`` in [-1, 1]; -1 for the first token of a modality, and for padding.
     """
     queries, keys = _with_modality(new, new_tokens, -1), _with_modality(new, new_tokens, 1)
-    earlier = None if stored is None or stored_tokens is None else _with_modality(stored, stored_tokens, 1)
+    earlier = None
+    if stored is not None and stored_tokens is not None:
+        earlier = _with_modality(stored.to(new.dtype), stored_tokens, 1)
     found = []
     for start in range(0, new.shape[1], TILE):
         tile = queries[:, start : start + TILE]

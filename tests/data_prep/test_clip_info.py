@@ -194,6 +194,7 @@ def launched(folder: Path, *args: str):
     )
 
 
+@pytest.mark.long
 def test_one_of_two_processes_opens_the_clips(tmp_path):
     """Before the first step; during the steps each process opens its own clips."""
     rows = [{"media": name, **ASKED} for name in (NO_INDEX, FLOWER, RABBIT)]

@@ -40,6 +40,7 @@ from oracles import (
     stream_parts,
     text_model,
 )
+from small_decoder import new_method
 
 METHODS = [
     ("streaming_llm", {}),
@@ -69,8 +70,17 @@ METHODS = [
     ("similarity_only", {"redundancy": "sketch", "sketch_dim": 16, "seed": 3}),
     ("similarity_only", {"redundancy": "key", "neighbours": "modality"}),
     ("similarity_only", {"redundancy": "value"}),
+    ("novelty", {}),
+    ("novelty", {"novelty": "every_chunk", "lambda": 0.5, "query_stride": 2, "sketch_dim": 12, "sketch_bits": 4}),
+    ("learned", {"sketch_dim": 5}),
+    ("learned", {"novelty": "every_chunk", "attention_term": True, "age_term": True, "sketch_bits": 4, "seed": 2}),
+    ("dms", {}),
+    ("trim_kv", {}),
+    ("kvzap", {}),
+    ("kvzap", {"head_hidden_size": 3, "seed": 1}),
 ]
 
+NOVELTY = {"novelty": "arrival", "sketch_dim": 32, "sketch_bits": 8, "query_stride": 4, "seed": 0}
 DEFAULTS = {
     "streaming_llm": {"num_sink_tokens": 4},
     "h2o": {},
@@ -82,6 +92,9 @@ DEFAULTS = {
     "hermes_released": {},
     "attention_only": {"query_stride": 1},
     "similarity_only": {"redundancy": "hidden", "neighbours": "sequence", "sketch_dim": 128, "seed": 0},
+    "novelty": {"lambda": 0.0, **NOVELTY},
+    "learned": {"attention_term": False, "age_term": False, **NOVELTY},
+    **{key: {"head_hidden_size": 0, "seed": 0} for key in ("dms", "trim_kv", "kvzap")},
 }
 PER_HEAD = {"h2o", "snapkv", "infinipot_v", "infinipot_v_released"}
 REINDEXED = {"streaming_llm", "hermes", "hermes_released"}
@@ -119,6 +132,8 @@ class Held:
     """``[heads, D]``."""
     hidden: list[float]
     mass: float = 0.0
+    repeats: float = -1.0
+    """Largest cosine with an earlier token of its modality, when it arrived."""
     new: bool = True
     asked: list[float] = field(default_factory=list)
 
@@ -155,8 +170,8 @@ def attention(queries: Tensor, keys: Tensor, reach: str = "causal") -> Tensor:
 class Simulated:
     """The streams of a batch in every layer, held and compressed by the book."""
 
-    def __init__(self, budgets, method, options, batch):
-        self.budgets, self.method = budgets, method
+    def __init__(self, budgets, method, options, batch, heads=None):
+        self.budgets, self.method, self.heads = budgets, method, heads
         self.options = {**DEFAULTS[method], **options}
         self.rows = GROUPS if method in PER_HEAD else 1
         self.compact = options.get("position_ids", "compact" if method in REINDEXED else "original") == "compact"
@@ -199,12 +214,15 @@ class Simulated:
     def step(self, layer, sample, new, queries, observe):
         """Append tokens, and note the attention scores that everything receives from the queries ``[H, Q, D]``."""
         rows = self.memory[layer][sample]
+        if self.method in ("novelty", "learned"):
+            for k, p in enumerate(new):
+                p.repeats = self.repeats(layer, [*rows[0], *new[: k + 1]])
         for head, row in enumerate(rows):
             mine = slice(head, head + 1) if self.rows > 1 else slice(None)
             row.extend(replace(p, key=p.key[mine], value=p.value[mine]) for p in new)
         if not (observe and new):
             return
-        if self.method not in ("h2o", "snapkv", "attention_only"):
+        if self.method not in ("h2o", "snapkv", "attention_only", "novelty", "learned"):
             return
         weights = attention(queries, torch.cat([keys_of(row) for row in rows]))
         for head, row in enumerate(rows):
@@ -372,6 +390,64 @@ class Simulated:
             vectors = sketch(hidden, self.options["sketch_dim"], layer, self.options["seed"])[0].tolist()
         return [1 - redundancy_of(k, row, vectors, self.options["neighbours"]) for k in range(len(row))]
 
+    def repeats(self, layer, row):
+        """Largest cosine of the sketch of a row's last token with that of an earlier one of its modality."""
+        bits, size, seed = (self.options[key] for key in ("sketch_bits", "sketch_dim", "seed"))
+        hidden = torch.tensor([[p.hidden for p in row]], dtype=torch.float64)
+        *earlier, last = sketch(hidden, size, layer, seed, bits)[0].tolist()
+        return max(
+            (cosine(last, v) for v, p in zip(earlier, row, strict=False) if p.kind == row[-1].kind), default=-1.0
+        )
+
+    def log_novelty(self, layer, row):
+        """Measured when each token arrived, or again over what is there now."""
+        if self.options["novelty"] == "arrival":
+            found = [p.repeats for p in row]
+        else:
+            found = [self.repeats(layer, row[: k + 1]) for k in range(len(row))]
+        return [math.log(1 - n + 1e-2) for n in found]
+
+    def novelty(self, layer, row):
+        weight = self.options["lambda"]
+        return [
+            n + (weight * math.log(p.mass + 1e-12) if weight else 0.0)
+            for n, p in zip(self.log_novelty(layer, row), row, strict=True)
+        ]
+
+    def head_value(self, layer, p):
+        """What the head of a layer says about a token."""
+        head = self.heads[layer]
+        mean = sum(p.hidden) / len(p.hidden)
+        spread = math.sqrt(sum((x - mean) ** 2 for x in p.hidden) / len(p.hidden) + 1e-5)
+        inputs = [(x - mean) / spread for x in p.hidden]
+        if head.inner is not None:
+            rows = zip(head.inner.weight.tolist(), head.inner.bias.tolist(), strict=True)
+            sums = [sum(w * x for w, x in zip(row, inputs, strict=True)) + b for row, b in rows]
+            inputs = [x * (1 + math.erf(x / math.sqrt(2))) / 2 for x in sums]
+        z = sum(w * x for w, x in zip(head.outer.weight[0].tolist(), inputs, strict=True)) * 64 / len(inputs)
+        return z if head.bias is None else z + head.bias.item()
+
+    def dms(self, layer, row):
+        return [self.head_value(layer, p) for p in row]
+
+    kvzap = dms
+
+    def trim_kv(self, layer, row):
+        last = max(p.origin for p in row)
+        return [-(last - p.origin) * math.log(1 + math.exp(-self.head_value(layer, p))) for p in row]
+
+    def learned(self, layer, row):
+        head, last = self.heads[layer], max(p.origin for p in row)
+        scores = []
+        for n, p in zip(self.log_novelty(layer, row), row, strict=True):
+            score = self.head_value(layer, p) + head.novelty.item() * n
+            if self.options["attention_term"]:
+                score += head.terms["attention"].item() * math.log(p.mass + 1e-12)
+            if self.options["age_term"]:
+                score += head.terms["age"].item() * math.log(1 + last - p.origin)
+            scores.append(score)
+        return scores
+
 
 def scaled(values):
     """To [0, 1]; all 0 where they are the same."""
@@ -433,9 +509,9 @@ def drive(method, options, *, seed, batch, budgets, per_group):
     """Run random chunks through the cache and the simulation; yields both after each compression."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     heads = GROUPS * per_group
-    cache = CompressedCache(profile(*budgets), build_selection(method, **options))
+    cache = CompressedCache(profile(*budgets), new_method(method, layers=len(budgets), channels=6, **options))
     cache.bind(ROTARY)
-    simulated = Simulated(budgets, method, options, batch)
+    simulated = Simulated(budgets, method, options, batch, getattr(cache.method, "heads", None))
     sources, counters = [Source(rng) for _ in range(batch)], [0] * batch
 
     def random_states(count, width):
@@ -605,7 +681,7 @@ def counted(cache, layer: int) -> list[tuple[int, ...]]:
 def test_exactly_the_budget_is_retained_in_every_row(method, options, dtype):
     model = text_model(layers=10, dtype=dtype)
     attach(model)
-    cache = CompressedCache(profile(*TEN_BUDGETS), build_selection(method, **options))
+    cache = CompressedCache(profile(*TEN_BUDGETS), new_method(method, layers=10, **options))
     streams = [stream_parts(LONG, prefix=3, dtype=dtype), stream_parts(SHORT, prefix=5, seed=1, dtype=dtype)]
     with torch.no_grad():
         stream(model, cache, batch_parts(*streams))
@@ -627,7 +703,7 @@ def test_a_stream_keeps_the_same_alone_again_and_beside_a_longer_one(decoder, me
     short, long = stream_parts(SHORT, prefix=5, seed=1), stream_parts(LONG, prefix=3)
     runs = []
     for parts in (short, short, batch_parts(short, long), batch_parts(long, short)):
-        cache = CompressedCache(profile(*TEN_BUDGETS), build_selection(method, **options))
+        cache = CompressedCache(profile(*TEN_BUDGETS), new_method(method, layers=10, **options))
         with torch.no_grad():
             stream(decoder, cache, parts)
         runs.append(cache)
@@ -738,6 +814,7 @@ def test_recorded_settings_rebuild_the_same_method(method, options):
         ("similarity_only", {"redundancy": "hiden"}),
         ("similarity_only", {"neighbours": "modal"}),
         ("h2o", {"position_ids": "reindex"}),
+        ("kvzap", {"head_hidden_size": -1}),
     ],
     ids=name,
 )
@@ -750,7 +827,7 @@ def test_a_bad_option_is_one_line_that_names_it(method, options):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("method", DEFAULTS)
+@pytest.mark.parametrize("method", sorted(DEFAULTS.keys() - {"novelty"}))
 def test_an_option_of_another_method_is_refused(method):
     with pytest.raises(OmniMemError, match="has no option 'lambda'"):
         build_selection(method, lambda_=0.1)

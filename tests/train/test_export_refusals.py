@@ -89,6 +89,7 @@ def test_an_adapter_of_another_model(run, tmp_path, capsys, base):
     refused_export(capsys, other, tmp_path / "out")
 
 
+@pytest.mark.long
 def test_a_mismatch_is_one_line_in_a_separate_process_too(run, tmp_path):
     """There warnings of transformers and PEFT would reach the terminal."""
     other = copy_run(run, tmp_path / "run")

@@ -40,7 +40,8 @@ def test_the_loss_falls(run):
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_export_is_the_full_precision_base_and_the_adapter(run, tmp_path, capsys, dtype):
     """Training used the quantized base; the export says so and is checked against full-precision base + adapter."""
     out = tmp_path / "merged"

@@ -66,6 +66,7 @@ def test_consecutive_skipped_steps_end_the_training_with_one_line(tmp_path, monk
     assert flags == [False] + [True] * (MAX_CONSECUTIVE_SKIPPED - 1)
 
 
+@pytest.mark.long
 def test_skipped_steps_that_are_not_consecutive_do_not_end_the_training(tmp_path, monkeypatch):
     skipped = [1, 2, 3, 4, 6, 7, 8, 9]
     assert len(skipped) > MAX_CONSECUTIVE_SKIPPED

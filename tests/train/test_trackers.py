@@ -52,7 +52,7 @@ def records_of_wandb(folder: Path) -> list[tuple[Any, list[dict[str, Any]]]]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_wandb_has_one_run_however_often_it_is_resumed(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -132,13 +132,14 @@ def results(base: Recall, name: str, seeds: tuple[int, ...], models: Path, token
         # All seeds of a run share the test streams.
         generators = {regime: torch.Generator().manual_seed(3000 + seeds[0]) for regime in REGIMES}
         tests = {regime: draw(TEST, generators[regime], copies) for regime, copies in REGIMES.items()}
-        points = []
+        points, known = [], {row.budget: measured(model, method, row.budget, tests)}
         for budget in SWEEP if name in SWEPT and seed == seeds[0] else (row.budget,):
             equal = at_equal_bytes(budget, token_bytes, smallest)
-            kibibytes = budget.total * smallest / 1024
+            if equal not in known:
+                known[equal] = measured(model, method, equal, tests)
             counts = {"visual": equal.visual, "audio": equal.audio}
-            points.append({"kibibytes": kibibytes, **counts, **measured(model, method, equal, tests)})
-        runs.append({"seed": seed, "equal_tokens": measured(model, method, row.budget, tests), "equal_bytes": points})
+            points.append({"kibibytes": round(budget.total * smallest / 1024, 3), **counts, **known[equal]})
+        runs.append({"seed": seed, "equal_tokens": known[row.budget], "equal_bytes": points})
     return {"row": name, "trained": row.trained, "bytes_per_token": token_bytes, **mean_of(runs), "runs": runs}
 
 

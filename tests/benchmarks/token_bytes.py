@@ -37,7 +37,7 @@ def _measured(name: str, options: str) -> float:
             past_key_values=memory,
             modality=CHUNK,
         )
-    memory.compress()
+        memory.compress()  # without autograd, features are encoded as at inference
     state = memory.layers[0].state
     stored = sum(buffer.stored_nbytes for buffer in (state.keys, state.values, state.features))
     stored += sum(part.nbytes for part in (state.metadata, state.attention_scores) if part is not None)

@@ -27,7 +27,7 @@ TITLES = {"plain": "each fact shown once", "repeated": "each fact shown three ti
 
 
 def draw_picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write an SVG with one panel per regime; trained methods are those trained in the regime of the panel."""
+    """Write an SVG with one panel per regime; trained heads are those of the panel's regime, where there are such rows."""
     matplotlib.rcParams.update({"svg.fonttype": "none", "font.size": 11, "svg.hashsalt": "streaming_recall"})
     found = {row["row"]: row for row in rows}
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True)
@@ -38,15 +38,16 @@ def draw_picture(rows: list[dict[str, Any]], path: Path) -> None:
                 continue
             points = row["equal_bytes"]
             style = {"linestyle": "-", "linewidth": 2} if row["trained"] else {"linestyle": "--", "linewidth": 1.4}
+            style["zorder"] = 3 if name == "learned" else 2
             x = [point["kibibytes"] for point in points]
             panel.plot(x, [point[regime] for point in points], color=colour, marker="o", ms=3.5, label=name, **style)
         panel.set_xscale("log", base=2)
         panel.set_xticks(x, [f"{value:.0f}" for value in x])
         panel.minorticks_off()
         panel.set_title(TITLES[regime], fontsize=11)
-        panel.set_xlabel("KiB per layer at the 7B shape, everything counted")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy")
+    figure.supxlabel("KiB per layer at the 7B shape, everything counted", fontsize=11, x=0.42)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="center right", frameon=False, title="solid: trained heads\ndashed: no training")
     figure.tight_layout(rect=(0, 0, 0.81, 1))

@@ -34,8 +34,8 @@ from omnimem.memory import CompressedCache
 from omnimem.memory.codec import KvDtype
 from omnimem.memory.token_bytes import within
 from omnimem.selection import build_selection
+from omnimem.selection.heads import HeadMethod
 from omnimem.selection.heads_file import HEADS_FILE, load_heads
-from omnimem.selection.learned import Learned
 from omnimem.stream_settings import StreamSettings
 
 
@@ -121,7 +121,7 @@ class StreamingSession:
         self.settings = settings or StreamSettings.for_backbone(backbone)
         self.method = method
         selection = build_selection(method, **options)
-        if isinstance(selection, Learned) and heads is not None:
+        if isinstance(selection, HeadMethod) and heads is not None:
             dtype = torch.promote_types(backbone.model.dtype, torch.float32)
             fingerprint, channels = ModelFingerprint.of(backbone.config), backbone.language_model.config.hidden_size
             expected = profile.selection_heads

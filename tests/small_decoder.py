@@ -14,7 +14,7 @@ from omnimem.backbones import ChunkInputs
 from omnimem.forward import Stream
 from omnimem.memory import CompressedCache, SelectionGradient, attach
 from omnimem.selection import SelectionMethod, build_selection
-from omnimem.selection.learned import Learned
+from omnimem.selection.heads import HeadMethod
 from oracles import batch_parts, offline, profile, run, stream_parts, text_model, text_part
 
 BUDGETS = profile((3, 2), (2, 4), (5, 1))
@@ -59,9 +59,9 @@ def lora_weights(model) -> list[Tensor]:
 
 
 def new_method(name: str, layers: int = 3, channels: int = 32, **options: Any) -> SelectionMethod:
-    """A selection method; the heads of `learned` have random weights."""
+    """A selection method; heads have random weights."""
     method = build_selection(name, **options)
-    if isinstance(method, Learned):
+    if isinstance(method, HeadMethod):
         generator = torch.Generator().manual_seed(4)
         for one in method.new_heads(layers, channels, torch.float64):
             for weight in one.parameters():
@@ -70,7 +70,7 @@ def new_method(name: str, layers: int = 3, channels: int = 32, **options: Any) -
 
 
 def head_weights(method: SelectionMethod) -> list[Tensor]:
-    """Weights of the heads of `learned`; none for other methods."""
+    """Weights of the heads of a method; none for a method without heads."""
     return [weight for one in getattr(method, "heads", None) or () for weight in one.parameters()]
 
 

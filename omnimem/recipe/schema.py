@@ -89,7 +89,8 @@ class SelectionConfig:
     sketch_bits: int | None = None  # learned, novelty: bits per number, 8 or 4
     # learned, novelty: similarity to retained tokens measured when a token arrives, or again at every compression
     novelty: Literal["arrival", "every_chunk"] | None = None
-    head_hidden_size: int | None = None  # learned: width of the head's hidden layer; 0: a linear head
+    # learned, dms, trim_kv, kvzap: width of the head's hidden layer; 0: a linear head
+    head_hidden_size: int | None = None
     attention_term: bool | None = None  # learned: add the log attention score, with a learned weight
     age_term: bool | None = None  # learned: add the log age, with a learned weight
     query_stride: int | None = None  # attention scores from every n-th query of a chunk

@@ -12,10 +12,12 @@ from omnimem.errors import OmniMemError
 from omnimem.option_names import option_name, parameter_name
 from omnimem.selection.attention_only import AttentionOnly
 from omnimem.selection.base import AttentionScoreSpec, Candidates, PositionIdPolicy, Probe, SelectionMethod
+from omnimem.selection.dms import DMS
 from omnimem.selection.full import Full
 from omnimem.selection.h2o import H2O
 from omnimem.selection.hermes import Hermes, HermesReleased
 from omnimem.selection.infinipot_v import InfiniPotV, InfiniPotVReleased
+from omnimem.selection.kvzap import KVzap
 from omnimem.selection.learned import Learned
 from omnimem.selection.novelty import Novelty
 from omnimem.selection.omnimem import VARIANTS, OmniMem, OmniMemSettings
@@ -24,6 +26,7 @@ from omnimem.selection.similarity_only import SimilarityOnly
 from omnimem.selection.snapkv import SnapKV
 from omnimem.selection.streaming_llm import StreamingLLM
 from omnimem.selection.streammem import StreamMem
+from omnimem.selection.trim_kv import TrimKV
 from omnimem.selection.uniform import Uniform
 
 SELECTION_METHODS: dict[str, Callable[..., SelectionMethod]] = {
@@ -43,6 +46,9 @@ SELECTION_METHODS: dict[str, Callable[..., SelectionMethod]] = {
     "omnimem": OmniMem,
     "novelty": Novelty,
     "learned": Learned,
+    "dms": DMS,
+    "trim_kv": TrimKV,
+    "kvzap": KVzap,
 }
 """Selection methods by the name used in recipes, profiles and on the command line."""
 

@@ -1,4 +1,4 @@
-"""Save and load the trained heads of `omnimem.selection.learned`: `selection.safetensors` beside the profile."""
+"""Save and load trained heads (`omnimem.selection.heads`): `selection.safetensors` beside the profile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from omnimem.budget import ModelFingerprint
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_file, file_digest
-from omnimem.selection.learned import Learned
+from omnimem.selection.heads import HeadMethod
 
 HEADS_FILE = "selection.safetensors"
 
@@ -75,7 +75,7 @@ def described(path: Path) -> dict[str, Any]:
 
 
 def load_heads(
-    path: Path, method: Learned, model: ModelFingerprint, channels: int, expected: str | None = None, **kwargs: Any
+    path: Path, method: HeadMethod, model: ModelFingerprint, channels: int, expected: str | None = None, **kwargs: Any
 ) -> None:
     """Load heads into a method.
 
@@ -83,7 +83,7 @@ def load_heads(
     ----------
     path : Path
         Heads file.
-    method : Learned
+    method : HeadMethod
         The method whose heads are made here.
     model : ModelFingerprint
         The model it is used with.

@@ -74,6 +74,10 @@ METHODS = [
     ("novelty", {"novelty": "every_chunk", "lambda": 0.5, "query_stride": 2, "sketch_dim": 12, "sketch_bits": 4}),
     ("learned", {"sketch_dim": 5}),
     ("learned", {"novelty": "every_chunk", "attention_term": True, "age_term": True, "sketch_bits": 4, "seed": 2}),
+    ("dms", {}),
+    ("trim_kv", {}),
+    ("kvzap", {}),
+    ("kvzap", {"head_hidden_size": 3, "seed": 1}),
 ]
 
 NOVELTY = {"novelty": "arrival", "sketch_dim": 32, "sketch_bits": 8, "query_stride": 4, "seed": 0}
@@ -90,6 +94,7 @@ DEFAULTS = {
     "similarity_only": {"redundancy": "hidden", "neighbours": "sequence", "sketch_dim": 128, "seed": 0},
     "novelty": {"lambda": 0.0, **NOVELTY},
     "learned": {"attention_term": False, "age_term": False, **NOVELTY},
+    **{key: {"head_hidden_size": 0, "seed": 0} for key in ("dms", "trim_kv", "kvzap")},
 }
 PER_HEAD = {"h2o", "snapkv", "infinipot_v", "infinipot_v_released"}
 REINDEXED = {"streaming_llm", "hermes", "hermes_released"}
@@ -409,14 +414,33 @@ class Simulated:
             for n, p in zip(self.log_novelty(layer, row), row, strict=True)
         ]
 
+    def head_value(self, layer, p):
+        """What the head of a layer says about a token."""
+        head = self.heads[layer]
+        mean = sum(p.hidden) / len(p.hidden)
+        spread = math.sqrt(sum((x - mean) ** 2 for x in p.hidden) / len(p.hidden) + 1e-5)
+        inputs = [(x - mean) / spread for x in p.hidden]
+        if head.inner is not None:
+            rows = zip(head.inner.weight.tolist(), head.inner.bias.tolist(), strict=True)
+            sums = [sum(w * x for w, x in zip(row, inputs, strict=True)) + b for row, b in rows]
+            inputs = [x * (1 + math.erf(x / math.sqrt(2))) / 2 for x in sums]
+        z = sum(w * x for w, x in zip(head.outer.weight[0].tolist(), inputs, strict=True)) * 64 / len(inputs)
+        return z if head.bias is None else z + head.bias.item()
+
+    def dms(self, layer, row):
+        return [self.head_value(layer, p) for p in row]
+
+    kvzap = dms
+
+    def trim_kv(self, layer, row):
+        last = max(p.origin for p in row)
+        return [-(last - p.origin) * math.log(1 + math.exp(-self.head_value(layer, p))) for p in row]
+
     def learned(self, layer, row):
         head, last = self.heads[layer], max(p.origin for p in row)
-        weights, scores = head.outer.weight[0].tolist(), []
+        scores = []
         for n, p in zip(self.log_novelty(layer, row), row, strict=True):
-            mean = sum(p.hidden) / len(p.hidden)
-            spread = math.sqrt(sum((x - mean) ** 2 for x in p.hidden) / len(p.hidden) + 1e-5)
-            z = sum(w * (x - mean) / spread for w, x in zip(weights, p.hidden, strict=True)) * 64 / len(p.hidden)
-            score = z + head.novelty.item() * n
+            score = self.head_value(layer, p) + head.novelty.item() * n
             if self.options["attention_term"]:
                 score += head.terms["attention"].item() * math.log(p.mass + 1e-12)
             if self.options["age_term"]:
@@ -790,6 +814,7 @@ def test_recorded_settings_rebuild_the_same_method(method, options):
         ("similarity_only", {"redundancy": "hiden"}),
         ("similarity_only", {"neighbours": "modal"}),
         ("h2o", {"position_ids": "reindex"}),
+        ("kvzap", {"head_hidden_size": -1}),
     ],
     ids=name,
 )

@@ -109,7 +109,9 @@ def _add_table_arguments(command: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="DIR", help="folder to write; finished cells are reused"
     )
     command.add_argument("--overwrite", action="store_true", help="compute finished cells again")
-    command.add_argument("--methods", default="all", metavar="M,M,...", help="selection methods (default: all)")
+    command.add_argument(
+        "--methods", default="all", metavar="M,M,...", help="selection methods (default: all without trained heads)"
+    )
     command.add_argument(
         "--option", action="append", default=[], metavar="M.KEY=VALUE",
         help="option of a method, such as omnimem.variant=release",

@@ -26,7 +26,7 @@ from rich.progress import Progress
 from omnimem.backbones import Backbone
 from omnimem.errors import OmniMemError
 from omnimem.files import atomic_file, atomic_write_json, remove_leftovers
-from omnimem.selection import SELECTION_METHODS, SelectionMethod, build_selection
+from omnimem.selection import SelectionMethod, build_selection, untrained_methods
 
 log = logging.getLogger("omnimem.measure.cells")
 
@@ -161,7 +161,7 @@ def choose_methods(names: str, given: Sequence[str]) -> dict[str, tuple[Selectio
     Parameters
     ----------
     names : str
-        Comma-separated, or ``all``.
+        Comma-separated, or ``all`` that need no trained heads.
     given : sequence of str
         ``method.key=value``, the value as JSON or plain text.
 
@@ -175,7 +175,7 @@ def choose_methods(names: str, given: Sequence[str]) -> dict[str, tuple[Selectio
     OmniMemError
         Unknown method, option or value, or an option for a method that is not in the list.
     """
-    chosen = list(SELECTION_METHODS) if names == "all" else [name.strip() for name in names.split(",")]
+    chosen = untrained_methods() if names == "all" else [name.strip() for name in names.split(",")]
     options: dict[str, dict[str, Any]] = {name: {} for name in chosen}
     for text in given:
         place, equals, value = text.partition("=")

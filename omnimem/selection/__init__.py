@@ -15,6 +15,7 @@ from omnimem.selection.base import AttentionScoreSpec, Candidates, PositionIdPol
 from omnimem.selection.dms import DMS
 from omnimem.selection.full import Full
 from omnimem.selection.h2o import H2O
+from omnimem.selection.heads import HeadMethod
 from omnimem.selection.hermes import Hermes, HermesReleased
 from omnimem.selection.infinipot_v import InfiniPotV, InfiniPotVReleased
 from omnimem.selection.kvzap import KVzap
@@ -86,6 +87,15 @@ def build_selection(name: str, position_ids: PositionIdPolicy | None = None, **o
     return method
 
 
+def untrained_methods() -> list[str]:
+    """Names of the methods that need no trained heads."""
+    return [
+        name
+        for name, method in SELECTION_METHODS.items()
+        if not (isinstance(method, type) and issubclass(method, HeadMethod))
+    ]
+
+
 def options_of(name: str) -> set[str]:
     """Hyper-parameters a method takes.
 
@@ -118,4 +128,5 @@ __all__ = [
     "SelectionMethod",
     "build_selection",
     "options_of",
+    "untrained_methods",
 ]

@@ -26,7 +26,7 @@ from typing import Any
 
 from report import new_parser, run_child, write_report
 
-from omnimem.selection import SELECTION_METHODS
+from omnimem.selection import untrained_methods
 
 FRAMES, PATCHES, AUDIO_TOKENS = 4, 12, 16
 SHORT, LONG = 12, 120
@@ -118,7 +118,11 @@ def main() -> int:
     """Measure and report; exit 1 if a method other than `full` grows."""
     parser = new_parser(__doc__)
     parser.add_argument("--budget", type=int, default=512, help="tokens per layer (default: %(default)s)")
-    parser.add_argument("--methods", default=",".join(SELECTION_METHODS), help="separated by commas (default: all)")
+    parser.add_argument(
+        "--methods",
+        default=",".join(untrained_methods()),
+        help="separated by commas (default: all without trained heads)",
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -24,7 +24,7 @@ from omnimem.errors import OmniMemError
 from omnimem.measure.cells import Cell, run_cells
 from omnimem.measure.questions import cluster_interval, normalised
 from omnimem.memory.token_bytes import token_bytes_of
-from omnimem.selection import SELECTION_METHODS, build_selection
+from omnimem.selection import build_selection, untrained_methods
 from omnimem.stream import StreamingSession
 from omnimem.stream_settings import StreamSettings
 from small_runs import FLOWER, NO_INDEX, ROWS, start, write_manifest
@@ -307,4 +307,4 @@ def test_all_methods_are_the_default_and_help_needs_no_torch():
     code += "a = p.parse_args(['compare', 'm', 'q', '--out', 'o']); b = p.parse_args(['bench', '--out', 'o']); "
     code += "print(a.methods, b.methods, 'torch' in sys.modules)"
     assert start("-c", code).stdout == "all all False\n"
-    assert set(omnimem.measure.compare.choose_methods("all", [])) == set(SELECTION_METHODS)
+    assert set(omnimem.measure.compare.choose_methods("all", [])) == set(untrained_methods())

@@ -13,7 +13,7 @@ from omnimem.budget import BudgetProfile
 from omnimem.errors import OmniMemError
 from omnimem.memory import CompressedCache, attach
 from omnimem.modality import AUDIO, TEXT, VISUAL
-from omnimem.selection import SELECTION_METHODS, build_selection
+from omnimem.selection import SELECTION_METHODS
 from oracles import (
     WIDTH,
     batch_parts,
@@ -27,6 +27,7 @@ from oracles import (
     text_model,
     text_part,
 )
+from small_decoder import new_method
 
 BUDGETS = profile((6, 3), (2, 9), (25, 1))
 AMPLE = profile((500, 500), (500, 500), (500, 500))
@@ -54,7 +55,7 @@ def model():
 
 
 def new_cache(budgets: BudgetProfile = BUDGETS, method: str = "omnimem", **options) -> CompressedCache:
-    return CompressedCache(budgets, build_selection(method, **options))
+    return CompressedCache(budgets, new_method(method, **options))
 
 
 def snapshot(cache: CompressedCache) -> list[torch.Tensor]:

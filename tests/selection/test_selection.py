@@ -459,7 +459,7 @@ def test_sketches_are_the_same_in_every_run_and_blind_to_scale():
         ("omnimem", {"variant": "relase"}, "relase", "did you mean 'release'"),
         ("random", {"sed": 1}, "sed", "did you mean 'seed'"),
         ("uniform", {"seed": 1}, "seed", "known: position_ids"),
-        ("zzz", {}, "zzz", "known: attention_only, full, h2o"),
+        ("zzz", {}, "zzz", "known: attention_only, dms, full"),
     ],
 )
 def test_unknown_names_are_one_line_with_a_suggestion(name, options, wrong, suggestion):

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from recall_task import BUDGET, REGIMES, TEST, draw, train_base
 from report import new_parser, write_report
+from shape_7b import bytes_per_token
 from streaming_recall import SEEDS, measured, trained
-from token_bytes import bytes_per_token
 
 from omnimem.memory import attach
 from omnimem.selection import build_selection

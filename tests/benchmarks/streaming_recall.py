@@ -30,7 +30,7 @@ from recall_task import BUDGET, REGIMES, TEST, Batch, Recall, accuracy, draw, tr
 from recall_training import STEPS, Row, head_weights, new_cache, prepared, train
 from report import new_parser, write_report
 from rivals_training import OPTIONS, TRAINING
-from token_bytes import bytes_per_token
+from shape_7b import bytes_per_token
 
 from omnimem.budget import LayerBudget
 from omnimem.memory import attach

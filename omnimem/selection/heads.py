@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from omnimem.errors import OmniMemError
 from omnimem.selection.base import Arrival, Candidates, SelectionMethod
+from omnimem.selection.feature_codec import FeatureCodec
 
 REFERENCE_WIDTH = 64
 """Input width at which the output of a head is not rescaled; with it one learning rate serves all models."""
@@ -119,6 +120,7 @@ class RetentionMethod(HeadMethod[TokenHead]):
         Seed of the initial weights of a hidden layer.
     """
 
+    feature_codec = FeatureCodec(columns=1, numbers=0)
     name: ClassVar[str]
     initial_bias: ClassVar[float] = 0.0
     """The number of every token before training."""

@@ -31,6 +31,8 @@ METHODS = [
     ("novelty", {"lambda": 0.1, "sketch_bits": 4, "sketch_dim": 9, "novelty": "every_chunk"}),
     ("learned", {}),
     ("learned", {"attention_term": True, "age_term": True, "sketch_bits": 4}),
+    ("dms", {}),
+    ("trim_kv", {}),
     ("random", {}),
     ("uniform", {"position_ids": "compact"}),
     ("streaming_llm", {}),

@@ -114,7 +114,7 @@ def test_one_process(tmp_path, alone):
     assert largest_difference(adapter(tmp_path / "run"), adapter(alone)) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_machines_equal_one_process(tmp_path, alone):
     args = arguments(tmp_path, *PLAIN)
     options = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]

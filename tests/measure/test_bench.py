@@ -88,6 +88,7 @@ def test_bounded_caches_stay_and_full_grows(tiny):
     assert [row["seconds"] for row in (short["full"], long["full"])] == [24, 48]
 
 
+@pytest.mark.long
 def test_the_command_from_clip_to_figure_and_again(tiny_path, tmp_path, capsys):
     options = ["--media", str(WEBB), "--methods", "full,uniform", "--lengths", "16", "--chunk-seconds", "4"]
     assert bench(tiny_path, tmp_path, *options) == 0
@@ -141,6 +142,7 @@ def test_mistakes_are_one_line_before_anything_runs(tmp_path, capsys, options, r
     assert reason in error and error.count("\n") == 1
 
 
+@pytest.mark.long
 def test_an_error_in_the_process_of_a_cell_is_one_line(tiny_path, tmp_path, capsys):
     options = ["--media", str(WEBB), "--methods", "uniform", "--lengths", "4", "--chunk-seconds", "4"]
     assert bench(tiny_path, tmp_path, *options) == 2

@@ -148,7 +148,7 @@ def raw(cache) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["bytes", "autograd"])
-@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("samples", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("method", "options"), METHODS)
 def test_a_stream_equals_one_rounded_by_hand(model, method, options, samples, grad):
     check(model, method, options, "int8", samples, grad)

@@ -73,6 +73,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, more):
     assert "eval" not in more or all(record["eval_loss"] > 0 for record in metrics(whole))
 
 
+@pytest.mark.long
 def test_the_quantized_recipe_trains_and_exports_into_full_precision(tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     out = tmp_path / "out"

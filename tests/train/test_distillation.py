@@ -133,6 +133,7 @@ def test_wrong_settings_are_one_line(tmp_path, capsys, override, words):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_logits_of_the_teacher_are_computed_once(tmp_path, monkeypatch):
     """The same bits with an empty cache, a filled one and none; with a filled one the teacher does not run."""
     cache = f"distill.cache_dir={tmp_path / 'teacher'}"

@@ -32,6 +32,7 @@ def test_a_dry_run_plans_without_weights_and_writes_nothing(tmp_path, monkeypatc
     assert "24 tokens per layer" in shown and "weights" in shown and "sum" in shown
 
 
+@pytest.mark.long
 def test_a_dry_run_counts_the_tokens_of_the_run(trained, tmp_path, capsys):
     assert main([*trained.args, "dry_run=true"]) == 0
     shown = capsys.readouterr().out

@@ -150,6 +150,7 @@ def test_the_best_of_a_run_that_was_never_saved_does_not_count(tmp_path):
     assert json.loads((run / "best" / "evaluation.json").read_text()) == best
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("keep", [2, *(pytest.param(keep, marks=pytest.mark.long) for keep in (1, 3))])
 def test_save_total_limit_best_adapters_are_kept(tmp_path, monkeypatch, keep):
     """For any order of the losses; the best one is always `best/`."""

@@ -107,6 +107,7 @@ def test_a_checkpoint_and_a_moved_run_can_be_exported(run, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.long
 def test_a_bfloat16_run_exports_in_its_dtype_and_in_a_given_one(tmp_path):
     run = trained_run(tmp_path, "model.dtype=bfloat16", "train.max_steps=2", "train.learning_rate=3e-2")
     assert omnimem(["export", str(run), "--out", str(tmp_path / "a")]) == 0

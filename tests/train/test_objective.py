@@ -108,6 +108,7 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return max((one[name] - other[name]).abs().max().item() for name in one) / scale
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("budget", ["evicting", pytest.param("ample", marks=pytest.mark.long)])
 def test_accumulated_batches_equal_one_batch(bench, ample, budget):
     made = ample if budget == "ample" else bench

@@ -46,7 +46,18 @@ def test_every_recipe_parses_and_can_be_planned(name, tmp_path, monkeypatch, cap
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", [name for name in list_recipes() if name != "quickstart"])
+IN_THE_SUITE = ("video_salmonn_lora", "release_sft", "selection_only")
+"""Recipes that the suite trains; the others train with -m long."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in IN_THE_SUITE else pytest.param(name, marks=pytest.mark.long)
+        for name in list_recipes()
+        if name != "quickstart"
+    ],
+)
 def test_every_recipe_trains_the_tiny_model(name, tmp_path):
     out = tmp_path / "out"
     assert (

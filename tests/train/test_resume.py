@@ -235,6 +235,7 @@ def copied(reference: Path, tmp_path: Path) -> tuple[list[str], Path]:
     return [*arguments(reference.parent, *SETTINGS), f"output_dir={run}"], run
 
 
+@pytest.mark.long
 def test_leftovers_of_killed_runs_do_no_harm(reference, tmp_path, monkeypatch):
     args, run = interrupted(tmp_path, monkeypatch, after=4)
     folder = run / "checkpoints"
@@ -247,6 +248,7 @@ def test_leftovers_of_killed_runs_do_no_harm(reference, tmp_path, monkeypatch):
     assert_equal(run, reference)
 
 
+@pytest.mark.long
 def test_a_resumed_run_deletes_the_leftovers_of_the_killed_one(tmp_path, monkeypatch):
     """A job that is killed and requeued many times must not fill the disk with partial checkpoints."""
     args, run = interrupted(tmp_path, monkeypatch, after=4)

@@ -32,6 +32,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.long
 def test_a_selection_gradient_changes_the_training_but_not_the_first_loss(tmp_path):
     hard = trained_run(tmp_path, HARD, out="hard")
     trained = trained_run(tmp_path, WITH_GRADIENT, out="trained")
@@ -60,6 +61,7 @@ def test_the_offload_store_is_the_one_of_the_recipe(tmp_path):
         assert type(offload_store(recipe_of(tmp_path, f"train.offload={place}"), tmp_path, accelerator)) is kind
 
 
+@pytest.mark.long
 def test_truncation_changes_gradients_but_not_the_loss(tmp_path):
     """The loss is the same, the gradient differs; a window as long as the stream changes nothing."""
     options = ("train.max_steps=1", "model.dtype=float64")

@@ -43,7 +43,7 @@ class Poisoned:
         return any(not torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.long)])
 def test_a_step_without_a_finite_loss_is_skipped(tmp_path, monkeypatch, value):
     poisoned = Poisoned(monkeypatch, {1, 2}, value)
     run = trained_run(tmp_path, "train.max_steps=5", "train.save_steps=100")
@@ -54,6 +54,7 @@ def test_a_step_without_a_finite_loss_is_skipped(tmp_path, monkeypatch, value):
     assert all(torch.isfinite(value).all() for value in adapter(run).values())
 
 
+@pytest.mark.long
 def test_consecutive_skipped_steps_end_the_training_with_one_line(tmp_path, monkeypatch, capsys):
     Poisoned(monkeypatch, set(range(1, 100)))
     assert main(arguments(tmp_path, "train.max_steps=20", "train.save_steps=100")) != 0

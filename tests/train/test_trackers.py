@@ -92,7 +92,9 @@ def test_trackio_has_one_run_however_often_it_is_resumed(tmp_path, monkeypatch):
         assert values["train/retained/visual"] == record["retained"]["visual"]
 
 
-@pytest.mark.parametrize("override", ["train.project=streams", "train.run_name=other"])
+@pytest.mark.parametrize(
+    "override", ["train.project=streams", pytest.param("train.run_name=other", marks=pytest.mark.long)]
+)
 def test_a_run_keeps_project_and_name(tmp_path, capsys, override):
     trained_run(tmp_path, "train.max_steps=1")
     assert main(arguments(tmp_path, override)) == 2

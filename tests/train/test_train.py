@@ -216,6 +216,7 @@ def test_keys_without_effect_are_logged(tmp_path, caplog):
     ]
 
 
+@pytest.mark.long
 def test_keys_without_influence_on_the_result_may_change_when_a_run_resumes(tmp_path):
     trained_run(tmp_path, "train.max_steps=2", "train.save_steps=2")
     more = ("train.max_steps=4", "train.offload=disk", "data.prefetch_chunks=0", "train.ddp_timeout=600")

@@ -60,9 +60,9 @@ def resolve_checkpoint(path: str | Path, adapter: str | Path | None) -> tuple[st
     return path, adapter
 
 
-def has_lora(adapter: str | Path | None) -> bool:
+def has_lora(adapter: str | Path) -> bool:
     """Whether a folder holds a LoRA adapter; a run with ``lora.r=0`` saves selection heads alone."""
-    return adapter is not None and (Path(adapter) / ADAPTER_CONFIG).is_file()
+    return (Path(adapter) / ADAPTER_CONFIG).is_file()
 
 
 def _has_weights(folder: Path) -> bool:

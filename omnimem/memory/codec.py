@@ -16,10 +16,12 @@ encodes all of it again when its window of recent tokens is full, so that roundi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from omnimem.straight_through import straight_through
 
 KvDtype = Literal["auto", "fp8", "int8", "int4"]
 """How stored keys and values are encoded; ``auto``: not at all, they keep the dtype of the model."""
@@ -107,7 +109,7 @@ class Codec:
 
     def rounded(self, states: Tensor) -> Tensor:
         """Encode and decode states; the gradient passes unchanged (straight through)."""
-        return _Rounded.apply(states, self)  # pyright: ignore[reportReturnType]
+        return straight_through(states, self.decode(self.encode(states), states.dtype))
 
     @property
     def _padding(self) -> int:
@@ -128,15 +130,3 @@ class Codec:
 def codecs(kind: EncodedDtype, dim: int) -> tuple[Codec, Codec]:
     """Codecs of keys and of values of `dim` channels."""
     return Codec(kind, dim, KEY_GROUP), Codec(kind, dim)
-
-
-class _Rounded(torch.autograd.Function):
-    """The value of ``decode(encode(states))`` with the gradient of the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, states, codec):
-        return codec.decode(codec.encode(states), states.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return gradient, None

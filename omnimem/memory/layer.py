@@ -132,7 +132,7 @@ class CompressedLayer(CacheLayerMixin):
         if self.method.stores_features:
             assert self.step is not None
             hidden = hidden if self.learning else hidden.detach()
-            arrival = Arrival(self.index, hidden, self.step.new, self.features, self.metadata)
+            arrival = Arrival(self.index, hidden, self.step.new, lambda: self.features, self.metadata)
             self.step.features = self.method.features(arrival)
 
     @property

@@ -8,7 +8,7 @@ budget (`omnimem.selection.topk`). Only what is declared is computed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -19,6 +19,9 @@ from omnimem.budget import LayerBudget
 from omnimem.selection.feature_codec import FeatureCodec
 from omnimem.selection.topk import keep_mask
 from omnimem.token_metadata import TokenMetadata
+
+EPSILON = 1e-12
+"""Added inside logarithms of scores."""
 
 AttentionScoreKind = Literal["heads", "kv_heads", "concat"]
 """How heads are combined, see `omnimem.memory.scores.attention_scores`."""
@@ -83,8 +86,8 @@ class Arrival:
         ``[B, T, C]`` input hidden states of the new tokens.
     new : TokenMetadata
         Of the T new tokens.
-    stored : Tensor or None
-        ``[B, N, F]`` features of the stored tokens; None before the first.
+    stored : callable
+        Returns the features ``[B, N, F]`` of the stored tokens, decoded; None before the first.
     metadata : TokenMetadata or None
         Of the N stored tokens.
     """
@@ -92,7 +95,7 @@ class Arrival:
     layer: int
     hidden: Tensor
     new: TokenMetadata
-    stored: Tensor | None
+    stored: Callable[[], Tensor | None]
     metadata: TokenMetadata | None
 
 
@@ -238,3 +241,9 @@ class SelectionMethod(ABC):
 def compute_dtype(given: Tensor | torch.dtype) -> torch.dtype:
     """Dtype of scores: float32 (float64 for float64 models); in bf16 a few percent of a retained set would change."""
     return torch.promote_types(given if isinstance(given, torch.dtype) else given.dtype, torch.float32)
+
+
+def log_attention(candidates: Candidates) -> Tensor:
+    """Log attention score ``[R, N]``; finite for a token without attention."""
+    assert candidates.attention_scores is not None
+    return torch.log(candidates.attention_scores + EPSILON)

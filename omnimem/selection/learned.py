@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnimem.selection.base import Arrival, AttentionScoreSpec, Candidates
+from omnimem.selection.base import Arrival, AttentionScoreSpec, Candidates, log_attention
 from omnimem.selection.heads import HeadMethod, TokenHead, ages
-from omnimem.selection.novelty import Measured, Novelty, NoveltySettings, log_attention
+from omnimem.selection.novelty import Measured, Novelty, NoveltySettings
 
 TERMS = ("attention", "age")
 """Optional terms of the score; their weights start at 0."""

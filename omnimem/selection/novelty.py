@@ -19,15 +19,12 @@ from torch import Tensor
 
 from omnimem.errors import OmniMemError
 from omnimem.option_names import option_name
-from omnimem.selection.base import Arrival, AttentionScoreSpec, Candidates, SelectionMethod
+from omnimem.selection.base import Arrival, AttentionScoreSpec, Candidates, SelectionMethod, log_attention
 from omnimem.selection.feature_codec import FeatureCodec
 from omnimem.selection.sketch import largest_similarity, sketch
 
 EPSILON = 1e-2
 """ε: an exact copy has the log novelty -4.6, which a learned head or attention can outweigh."""
-
-ATTENTION_EPSILON = 1e-12
-"""Added to attention scores, so that a token without attention has a finite logarithm."""
 
 Measured = Literal["arrival", "every_chunk"]
 """When n_k is measured: once, when the token arrives, or again over all candidates at every compression."""
@@ -132,7 +129,8 @@ class Novelty(SelectionMethod):
         sketches = sketch(arrival.hidden, options.sketch_dim, arrival.layer, options.seed, options.sketch_bits)
         if options.novelty == "every_chunk":
             return torch.zeros_like(sketches[..., 0]), sketches
-        stored = None if arrival.stored is None else arrival.stored[..., self.num_columns :]
+        features = arrival.stored()
+        stored = None if features is None else features[..., self.num_columns :]
         return _log_novelty(largest_similarity(sketches, arrival.new, stored, arrival.metadata)), sketches
 
     @torch.no_grad()
@@ -148,9 +146,3 @@ class Novelty(SelectionMethod):
 
 def _log_novelty(similarity: Tensor) -> Tensor:
     return (1 - similarity + EPSILON).log()
-
-
-def log_attention(candidates: Candidates) -> Tensor:
-    """Log attention score ``[R, N]``."""
-    assert candidates.attention_scores is not None
-    return torch.log(candidates.attention_scores + ATTENTION_EPSILON)

@@ -25,13 +25,18 @@ from torch import Tensor
 
 from omnimem.errors import OmniMemError
 from omnimem.option_names import option_name
-from omnimem.selection.base import Arrival, AttentionScoreSpec, Candidates, SelectionMethod, compute_dtype
+from omnimem.selection.base import (
+    EPSILON,
+    Arrival,
+    AttentionScoreSpec,
+    Candidates,
+    SelectionMethod,
+    compute_dtype,
+    log_attention,
+)
 from omnimem.selection.feature_codec import FeatureCodec
 from omnimem.selection.redundancy import redundancy
 from omnimem.selection.sketch import sketch
-
-EPSILON = 1e-12
-"""Added inside the logarithms, so that a token without attention still has a finite score."""
 
 STEEPEST = 1e-3
 """1 − s below which the gradient of its logarithm stops growing."""
@@ -135,7 +140,7 @@ class OmniMem(SelectionMethod):
             novelty = novelty / 2
         if candidates.attention_scores is None:
             return novelty
-        return options.lambda_ * torch.log(candidates.attention_scores + EPSILON) + novelty
+        return options.lambda_ * log_attention(candidates) + novelty
 
     def _similarity_input(self, candidates: Candidates) -> Tensor:
         source = {"value": candidates.values, "key": candidates.keys}.get(self.options.redundancy)

@@ -7,13 +7,13 @@ depend on scale, so each token is scaled by its largest coordinate and the scale
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from omnimem.selection.base import compute_dtype
+from omnimem.straight_through import straight_through
 from omnimem.token_metadata import TokenMetadata
 
 CROSS_MODALITY = 4.0
@@ -46,7 +46,8 @@ def sketch(hidden: Tensor, size: int, layer: int, seed: int, bits: int = 8) -> T
     states = hidden.to(compute_dtype(hidden))
     projected = states @ projection(hidden.shape[-1], size, layer, seed, states.dtype, states.device)
     largest = projected.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(states.dtype).tiny)
-    return _Round.apply(projected / largest * (2 ** (bits - 1) - 1))  # pyright: ignore[reportReturnType]
+    scaled = projected / largest * (2 ** (bits - 1) - 1)
+    return straight_through(scaled, scaled.detach().round())
 
 
 @lru_cache(maxsize=256)
@@ -103,15 +104,3 @@ def _with_modality(vectors: Tensor, tokens: TokenMetadata, sign: int) -> Tensor:
     kind = F.one_hot(tokens.modality.long(), 3).to(unit.dtype) * tokens.valid[..., None]
     root = CROSS_MODALITY**0.5
     return torch.cat((unit, root * kind, torch.full_like(kind[..., :1], sign * root)), -1)
-
-
-class _Round(torch.autograd.Function):
-    """Round to whole numbers; the gradient is the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        return values.round()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad
